@@ -1,0 +1,12 @@
+"""`ray job submit --working-dir . -- python jobs/train.py …`: what `unet-ray train …` does, with the same exit codes."""
+
+import sys
+from pathlib import Path
+
+# The checkout that was sent as the working directory, before any other that may be installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from unet_ray.cli import run_command
+
+if __name__ == "__main__":
+    run_command("train")

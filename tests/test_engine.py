@@ -1,0 +1,235 @@
+"""The training loop without Ray: plans, schedules, the run directory, resuming."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+
+from unet_ray import checkpoint, engine, rows, training
+from unet_ray.augment import augment
+from unet_ray.config import AugmentConfig, FitConfig, ModelConfig, UserError, load_train_config
+from unet_ray.engine import batch_plan, learning_rate_at
+from unet_ray.models import build
+from unet_ray.records import find_pairs
+from unet_ray.rows import Decoder, MemoryRows, StreamedRows
+
+
+@pytest.mark.parametrize("count", [1, 7, 12, 13])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_every_rank_takes_as_many_steps_and_each_row_counts_once(count, world):
+    plans = [batch_plan(count, 4, seed=1, epoch=2, rank=rank, world=world) for rank in range(world)]
+    assert len({len(plan) for plan in plans}) == 1
+    seen = []
+    for steps in zip(*plans, strict=True):
+        assert sum(step.share for step in steps) == pytest.approx(world)
+        batch = [int(i) for step in steps if step.share for i in step.indices]
+        assert 1 <= len(batch) <= 4
+        seen += batch
+    assert sorted(seen) == list(range(count))
+
+
+def test_batches_do_not_depend_on_the_number_of_workers_but_on_the_epoch():
+    def batches(world, epoch):
+        plans = [batch_plan(13, 4, seed=1, epoch=epoch, rank=rank, world=world) for rank in range(world)]
+        return [{int(i) for s in steps if s.share for i in s.indices} for steps in zip(*plans, strict=True)]
+
+    assert batches(1, 1) == batches(2, 1) == batches(3, 1)
+    assert batches(1, 1) != batches(1, 2)
+
+
+def test_batches_of_an_epoch_are_equally_large_give_or_take_one():
+    assert {len(step.indices) for step in batch_plan(13, 4, seed=0, epoch=1)} == {3, 4}
+
+
+def test_one_cycle_goes_up_and_down_to_zero():
+    config = FitConfig(learning_rate=1.0, schedule="one_cycle")
+    rates = [learning_rate_at(config, p) for p in np.linspace(0, 1, 101)]
+    assert rates[0] == pytest.approx(1 / 25)
+    assert np.argmax(rates) == 15 and max(rates) == pytest.approx(1)
+    assert rates[100] == pytest.approx(0, abs=1e-9)
+    assert learning_rate_at(FitConfig(learning_rate=1.0, schedule="cosine"), 0.5) == pytest.approx(0.5)
+    assert learning_rate_at(FitConfig(learning_rate=1.0), 0.7) == 1.0
+
+
+def test_biases_and_norms_do_not_decay():
+    model = build(ModelConfig(base_channels=4, depth=1))
+    decayed, kept = engine.build_optimizer(FitConfig(weight_decay=0.1), model).param_groups
+    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0)
+    assert all(p.ndim > 1 for p in decayed["params"]) and all(p.ndim == 1 for p in kept["params"])
+
+
+def test_flips_move_image_and_mask_together_and_depend_on_seed_epoch_and_image_only():
+    image = torch.arange(4 * 4 * 6 * 1, dtype=torch.uint8).reshape(4, 4, 6, 1)
+    config = AugmentConfig(hflip=0.5, vflip=0.5)
+
+    def flipped(rows, epoch=1):
+        return augment(image[rows], image[rows, ..., 0], rows, config=config, seed=3, epoch=epoch)
+
+    whole_image, whole_mask = flipped([0, 1, 2, 3])
+    assert torch.equal(whole_image[..., 0], whole_mask)
+    for row in range(4):
+        assert torch.equal(flipped([row])[0][0], whole_image[row])
+    assert any(not torch.equal(flipped([0, 1, 2, 3], epoch)[0], whole_image) for epoch in range(2, 6))
+    always = augment(image, image[..., 0], [0, 1, 2, 3], config=AugmentConfig(hflip=1), seed=0, epoch=1)[0]
+    assert torch.equal(always, image.flip(2))
+
+
+def config_for(discs, *settings):
+    images, masks = discs
+    return load_train_config(settings=[("data.images", str(images)), ("data.masks", str(masks)), *TINY, *settings])
+
+
+def test_rows_in_memory_and_streamed_rows_are_the_same(discs):
+    config = config_for(discs, ("data.mask_values", "[0, 255]"))
+    pairs = find_pairs(config.data.images, config.data.masks)
+    decoder = Decoder.of(config.model, config.data)
+    plan = [step.indices for step in batch_plan(len(pairs), 5, seed=0, epoch=1)]
+    kinds = [list(kind(pairs, decoder).batches(plan)) for kind in (MemoryRows, StreamedRows)]
+    assert len(kinds[0]) == len(kinds[1]) == 3
+    for one, other in zip(*kinds, strict=True):
+        assert all(np.array_equal(one[name], other[name]) for name in ("image", "mask", "index"))
+        assert one["image"].dtype == one["mask"].dtype == np.uint8
+
+
+def files(folder):
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+RUN_FILES = ["config.yaml", "last/state.safetensors", "metrics.jsonl", "model/model.json", "model/model.safetensors"]
+TIMES = {"seconds", "train_seconds", "images_per_second"}
+
+
+def lines(run):
+    return [
+        {k: v for k, v in json.loads(line).items() if k not in TIMES}
+        for line in (run / "metrics.jsonl").read_text().splitlines()
+    ]
+
+
+def weights(run, name="model/model.safetensors"):
+    return (run / name).read_bytes()
+
+
+def test_a_run_directory_has_all_that_is_promised_and_learns(discs, tmp_path):
+    config = config_for(discs, ("train.epochs", 40), ("train.schedule", "one_cycle"))
+    told = []
+    result = training.train(config, str(tmp_path / "run"), local=True, on_epoch=told.append)
+    assert files(tmp_path / "run") == RUN_FILES
+    assert result.epochs == len(told) == len(result.history) == 40
+    assert result.best["val_dice"] > 0.8
+    assert result.history[-1]["train_loss"] < result.history[0]["train_loss"] / 2
+    for name in ("epoch", "train_loss", "val_loss", "val_dice", "val_iou", "val_pixel_accuracy", "learning_rate",
+                 "images_per_second", "seconds"):
+        assert name in result.history[0]
+    card = json.loads((tmp_path / "run/model/model.json").read_text())
+    assert (card["mask_values"], card["image_size"], card["threshold"]) == ([0, 255], [32, 32], 0.5)
+    assert card["scores"]["epoch"] == result.best["epoch"]
+
+
+def test_a_runs_config_runs_again_and_the_same_command_gives_the_same_figures(discs, tmp_path):
+    training.train(config_for(discs), str(tmp_path / "one"), local=True)
+    again = load_train_config(config_file=(tmp_path / "one/config.yaml").read_text())
+    training.train(again, str(tmp_path / "two"), local=True)
+    assert lines(tmp_path / "one") == lines(tmp_path / "two")
+    assert weights(tmp_path / "one") == weights(tmp_path / "two")
+
+
+def test_resumed_is_uninterrupted(discs, tmp_path, monkeypatch):
+    config = config_for(discs, ("train.epochs", 4), ("model.dropout", "0.2"), ("train.schedule", "cosine"))
+    training.train(config, str(tmp_path / "whole"), local=True)
+
+    def stop_after_two(line):
+        if line["epoch"] == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        training.train(config, str(tmp_path / "parts"), local=True, on_epoch=stop_after_two)
+    ran = []
+    training.train(config, str(tmp_path / "parts"), local=True, resume=True, on_epoch=lambda line: ran.append(line["epoch"]))
+    assert ran == [3, 4]
+    assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
+    for name in ("model/model.safetensors", "last/state.safetensors"):
+        assert weights(tmp_path / "parts", name) == weights(tmp_path / "whole", name)
+
+
+def test_a_stop_between_metrics_and_state_repeats_the_epoch(discs, tmp_path, monkeypatch):
+    config = config_for(discs, ("train.epochs", 2))
+    training.train(config, str(tmp_path / "whole"), local=True)
+    save, calls = checkpoint.save_state, []
+
+    def stopped_save(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        save(*arguments)
+
+    monkeypatch.setattr(checkpoint, "save_state", stopped_save)
+    with pytest.raises(KeyboardInterrupt):
+        training.train(config, str(tmp_path / "parts"), local=True)
+    monkeypatch.setattr(checkpoint, "save_state", save)
+    training.train(config, str(tmp_path / "parts"), local=True, resume=True)
+    assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
+
+
+def test_an_out_that_holds_something_is_refused(discs, tmp_path):
+    config, run = config_for(discs, ("train.epochs", 1)), tmp_path / "run"
+    training.train(config, str(run), local=True)
+    with pytest.raises(UserError, match="holds another run: choose another --out, or --resume"):
+        training.train(config, str(run), local=True)
+    with pytest.raises(UserError, match="is finished"):
+        training.train(config, str(run), local=True, resume=True)
+    with pytest.raises(UserError, match="other settings"):
+        training.train(config_for(discs, ("train.epochs", 2), ("model.norm", "none")), str(run), local=True, resume=True)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").write_text("keep")
+    with pytest.raises(UserError, match="holds other files"):
+        training.train(config, str(tmp_path / "mine"), local=True)
+
+
+def test_what_does_not_fit_in_memory_is_streamed_with_the_same_result(discs, tmp_path, monkeypatch):
+    training.train(config_for(discs), str(tmp_path / "memory"), local=True)
+    monkeypatch.setattr(rows, "MemoryRows", None)  # must not be used
+    training.train(config_for(discs, ("compute.memory_fraction", "0")), str(tmp_path / "stream"), local=True)
+    assert lines(tmp_path / "memory") == lines(tmp_path / "stream")
+
+
+def test_several_classes_with_ignored_pixels_train(discs, tmp_path):
+    from PIL import Image
+
+    images, masks = discs
+    for path in masks.iterdir():
+        mask = np.asarray(Image.open(path)) // 255
+        mask = np.where(mask == 1, np.where(np.arange(32) < 16, 1, 2), 0).astype(np.uint8)
+        mask[:2] = 11
+        Image.fromarray(mask).save(path)
+    config = config_for(
+        discs, ("model.num_classes", 3), ("data.ignore_index", 11), ("data.classes", "[background, left, right]")
+    )
+    result = training.train(config, str(tmp_path / "run"), local=True)
+    assert result.history[0]["val_pixels"] == result.history[0]["val_images"] * 30 * 32
+    assert len(result.history[0]["val_counts"]) == 3
+
+
+def test_the_2015_network_trains_on_mirrored_tiles(discs, tmp_path):
+    size = next(s for s in range(24, 40) if ModelConfig(padding="valid", depth=2)._valid_fits(s))
+    config = config_for(discs, ("model.padding", "valid"), ("data.image_size", size), ("train.epochs", 1))
+    assert training.train(config, str(tmp_path / "run"), local=True).epochs == 1
+
+
+def test_a_loss_that_explodes_is_an_error_with_the_remedy(discs, tmp_path):
+    config = config_for(discs, ("train.learning_rate", 1e30), ("train.optimizer", "sgd"), ("model.norm", "none"))
+    with pytest.raises(UserError, match="lower --lr"):
+        training.train(config, str(tmp_path / "run"), local=True)
+
+
+def test_weights_of_another_model_are_refused(discs, tmp_path):
+    training.train(config_for(discs, ("train.epochs", 1)), str(tmp_path / "run"), local=True)
+    model = tmp_path / "run/model"
+    (model / "model.safetensors").write_bytes(weights(tmp_path / "run")[:-4] + b"\0\0\0\0")
+    with pytest.raises(UserError, match="not the weights"):
+        checkpoint.load_model(str(model))
+    (model / "model.json").write_text("{}")
+    with pytest.raises(UserError, match="not a model card"):
+        checkpoint.load_model(str(model))

@@ -1,0 +1,117 @@
+"""Finding, pairing, splitting."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+from unet_ray.config import DataConfig, UserError
+from unet_ray.records import Pair, find_images, find_pairs, group_of, split
+
+
+def touch(folder: Path, *names: str) -> str:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"x")
+    return str(folder)
+
+
+def test_kaggles_layout_is_paired(tmp_path):
+    images = touch(tmp_path / "train", "a_01.jpg", "a_02.jpg")
+    masks = touch(tmp_path / "train_masks", "a_02_mask.gif", "a_01_mask.gif")
+    assert find_pairs(images, masks) == [
+        Pair("a_01", f"{images}/a_01.jpg", f"{masks}/a_01_mask.gif"),
+        Pair("a_02", f"{images}/a_02.jpg", f"{masks}/a_02_mask.gif"),
+    ]
+
+
+def test_train1_never_matches_train10(tmp_path):
+    images = touch(tmp_path / "i", "train1.png", "train10.png")
+    masks = touch(tmp_path / "m", "train10.png", "train1.png")
+    assert [(Path(p.image).name, Path(p.mask).name) for p in find_pairs(images, masks)] == [
+        ("train1.png", "train1.png"),
+        ("train10.png", "train10.png"),
+    ]
+
+
+def test_equal_stems_in_different_folders_are_different_images(tmp_path):
+    images = touch(tmp_path / "i", "x/1.jpg", "y/1.jpg")
+    masks = touch(tmp_path / "m", "x/1.png", "y/1_mask.png")
+    assert [p.key for p in find_pairs(images, masks)] == ["x/1", "y/1"]
+
+
+def test_images_and_masks_may_share_a_folder(tmp_path):
+    folder = touch(tmp_path / "both", "1.jpg", "1_mask.png", "two words.jpg", "two words_mask.png")
+    assert [p.key for p in find_pairs(folder, folder)] == ["1", "two words"]
+
+
+@pytest.mark.parametrize(
+    ("images", "masks", "message"),
+    [
+        (["1.jpg", "2.jpg"], ["1.png"], "no mask for '2.jpg'"),
+        (["1.jpg"], ["1.png", "3_mask.png"], "no image for the mask(s) '3_mask.png'"),
+        (["1.jpg"], ["1.png", "1_mask.gif"], "two masks (1: 1.png, 1_mask.gif)"),
+        (["1.jpg", "1.png"], ["1.png"], "two images of the same name"),
+        (["1.jpg", "1_mask.jpg"], ["1_mask.png"], "no mask for"),
+    ],
+)
+def test_unmatched_and_ambiguous_names_are_listed(tmp_path, images, masks, message):
+    with pytest.raises(UserError) as error:
+        find_pairs(touch(tmp_path / "i", *images), touch(tmp_path / "m", *masks))
+    assert message in str(error.value)
+
+
+def test_a_missing_and_an_empty_folder_are_errors(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        find_images(str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="no image in it"):
+        find_images(touch(tmp_path / "texts", "readme.txt", ".hidden.jpg"))
+
+
+def test_a_glob_and_a_single_file_are_inputs_too(tmp_path):
+    folder = touch(tmp_path / "f", "a/1.jpg", "a/2.png", "b/3.jpg")
+    assert [i.name for i in find_images(f"{folder}/*/*.jpg")] == ["a/1.jpg", "b/3.jpg"]
+    assert [i.key for i in find_images(f"{folder}/a/2.png")] == ["2"]
+
+
+def test_a_folder_may_be_a_uri(tmp_path):
+    folder = touch(tmp_path / "with space", "1.jpg")
+    assert [i.key for i in find_images("file://" + folder.replace(" ", "%20"))] == ["1"]
+
+
+KEYS = [f"car{car:02d}_{view:02d}" for car in range(20) for view in range(4)]
+
+
+def test_a_random_split_holds_out_the_fraction_and_depends_on_the_seed_only():
+    train, val = split(KEYS, DataConfig(val_fraction=0.2), seed=1)
+    assert (len(train), len(val)) == (64, 16)
+    assert sorted(train + val) == list(range(80))
+    assert split(KEYS, DataConfig(val_fraction=0.2), seed=2)[1] != val
+    shuffled = random.Random(0).sample(KEYS, len(KEYS))
+    _, other = split(shuffled, DataConfig(val_fraction=0.2), seed=1)
+    assert {shuffled[i] for i in other} == {KEYS[i] for i in val}
+
+
+def test_a_split_by_group_never_divides_a_car():
+    train, val = split(KEYS, DataConfig(val_fraction=0.2, group_by="^[^_]+"), seed=1)
+    cars = [{group_of(KEYS[i], "^[^_]+") for i in part} for part in (train, val)]
+    assert len(cars[1]) == 4
+    assert not cars[0] & cars[1]
+
+
+def test_named_groups_are_always_held_out():
+    config = DataConfig(val_fraction=0.1, group_by="^[^_]+", val_groups=("car03", "car11", "car19"))
+    _, val = split(KEYS, config, seed=1)
+    assert {group_of(KEYS[i], "^[^_]+") for i in val} == {"car03", "car11", "car19"}
+    with pytest.raises(UserError, match="'car99': no image of that group"):
+        split(KEYS, DataConfig(group_by="^[^_]+", val_groups=("car99",)), seed=1)
+
+
+def test_a_fraction_takes_that_many_pairs():
+    train, val = split(KEYS, DataConfig(fraction=0.25, val_fraction=0.2), seed=1)
+    assert (len(train), len(val)) == (16, 4)
+
+
+def test_a_group_that_is_not_in_a_name_is_an_error():
+    with pytest.raises(UserError, match="finds nothing in 'nogroup'"):
+        split(["nogroup", "a_1"], DataConfig(group_by="^[^_]+_"), seed=1)

@@ -1,0 +1,46 @@
+"""Files whole or absent."""
+
+import pytest
+
+from unet_ray import storage
+from unet_ray.config import UserError
+
+
+def test_a_written_file_is_whole_and_leaves_nothing_beside_it(tmp_path):
+    path = tmp_path / "a" / "b.bin"
+    storage.write_bytes(str(path), b"one")
+    storage.write_bytes(str(path), b"two", durable=True)
+    assert path.read_bytes() == b"two"
+    assert [p.name for p in path.parent.iterdir()] == ["b.bin"]
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    storage.write_bytes(str(path), b"old")
+
+    def no_space(_self, _target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.replace", no_space)
+    with pytest.raises(OSError, match="No space"):
+        storage.write_bytes(str(path), b"new")
+    assert path.read_bytes() == b"old"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_uris_and_paths_are_joined_and_told_apart():
+    assert storage.join("/a/b", "c", "d.png") == "/a/b/c/d.png"
+    assert storage.join("s3://bucket/x?region=eu", "c") == "s3://bucket/x/c?region=eu"
+    assert storage.is_uri("s3://bucket") and not storage.is_uri("/s3://odd") and not storage.is_uri("C:odd")
+    assert storage.absolute("file:///tmp/with%20space") == "/tmp/with space"
+
+
+def test_what_is_not_there_is_not_there(tmp_path):
+    assert storage.info(str(tmp_path / "no")) is None
+    assert storage.names_in(str(tmp_path / "no")) == []
+    storage.delete_folder(str(tmp_path / "no"))
+
+
+def test_an_unknown_scheme_is_an_error():
+    with pytest.raises(UserError, match="nothing://x"):
+        storage.exists("nothing://x/y")

@@ -1,0 +1,6 @@
+"""`python -m unet_ray` is `unet-ray`."""
+
+from unet_ray.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""The model directory, and what a stopped training needs to go on. No pickle: safetensors and JSON.
+
+    model/model.safetensors  the weights          model/model.json  all else that predict needs
+    last/state.safetensors   weights, optimizer and place of the last finished epoch, in one file: whole or absent
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from unet_ray import __version__, storage
+from unet_ray.config import DataConfig, ModelConfig, UserError, from_mapping
+from unet_ray.models import UNet, build
+
+FORMAT = 1
+"""Raised when an older package could not read a newer directory."""
+WEIGHTS, CARD, STATE = "model.safetensors", "model.json", "state.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """What `model.json` says: everything predict needs, so that no flag is repeated."""
+
+    model: ModelConfig
+    image_size: tuple[int, int]
+    """(height, width) that images are resized to."""
+    mask_values: tuple[int, ...]
+    ignore_index: int | None
+    classes: tuple[str, ...]
+    threshold: float
+    """Sigmoid above which a pixel is the foreground (one class only)."""
+    scores: dict[str, Any]
+    """The line of metrics.jsonl of the epoch these weights are from."""
+    weights_sha256: str
+
+    @property
+    def data(self) -> DataConfig:
+        """How this model's images and masks are decoded."""
+        return DataConfig(
+            image_size=self.image_size,
+            mask_values=self.mask_values,
+            ignore_index=self.ignore_index,
+            classes=self.classes,
+        )
+
+
+def save_model(
+    location: str, model: nn.Module, config: ModelConfig, data: DataConfig, scores: dict[str, Any], threshold: float = 0.5
+) -> None:
+    """Writes a model directory; an older one there is replaced."""
+    weights = safetensors.torch.save({name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()})
+    assert data.mask_values is not None
+    card = {
+        "format": FORMAT,
+        "package_version": __version__,
+        "model": dataclasses.asdict(config),
+        "image_size": list(data.size_hw),
+        "mask_values": list(data.mask_values),
+        "ignore_index": data.ignore_index,
+        "classes": list(data.classes),
+        "threshold": threshold,
+        "scores": scores,
+        "weights_sha256": hashlib.sha256(weights).hexdigest(),
+    }
+    storage.write_bytes(storage.join(location, WEIGHTS), weights, durable=True)
+    storage.write_bytes(storage.join(location, CARD), (json.dumps(card, indent=2) + "\n").encode(), durable=True)
+
+
+def model_directory(location: str) -> str:
+    """The model directory that a MODEL argument names: itself, or the best model of a run directory."""
+    for candidate in (location, storage.join(location, "model")):
+        if storage.exists(storage.join(candidate, CARD)):
+            return candidate
+    what = "no such folder" if not storage.exists(location) else "no model in it"
+    raise UserError(f"{location}: {what}: name a run (--out of `unet-ray train`) or its model folder")
+
+
+def read_card(location: str) -> ModelCard:
+    """The card of a model directory. Raises UserError if it is not one that this version reads."""
+    try:
+        values = json.loads(storage.read_bytes(storage.join(location, CARD)))
+        if values["format"] > FORMAT:
+            raise UserError(
+                f"{location}: written by unet_ray {values['package_version']}, newer than this {__version__}: upgrade"
+            )
+        return ModelCard(
+            model=from_mapping(ModelConfig, values["model"], "model."),
+            image_size=tuple(values["image_size"]),
+            mask_values=tuple(values["mask_values"]),
+            ignore_index=values["ignore_index"],
+            classes=tuple(values["classes"]),
+            threshold=values["threshold"],
+            scores=values["scores"],
+            weights_sha256=values["weights_sha256"],
+        )
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise UserError(f"{storage.join(location, CARD)}: not a model card ({error!r})") from None
+
+
+def load_model(location: str) -> tuple[UNet, ModelCard]:
+    """The network of a model directory with its weights, on the CPU, and the card. Raises UserError."""
+    card = read_card(location)
+    path = storage.join(location, WEIGHTS)
+    data = storage.read_bytes(path)
+    if hashlib.sha256(data).hexdigest() != card.weights_sha256:
+        raise UserError(f"{path}: these are not the weights that {CARD} describes: copy the folder again, whole")
+    model = build(card.model)
+    model.load_state_dict(safetensors.torch.load(data))
+    return model, card
+
+
+@dataclass(slots=True)
+class TrainingState:
+    """Where a training stands after a finished epoch."""
+
+    epoch: int
+    """Epochs finished."""
+    best: float
+    """Highest validation Dice so far."""
+    settings: str
+    """config.yaml of the run it belongs to."""
+
+
+def save_state(location: str, state: TrainingState, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Writes `last/`: one file, so a stop at any moment leaves the old state or the new one."""
+    tensors = {f"model.{name}": t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    saved = optimizer.state_dict()
+    for index, values in saved["state"].items():
+        for name, value in values.items():
+            if value is not None:
+                tensors[f"optimizer.{index}.{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
+    metadata = {"state": json.dumps(dataclasses.asdict(state)), "param_groups": json.dumps(saved["param_groups"])}
+    storage.write_bytes(storage.join(location, STATE), safetensors.torch.save(tensors, metadata), durable=True)
+
+
+def load_state(location: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainingState | None:
+    """Puts a saved state into model and optimizer; None if there is none. Raises UserError if it does not fit."""
+    path = storage.join(location, STATE)
+    if not storage.exists(path):
+        return None
+    data = storage.read_bytes(path)
+    try:
+        metadata, tensors = _metadata(data), safetensors.torch.load(data)
+        state = TrainingState(**json.loads(metadata["state"]))
+        groups: dict[int, dict[str, Tensor]] = {}
+        weights = {}
+        for name, tensor in tensors.items():
+            kind, _, rest = name.partition(".")
+            if kind == "model":
+                weights[rest] = tensor
+            else:
+                index, _, key = rest.partition(".")
+                groups.setdefault(int(index), {})[key] = tensor
+        model.load_state_dict(weights)
+        optimizer.load_state_dict({"state": groups, "param_groups": json.loads(metadata["param_groups"])})
+        # Fused optimizers walk parameter and state in the order of memory: a channels_last weight needs its momentum
+        # in channels_last too, or the two are mixed up without a word.
+        for parameter, values in optimizer.state.items():
+            for name, value in values.items():
+                if value.shape == parameter.shape:
+                    values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path}: not the state of this training ({' '.join(str(error).split())[:200]})") from None
+    return state
+
+
+def read_state(location: str) -> TrainingState | None:
+    """Only the place of a saved state, without its tensors; None if there is none."""
+    path = storage.join(location, STATE)
+    if not storage.exists(path):
+        return None
+    return TrainingState(**json.loads(_metadata(storage.read_bytes(path))["state"]))
+
+
+def _metadata(data: bytes) -> dict[str, str]:
+    """The header's text entries (the format: 8 bytes of length, little endian, then JSON)."""
+    length = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + length])["__metadata__"]

@@ -1,0 +1,406 @@
+"""The commands. The only place that prints, and the only one that starts Ray.
+
+Torch and Ray are imported by the commands that need them, so that `unet-ray --help` and a wrong flag answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from unet_ray import __version__, storage
+from unet_ray.config import (
+    EvaluateConfig,
+    PredictConfig,
+    TrainConfig,
+    UserError,
+    load_train_config,
+    recipe_names,
+    recipe_text,
+)
+
+F = TypeVar("F", bound=Callable[..., Any])
+LOG_EVERY_SECONDS = 10.0
+
+
+class _Commands(click.Group):
+    def invoke(self, ctx: click.Context) -> Any:
+        """What a user can cause is one line on stderr and exit code 2; Ctrl-C is exit code 130."""
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            click.echo(f"Error: {error}", err=True)
+            ctx.exit(2)
+        except KeyboardInterrupt:
+            click.echo("Stopped. What is finished is kept: start again with --resume (train) or as before (predict).", err=True)
+            ctx.exit(130)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(__version__, prog_name="unet-ray")
+def main() -> None:
+    """Train a U-Net on images and masks, segment whole folders, score the result: on one CPU or on a Ray cluster."""
+
+
+def _options(*options: Callable[[F], F]) -> Callable[[F], F]:
+    def decorate(function: F) -> F:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+_pairs = _options(
+    click.option("--images", metavar="DIR", help="Folder (or s3://, gs:// URI) of the images."),
+    click.option("--masks", metavar="DIR", help="Folder of the masks: same relative path and stem, with or without _mask."),
+)
+_machine = _options(
+    click.option("--workers", type=int, metavar="N", help="Processes that hold the network, each on a GPU or on CPUs."),
+    click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="auto: CUDA where there is one."),
+    click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), help="auto: bf16 where the device is good at it."),
+    click.option("--local", is_flag=True, help="In this process: no Ray is started."),
+    click.option("--verbose", is_flag=True, help="Also show what Ray says."),
+)
+_as_json = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, nothing else.")
+
+
+@main.command()
+@_pairs
+@click.option("--out", required=True, metavar="RUN", help="Run directory to write; on a cluster, where all nodes see it.")
+@click.option("--recipe", metavar="NAME", help="Settings that are known to work: see `unet-ray recipes`.")
+@click.option("--config", "config_file", metavar="FILE", help="YAML of settings, such as a run's config.yaml.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="One setting, e.g. model.base_channels=32.")
+@click.option("--epochs", type=int, metavar="N")
+@click.option("--batch-size", type=int, metavar="N", help="Images a step, over all workers together.")
+@click.option("--image-size", type=int, metavar="N", help="Side in pixels that images are resized to.")
+@click.option("--lr", type=float, metavar="X", help="Learning rate.")
+@click.option("--seed", type=int, metavar="N")
+@click.option("--group-by", metavar="REGEX", help="Keep images whose names share this match on one side of the split.")
+@click.option("--resume", is_flag=True, help="Go on from the last finished epoch in RUN.")
+@_machine
+def train(
+    images: str | None,
+    masks: str | None,
+    out: str,
+    recipe: str | None,
+    config_file: str | None,
+    settings: tuple[str, ...],
+    resume: bool,
+    local: bool,
+    verbose: bool,
+    **flags: Any,
+) -> None:
+    """Train a U-Net on pairs of images and masks.
+
+    \b
+    Example:
+      unet-ray train --images train --masks train_masks --out RUN --recipe carvana-fast --group-by '^[^_]+'
+
+    Writes RUN/model (the best epoch), RUN/last (to go on from), RUN/metrics.jsonl and RUN/config.yaml.
+    """
+    if recipe and config_file:
+        raise UserError("--recipe and --config both say all settings: give one of them")
+    config = load_train_config(
+        recipe=recipe,
+        config_file=_read_text(config_file, "--config") if config_file else None,
+        settings=[*map(_setting, settings), *_flag_settings({"images": images, "masks": masks, **flags})],
+    )
+    from unet_ray.training import train as run
+
+    with _ray(local, verbose):
+        result = run(config, out, local=local, resume=resume, on_start=_say_start, on_epoch=_epoch_printer(config))
+    best = result.best
+    click.echo(f"best: epoch {best['epoch']}, validation Dice {best['val_dice']:.4f}: {storage.join(out, 'model')}")
+    _say_next(f"unet-ray evaluate {shlex.quote(out)}", f"unet-ray predict {shlex.quote(out)} FOLDER --out MASKS")
+
+
+@main.command()
+@click.argument("model")
+@click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
+@click.option("--out", required=True, metavar="OUT", help="Folder to write; on a cluster, where all nodes see it.")
+@click.option("--format", "formats", default="png", show_default=True, metavar="LIST", help="png, parquet or both.")
+@click.option("--allow-failures", metavar="N|P%", default="0", show_default=True, help="Images that may fail with exit 0.")
+@_as_json
+@_machine
+def predict(
+    model: str, inputs: tuple[str, ...], out: str, formats: str, allow_failures: str, as_json: bool, local: bool,
+    verbose: bool, **machine: Any,
+) -> None:
+    """Segment every image of folders, files, globs or buckets.
+
+    MODEL is a run directory (then its best model) or a model directory.
+
+    \b
+    Example:
+      unet-ray predict RUN photos --out MASKS --format png,parquet
+
+    Writes OUT/masks/<path below the input>.png, OUT/masks.parquet, OUT/manifest.parquet with one row an image, and
+    OUT/summary.json. Started again after a stop, it does only what is missing. Exit code 1: some images failed.
+    """
+    config = PredictConfig(
+        model=model,
+        inputs=inputs,
+        out=out,
+        formats=tuple(dict.fromkeys(name.strip() for name in formats.split(",") if name.strip())),
+        **_given(machine),
+    )
+    allowed = _allowance(allow_failures)
+    from unet_ray.prediction import predict as run
+
+    with _ray(local, verbose):
+        summary = run(config, local=local, on_progress=_ProgressPrinter("segmented"))
+    if as_json:
+        click.echo(json.dumps(summary.to_json()))
+    else:
+        speed = f"{summary.images_per_second:.2f} images/s, start included"
+        click.echo(f"{summary.ok} of {summary.images} images segmented, {summary.failed} failed: {out} ({speed})")
+        for reason, count in list(summary.failures.items())[:5]:
+            click.echo(f"  {count} x {reason}")
+    if summary.failed > allowed(summary.images):
+        sys.exit(1)
+
+
+@main.command()
+@click.argument("model")
+@_pairs
+@click.option("--mask-values", metavar="LIST", help="Stored value of each class in these masks, e.g. 0,255.")
+@_as_json
+@_machine
+def evaluate(
+    model: str, mask_values: str | None, as_json: bool, local: bool, verbose: bool, **options: Any
+) -> None:
+    """Score a model on pairs of images and masks, at each mask's own size.
+
+    Without --images and --masks: on the pairs that the run held out for validation.
+
+    \b
+    Example:
+      unet-ray evaluate RUN --images train --masks train_masks
+    """
+    values = None
+    if mask_values is not None:
+        try:
+            values = tuple(int(value) for value in mask_values.split(","))
+        except ValueError:
+            raise UserError(f"--mask-values {mask_values!r}: numbers with commas, e.g. 0,255") from None
+    config = EvaluateConfig(model=model, mask_values=values, **_given(options))
+    from unet_ray.evaluation import evaluate as run
+
+    with _ray(local, verbose):
+        scores = run(config, local=local, on_progress=_ProgressPrinter("scored"))
+    if as_json:
+        click.echo(json.dumps(scores.to_json()))
+    else:
+        click.echo(f"{scores.images} images           mean    95 % interval     all pixels")
+        for label, score in (("Dice", scores.dice), ("IoU", scores.iou), ("pixel accuracy", scores.pixel_accuracy)):
+            click.echo(f"{label:<16} {score.mean:9.4f}  {score.ci95[0]:.4f} – {score.ci95[1]:.4f}  {score.total:9.4f}")
+        for name, row in scores.per_class.items():
+            cells = "  ".join(f"{key} {value:.4f}" for key, value in row.items() if value is not None)
+            click.echo(f"{name:<16} {cells or 'does not occur'}")
+        for path, reason in scores.failures[:5]:
+            click.echo(f"  not scored: {path}: {reason}", err=True)
+    if scores.failures:
+        sys.exit(1)
+
+
+@main.command()
+@click.argument("name", required=False)
+def recipes(name: str | None) -> None:
+    """List the recipes, or print one as YAML, ready for --config.
+
+    \b
+    Example:
+      unet-ray recipes carvana-fast > mine.yaml
+    """
+    if name:
+        click.echo(recipe_text(name), nl=False)
+        return
+    for recipe in recipe_names():
+        click.echo(f"{recipe:<14} {recipe_text(recipe).splitlines()[0].removeprefix('# ')}")
+
+
+@main.command()
+@click.option("--out", default="demo", show_default=True, metavar="DIR", help="New folder for data, run and masks.")
+@click.option("--local", is_flag=True, help="In this process: no Ray is started.")
+@click.option("--verbose", is_flag=True, help="Also show what Ray says.")
+def demo(out: str, local: bool, verbose: bool) -> None:
+    """Make a small data set, train on it, segment unseen images, score them: a few minutes on two CPUs.
+
+    \b
+    Example:
+      unet-ray demo --out demo
+    """
+    folder = Path(out)
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"--out {out} is not empty: remove it or choose another")
+    from unet_ray.demo import make_scenes
+
+    click.echo(f"making 60 scenes with a car: {folder / 'data'}")
+    data = folder / "data"
+    make_scenes(data)
+    config = load_train_config(
+        recipe="demo",
+        settings=[("data.images", str(data / "train")), ("data.masks", str(data / "train_masks"))],
+    )
+    run, masks = str(folder / "run"), str(folder / "masks")
+    if not local:
+        click.echo("starting Ray (about 20 seconds)")
+    from unet_ray.evaluation import evaluate as run_evaluate
+    from unet_ray.prediction import predict as run_predict
+    from unet_ray.training import train as run_train
+
+    with _ray(local, verbose):
+        run_train(config, run, local=local, on_start=_say_start, on_epoch=_epoch_printer(config))
+        click.echo("segmenting the unseen folder")
+        summary = run_predict(
+            PredictConfig(model=run, inputs=(str(data / "unseen"),), out=masks, formats=("png", "parquet")), local=local
+        )
+        scores = run_evaluate(
+            EvaluateConfig(model=run, images=str(data / "unseen"), masks=str(data / "unseen_masks")), local=local
+        )
+    low, high = scores.dice.ci95
+    click.echo(f"Dice on {scores.images} unseen scenes of unseen cars: {scores.dice.mean:.4f} (95 % {low:.4f} – {high:.4f})")
+    click.echo(f"  model  {run}/model\n  masks  {masks}/masks ({summary.ok} PNG), {masks}/masks.parquet")
+    unseen = shlex.quote(str(data / "unseen"))
+    _say_next(
+        f"unet-ray evaluate {shlex.quote(run)} --images {unseen} --masks {shlex.quote(str(data / 'unseen_masks'))}",
+        f"unet-ray predict {shlex.quote(run)} YOUR_FOLDER --out YOUR_MASKS",
+        "unet-ray train --images YOUR_IMAGES --masks YOUR_MASKS --out RUN --recipe carvana-fast",
+    )
+
+
+@contextmanager
+def _ray(local: bool, verbose: bool) -> Iterator[None]:
+    """A Ray for the command: the one this process has, else the cluster that RAY_ADDRESS names (a job has it set), else
+    one of its own on this machine, ended and cleaned up after. With `local` there is none."""
+    if local:
+        yield
+        return
+    # Ray Train repeats each worker's print on the driver; one voice is enough.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    import ray
+
+    if ray.is_initialized():  # a notebook or a test that has its own, and ends it
+        yield
+        return
+    quiet: dict[str, Any] = {} if verbose else {"log_to_driver": False, "logging_level": "ERROR"}
+    temporary = None
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(**quiet)
+    else:
+        # Not just any Ray that runs on this machine: it may be somebody else's. With one CPU, a worker would hold it
+        # and no image could ever be decoded, so Ray is told of two.
+        temporary = tempfile.mkdtemp(prefix="unet-ray-")
+        cpus = max(2, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2)
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, _temp_dir=temporary, **quiet)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _setting(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise UserError(f"--set {text!r}: write KEY=VALUE, e.g. --set model.base_channels=32")
+    return name.strip(), value
+
+
+def _flag_settings(flags: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Flags that were given, as dotted settings."""
+    names = {
+        "images": "data.images",
+        "masks": "data.masks",
+        "epochs": "train.epochs",
+        "batch_size": "train.batch_size",
+        "image_size": "data.image_size",
+        "lr": "train.learning_rate",
+        "seed": "train.seed",
+        "group_by": "data.group_by",
+        "workers": "compute.workers",
+        "device": "compute.device",
+        "precision": "train.precision",
+    }
+    return [(names[flag], value) for flag, value in flags.items() if value is not None]
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _read_text(location: str, option: str) -> str:
+    try:
+        return storage.read_bytes(storage.absolute(location)).decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{option} {location}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _allowance(text: str) -> Callable[[int], float]:
+    """How many of n images may fail, from `7` or `2%`."""
+    try:
+        value = float(text.removesuffix("%"))
+    except ValueError:
+        raise UserError(f"--allow-failures {text!r}: a number, or a percentage such as 2%") from None
+    return (lambda count: count * value / 100) if text.endswith("%") else (lambda _count: value)
+
+
+def _say_next(*commands: str) -> None:
+    click.echo("next:")
+    for command in commands:
+        click.echo(f"  {command}")
+
+
+def _say_start(train_pairs: int, val_pairs: int) -> None:
+    click.echo(f"training on {train_pairs} pairs, validating on {val_pairs}")
+
+
+def _epoch_printer(config: TrainConfig) -> Callable[[dict[str, Any]], None]:
+    def show(line: dict[str, Any]) -> None:
+        click.echo(
+            f"epoch {line['epoch']:>3}/{config.train.epochs}  loss {line['train_loss']:.4f}  "
+            f"val loss {line['val_loss']:.4f}  Dice {line['val_dice']:.4f}  IoU {line['val_iou']:.4f}  "
+            f"{line['images_per_second']:.1f} images/s  {line['seconds']:.0f} s"
+        )
+
+    return show
+
+
+class _ProgressPrinter:
+    """A line on stderr: rewritten in place on a terminal, a new one every ten seconds elsewhere."""
+
+    def __init__(self, verb: str) -> None:
+        self.verb, self.started, self.said = verb, time.monotonic(), 0.0
+        self.first: int | None = None
+        self.live = sys.stderr.isatty()
+
+    def __call__(self, done: int, failed: int, total: int) -> None:
+        now = time.monotonic()
+        if self.first is None:
+            self.first, self.started, self.said = done, now, now
+        speed = (done - self.first) / max(1e-9, now - self.started)
+        left = f", {(total - done) / speed:.0f} s left" if speed and done < total else ""
+        text = f"{done} of {total} images {self.verb}, {failed} failed, {speed:.2f} images/s{left}"
+        if self.live:
+            click.echo(f"\r{text[:78]:<78}", nl=done >= total, err=True)
+        elif now - self.said >= LOG_EVERY_SECONDS:
+            self.said = now
+            click.echo(text, err=True)
+
+
+def run_command(name: str, arguments: Sequence[str] | None = None) -> None:
+    """What jobs/<name>.py does: the command of that name with this process's arguments."""
+    main([name, *(sys.argv[1:] if arguments is None else arguments)])

@@ -1,0 +1,225 @@
+"""What Ray Data does for training, prediction and evaluation: rows decoded on the cluster, chunks through stages."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+from ray.data import ActorPoolStrategy, DataContext
+
+from unet_ray.config import UserError
+from unet_ray.records import Pair
+from unet_ray.rows import Batch, Decoder
+from unet_ray.stages import Chunk, Stage
+
+ROWS_A_BLOCK = 16
+"""Decoded rows a block: 16 MB at 512²; small enough to spread over many CPUs, large enough to be worth a task."""
+
+THREADS_A_MODEL = 8
+"""CPUs a copy of the model: more threads than this gain little on one image."""
+
+
+def configure(verbose: bool = False) -> None:
+    """Ray Data's settings for this process, before any Dataset is made (later changes have no effect)."""
+    context = DataContext.get_current()
+    context.enable_progress_bars = verbose
+    if not verbose:
+        for name in ("ray.data", "ray.data._internal", "ray.train"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+@dataclass(frozen=True, slots=True)
+class _DecodePairs:
+    """Table of pairs -> rows; a pair that can't be used carries its reason in `error`."""
+
+    decoder: Decoder
+
+    def __call__(self, table: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        height, width = self.decoder.data.size_hw
+        count = len(table["index"])
+        image = np.zeros((count, height, width, self.decoder.in_channels), np.uint8)
+        mask = np.zeros((count, height, width), np.uint8)
+        errors = np.full(count, "", dtype=object)
+        for row in range(count):
+            try:
+                image[row], mask[row] = self.decoder(str(table["image"][row]), str(table["mask"][row]))
+            except UserError as error:
+                errors[row] = str(error)
+        return {"index": table["index"], "image": image, "mask": mask, "error": errors}
+
+
+def _dataset_of(pairs: Sequence[Pair], groups: Sequence[np.ndarray], decoder: Decoder) -> ray.data.Dataset:
+    """Lazily decoded rows, one block for each group of row numbers, with columns index, image, mask, error."""
+    tables = [
+        pa.table(
+            {
+                "index": np.asarray(group, np.int64),
+                "image": [pairs[index].image for index in group],
+                "mask": [pairs[index].mask for index in group],
+            }
+        )
+        for group in groups
+    ]
+    return ray.data.from_arrow(tables).map_batches(_DecodePairs(decoder), batch_size=None, batch_format="numpy")
+
+
+class MaterialisedRows:
+    """Rows decoded once by Ray Data, held in the cluster's object store as uint8 and shared by all workers.
+
+    Any worker reads any row: on its own node without a copy, from another node once. That is what lets the batches of
+    an epoch be the same for every number of workers.
+    """
+
+    def __init__(self, pairs: Sequence[Pair], decoder: Decoder) -> None:
+        self.count = len(pairs)
+        groups = np.array_split(np.arange(self.count), -(-self.count // ROWS_A_BLOCK))
+        dataset = _dataset_of(pairs, groups, decoder).materialize()
+        for batch in dataset.select_columns(["error"]).iter_batches(batch_size=None):
+            for error in batch["error"]:
+                if error:
+                    raise UserError(error)
+        self.blocks = dataset.to_arrow_refs()
+        self._place: np.ndarray | None = None
+        self._columns: list[dict[str, np.ndarray]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"count": self.count, "blocks": self.blocks}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _place=None, _columns=[])
+
+    def __len__(self) -> int:
+        return self.count
+
+    def _open(self) -> np.ndarray:
+        """Maps every block into this process; returns (block, offset) of each row, int64 [M,2]."""
+        place = np.empty((self.count, 2), np.int64)
+        for number, block in enumerate(ray.get(self.blocks)):
+            # Views of shared memory, not copies.
+            columns = {
+                name: block[name].combine_chunks().to_numpy_ndarray() for name in ("image", "mask")
+            }
+            index = block["index"].to_numpy()
+            place[index] = np.stack([np.full(len(index), number), np.arange(len(index))], axis=1)
+            self._columns.append(columns)
+        return place
+
+    def batches(self, plan: Sequence[np.ndarray]) -> Iterator[Batch]:
+        if self._place is None:
+            self._place = self._open()
+        for indices in plan:
+            where = self._place[indices]
+            yield {
+                "image": np.stack([self._columns[block]["image"][offset] for block, offset in where]),
+                "mask": np.stack([self._columns[block]["mask"][offset] for block, offset in where]),
+                "index": indices,
+            }
+
+
+class RayStreamedRows:
+    """Rows decoded anew in every epoch by Ray Data tasks anywhere on the cluster, streamed to this worker in order."""
+
+    def __init__(self, pairs: Sequence[Pair], decoder: Decoder) -> None:
+        self.pairs, self.decoder = pairs, decoder
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def batches(self, plan: Sequence[np.ndarray]) -> Iterator[Batch]:
+        if not len(plan):
+            return
+        configure()
+        DataContext.get_current().execution_options.preserve_order = True
+        dataset = _dataset_of(self.pairs, plan, self.decoder)
+        for batch in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2):
+            for error in batch["error"]:
+                if error:
+                    raise UserError(error)
+            # A copy: blocks are read-only views of shared memory, which torch must not be given.
+            yield {"image": batch["image"].copy(), "mask": batch["mask"].copy(), "index": batch["index"]}
+
+
+def object_store_of_smallest_node() -> int:
+    """Bytes that every node of the cluster can hold."""
+    stores = [node["Resources"].get("object_store_memory", 0) for node in ray.nodes() if node["Alive"]]
+    return int(min(store for store in stores if store)) if any(stores) else 0
+
+
+def cluster_total(resource: str) -> float:
+    return ray.cluster_resources().get(resource, 0)
+
+
+def pick_device(wanted: str) -> str:
+    """`auto` is CUDA where the cluster has a GPU. Raises UserError if CUDA is asked for and is not there."""
+    gpus = cluster_total("GPU")
+    if wanted == "cuda" and gpus < 1:
+        raise UserError("--device cuda: the cluster has no GPU: use --device cpu")
+    return "cuda" if wanted == "cuda" or (wanted == "auto" and gpus >= 1) else "cpu"
+
+
+def check_workers(workers: int, device: str, cpus_per_worker: int = 1) -> None:
+    """Raises UserError if the cluster can't hold that many workers at once; Ray would wait for them for ever."""
+    resource, each = ("GPU", 1) if device == "cuda" else ("CPU", max(1, cpus_per_worker))
+    have = int(cluster_total(resource) // each)
+    if workers > have:
+        per = f" of {each} CPUs" if each > 1 else ""
+        raise UserError(
+            f"--workers {workers}{per}: the cluster has {int(cluster_total(resource))} {resource}s: "
+            f"use --workers {max(1, have)} or fewer"
+        )
+
+
+def run_on_cluster(
+    chunks: Sequence[Chunk], before: Stage, model: Callable[..., Stage], after: Stage, *, workers: int, device: str
+) -> Iterator[Chunk]:
+    """The stages of `stages.run_here` through Ray Data: `model(device=, threads=)` in a pool of actors that load it
+    once, the other two in tasks. Yields what `after` returns, a chunk at a time, as chunks are finished.
+
+    `workers`: how many copies of the model; 0: one a GPU, or one for every `THREADS_A_MODEL` CPUs.
+    """
+    device = pick_device(device)
+    threads: int | None = None
+    if device == "cuda":
+        check_workers(workers, device)
+        workers = workers or int(cluster_total("GPU"))
+        resources = {"num_gpus": 1.0}
+    else:
+        cpus = int(cluster_total("CPU"))
+        if workers >= max(2, cpus):
+            raise UserError(f"--workers {workers} leaves none of {cpus} CPUs to read images: use {max(1, cpus - 1)}")
+        workers = workers or max(1, cpus // THREADS_A_MODEL)
+        threads = max(1, cpus // workers)
+        # One CPU of each model's share stays free: with all of them held by actors, no task could ever decode. The
+        # threads are the whole share: decoding is short beside the model, and idle CPUs would cost more.
+        resources = {"num_cpus": float(max(1, threads - 1))}
+    tables = [pa.table({name: pa.array(column) for name, column in chunk.items()}) for chunk in chunks]
+    dataset = (
+        ray.data.from_arrow(tables)
+        .map_batches(before, batch_size=None, batch_format="numpy")
+        .map_batches(
+            _ModelActor,
+            fn_constructor_kwargs={"model": model, "device": device, "threads": threads},
+            batch_size=None,
+            batch_format="numpy",
+            compute=ActorPoolStrategy(min_size=1, max_size=workers),
+            **resources,
+        )
+        .map_batches(after, batch_size=None, batch_format="numpy")
+    )
+    yield from dataset.iter_batches(batch_size=None, batch_format="numpy")
+
+
+class _ModelActor:
+    """The model stage as Ray Data wants it: a class that is built once in each actor."""
+
+    def __init__(self, model: Callable[..., Stage], device: str, threads: int | None) -> None:
+        self.stage = model(device=device, threads=threads)
+
+    def __call__(self, chunk: Chunk) -> Chunk:
+        return self.stage(chunk)

@@ -1,0 +1,1 @@
+"""Settings that are known to work, one YAML file each; `unet-ray recipes` lists them."""
