@@ -62,6 +62,7 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory):
         ray.init(
             address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
             object_store_memory=500 * 2**20, _temp_dir=temporary,
+            _node_ip_address="127.0.0.1",
         )
         yield ray
         ray.shutdown()

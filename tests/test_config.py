@@ -86,9 +86,9 @@ def test_the_2015_network_takes_92_pixels_from_each_side():
     ModelConfig(padding="valid").check_size(388, "--image-size")
 
 
-def test_channels_double_from_level_to_level_or_grow_in_steps_of_16():
+def test_channels_double_from_level_to_level_or_grow_in_steps_of_4():
     assert ModelConfig().channels == [64, 128, 256, 512, 1024]
-    assert ModelConfig(base_channels=16, growth=1.5, depth=5).channels == [16, 32, 32, 48, 80, 128]
+    assert ModelConfig(base_channels=16, growth=1.5, depth=5).channels == [16, 24, 36, 56, 80, 120]
 
 
 def test_every_setting_has_a_section():

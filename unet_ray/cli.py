@@ -290,6 +290,8 @@ def _ray(local: bool, verbose: bool) -> Iterator[None]:
         return
     # Ray Train repeats each worker's print on the driver; one voice is enough.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    if not verbose:
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's C++ side writes to stderr by itself
     import ray
 
     if ray.is_initialized():  # a notebook or a test that has its own, and ends it
@@ -304,7 +306,10 @@ def _ray(local: bool, verbose: bool) -> Iterator[None]:
         # and no image could ever be decoded, so Ray is told of two.
         temporary = tempfile.mkdtemp(prefix="unet-ray-")
         cpus = max(2, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2)
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, _temp_dir=temporary, **quiet)
+        ray.init(
+            address="local", num_cpus=cpus, include_dashboard=False, _temp_dir=temporary,
+            _node_ip_address="127.0.0.1", **quiet,
+        )
     try:
         yield
     finally:

@@ -42,8 +42,7 @@ class ModelConfig:
     depth: int = 4
     """How often the image is halved (figure 1: 4)."""
     growth: float = 2.0
-    """Level k has base_channels * growth**k channels (figure 1: 2). A growth other than 2 is rounded to multiples of 16,
-    which is what vector units take at a time: 24 channels cost what 32 do."""
+    """Level k has base_channels * growth**k channels (figure 1: 2), rounded to a multiple of 4 if growth is not 2."""
     norm: Literal["none", "batch", "group", "instance"] = "batch"
     padding: Literal["same", "valid"] = "same"
     """`same`: any input size, the mask as large as the image. `valid`: the 2015 paper's unpadded convolutions."""
@@ -77,7 +76,7 @@ class ModelConfig:
         """Channels of each level, the first and finest first: `depth + 1` numbers."""
         if self.growth == 2:
             return [self.base_channels * 2**level for level in range(self.depth + 1)]
-        deeper = [max(16, round(self.base_channels * self.growth**level / 16) * 16) for level in range(1, self.depth + 1)]
+        deeper = [max(4, round(self.base_channels * self.growth**level / 4) * 4) for level in range(1, self.depth + 1)]
         return [self.base_channels, *deeper]
 
     @property

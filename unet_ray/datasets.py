@@ -201,7 +201,9 @@ def run_on_cluster(
     tables = [pa.table({name: pa.array(column) for name, column in chunk.items()}) for chunk in chunks]
     dataset = (
         ray.data.from_arrow(tables)
-        .map_batches(before, batch_size=None, batch_format="numpy")
+        # Half a CPU: reading is in part waiting. And a share of its own keeps Ray Data from fusing the stage into the
+        # model's actors, where decoding would not overlap with the model.
+        .map_batches(before, batch_size=None, batch_format="numpy", num_cpus=0.5)
         .map_batches(
             _ModelActor,
             fn_constructor_kwargs={"model": model, "device": device, "threads": threads},
@@ -210,7 +212,7 @@ def run_on_cluster(
             compute=ActorPoolStrategy(min_size=1, max_size=workers),
             **resources,
         )
-        .map_batches(after, batch_size=None, batch_format="numpy")
+        .map_batches(after, batch_size=None, batch_format="numpy", num_cpus=0.5)
     )
     yield from dataset.iter_batches(batch_size=None, batch_format="numpy")
 
