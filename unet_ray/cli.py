@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -291,31 +291,44 @@ def _ray(local: bool, verbose: bool) -> Iterator[None]:
     # Ray Train repeats each worker's print on the driver; one voice is enough.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     if not verbose:
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's C++ side writes to stderr by itself
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's C++ side writes warnings to stderr by itself
     import ray
 
     if ray.is_initialized():  # a notebook or a test that has its own, and ends it
         yield
         return
-    quiet: dict[str, Any] = {} if verbose else {"log_to_driver": False, "logging_level": "ERROR"}
+    options: dict[str, Any] = {} if verbose else {"log_to_driver": False, "logging_level": "ERROR"}
     temporary = None
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(**quiet)
-    else:
+    if not os.environ.get("RAY_ADDRESS"):
         # Not just any Ray that runs on this machine: it may be somebody else's. With one CPU, a worker would hold it
         # and no image could ever be decoded, so Ray is told of two.
         temporary = tempfile.mkdtemp(prefix="unet-ray-")
-        cpus = max(2, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2)
-        ray.init(
-            address="local", num_cpus=cpus, include_dashboard=False, _temp_dir=temporary,
-            _node_ip_address="127.0.0.1", **quiet,
-        )
+        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        options |= {"address": "local", "num_cpus": max(2, cpus), "include_dashboard": False}
+        options |= {"_temp_dir": temporary, "_node_ip_address": "127.0.0.1"}
+    with nullcontext() if verbose else _stderr_to_nowhere():
+        ray.init(**options)
     try:
         yield
     finally:
         ray.shutdown()
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _stderr_to_nowhere() -> Iterator[None]:
+    """Hides what C++ code prints, which Python's own redirection does not reach. Exceptions are not hidden."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _setting(text: str) -> tuple[str, str]:

@@ -7,6 +7,7 @@ this one's place among them.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import math
 import time
@@ -99,6 +100,21 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     """The arithmetic of a forward pass: `auto`, `fp32` or `bf16`."""
     use = precision == "bf16" or (precision == "auto" and bf16_is_fast(device))
     return torch.autocast(device.type, torch.bfloat16) if use else contextlib.nullcontext()
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc to keep the memory of freed activations instead of handing it back to the system at every step.
+
+    Taking it anew means a page fault for every 4 KiB: on two CPU cores training was 14 % faster without. Elsewhere
+    (musl, macOS, Windows) it does nothing.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD, at its largest: blocks up to here come from the heap
+    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    mallopt(-2, 256 * 2**20)  # M_TOP_PAD: the heap grows by this much at a time
 
 
 def to_network(image_NHWC: Tensor, device: torch.device, margin: int) -> Tensor:
@@ -246,6 +262,8 @@ def fit(
     """
     rank, world = (dist.get_rank(), world_size()) if dist.is_initialized() else (0, 1)
     fit_config = config.train
+    if device.type == "cpu":
+        keep_freed_memory()
     torch.manual_seed(fit_config.seed)
     network = build(config.model).to(device)
     if fit_config.channels_last:

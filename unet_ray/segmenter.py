@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from unet_ray import checkpoint
-from unet_ray.engine import autocast, to_network
+from unet_ray.engine import autocast, keep_freed_memory, to_network
 
 IMAGES_AT_ONCE = {"cpu": 1, "cuda": 8}
 """On a CPU one image at a time keeps the activations in the caches, and was fastest."""
@@ -38,6 +38,8 @@ class Segmenter:
     ) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
+        if device == "cpu":
+            keep_freed_memory()
         self.device, self.precision = torch.device(device), precision
         model, self.card = checkpoint.load_model(location)
         self.model = model.eval().to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -38,13 +38,13 @@ class UNet(nn.Module):
         initialise(self)
 
     def forward(self, image_NCHW: Tensor) -> Tensor:
-        x = image_NCHW.float() * self.pixel_scale + self.pixel_shift
-        height, width = x.shape[-2:]
-        if self.config.padding == "same":
-            step = 2**self.depth * self.patch
-            x = F.pad(x, (0, -width % step, 0, -height % step), mode="replicate")
+        height, width = image_NCHW.shape[-2:]
+        step = 2**self.depth * self.patch
+        x = continue_edge(image_NCHW, -height % step, -width % step) if self.config.padding == "same" else image_NCHW
         if self.patch > 1:
-            x = F.pixel_unshuffle(x, self.patch)
+            # Still uint8, where moving pixels is cheapest.
+            x = F.pixel_unshuffle(x, self.patch).contiguous(memory_format=torch.channels_last)
+        x = x.float() * self.pixel_scale + self.pixel_shift
 
         skips = []
         for level, block in enumerate(self.down):
@@ -102,6 +102,15 @@ def norm_layer(norm: str, channels: int) -> nn.Module:
     # Groups of at least 8 channels where they divide evenly: Wu & He 2018 found 16 best, and used at most 32 groups.
     groups = next(g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0 and (channels // g >= 8 or g == 1))
     return nn.GroupNorm(groups, channels) if norm == "group" else nn.InstanceNorm2d(channels, affine=True)
+
+
+def continue_edge(image_NCHW: Tensor, rows: int, columns: int) -> Tensor:
+    """The image with its last row and column repeated; of any dtype (F.pad knows no uint8), uncopied where it fits."""
+    if rows:
+        image_NCHW = torch.cat([image_NCHW, image_NCHW[:, :, -1:].expand(-1, -1, rows, -1)], dim=2)
+    if columns:
+        image_NCHW = torch.cat([image_NCHW, image_NCHW[..., -1:].expand(-1, -1, -1, columns)], dim=3)
+    return image_NCHW
 
 
 def crop_centre(skip: Tensor, like: Tensor) -> Tensor:

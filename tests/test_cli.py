@@ -1,0 +1,280 @@
+"""The commands as a user types them: exit codes, output, errors of one line."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+from conftest import TINY, make_discs
+from PIL import Image
+
+from unet_ray.cli import main
+
+QUICK = [argument for name, value in TINY for argument in ("--set", f"{name}={value}")]
+
+
+def run(*arguments: object, code: int = 0):
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output + str(result.exception)
+    return result
+
+
+def train(discs, out, *more, code=0):
+    images, masks = discs
+    return run("train", "--images", images, "--masks", masks, "--out", out, "--local", *QUICK, *more, code=code)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A run directory of a network that finds discs."""
+    folder = tmp_path_factory.mktemp("trained")
+    discs = make_discs(folder / "discs", 12)
+    train(discs, folder / "run", "--epochs", 30, "--set", "train.schedule=one_cycle")
+    return folder / "run"
+
+
+def test_train_says_each_epoch_and_what_is_next(discs, tmp_path):
+    output = train(discs, tmp_path / "run").output
+    assert "training on 10 pairs, validating on 2" in output
+    assert re.search(r"epoch +2/2  loss \d\.\d+  val loss \d\.\d+  Dice 0\.\d+", output)
+    assert f"unet-ray predict {tmp_path / 'run'} FOLDER --out MASKS" in output
+
+
+def test_predict_writes_a_mask_and_a_manifest_row_for_every_image(trained, tmp_path):
+    folder = tmp_path / "with space" / "sub ü"
+    folder.mkdir(parents=True)
+    sizes = {"a.png": (40, 31), "b.jpg": (100, 64), "b.png": (8, 8), "c.bmp": (333, 20)}
+    for name, size in sizes.items():
+        Image.new("RGB", size, (90, 120, 30)).save(folder / name)
+    out = tmp_path / "out"
+    result = run("predict", trained, tmp_path / "with space", "--out", out, "--format", "png,parquet", "--local")
+    assert "4 of 4 images segmented, 0 failed" in result.output
+    masks = {str(p.relative_to(out / "masks")): p for p in (out / "masks").rglob("*.png")}
+    # a.png and c.bmp give their stems; b.jpg and b.png would give the same one.
+    assert set(masks) == {"sub ü/a.png", "sub ü/b.jpg.png", "sub ü/b.png.png", "sub ü/c.png"}
+    for name, size in sizes.items():
+        mask = Image.open(masks[f"sub ü/{name if name.startswith('b') else name[:-4]}.png"])
+        assert (mask.mode, mask.size) == ("1", size)
+    manifest = pq.read_table(out / "manifest.parquet").to_pylist()
+    assert sorted(Path(row["path"]).name for row in manifest) == sorted(sizes)
+    for row in manifest:
+        assert row["status"] == "ok" and row["error"] == ""
+        assert row["height"] * row["width"] == sum(row["pixels"])
+        stored = np.asarray(Image.open(out / row["output"]))
+        assert row["pixels"] == [int((~stored).sum()), int(stored.sum())]
+        assert 0.5 <= row["confidence"] <= 1
+    table = pq.read_table(out / "masks.parquet").to_pylist()
+    assert {row["path"]: row["mask"] for row in table} == {
+        row["path"]: (out / row["output"]).read_bytes() for row in manifest
+    }
+
+
+def bad_folder(folder: Path) -> Path:
+    folder.mkdir()
+    for number in range(10):
+        Image.fromarray(np.random.default_rng(number).integers(0, 255, (48, 48, 3)).astype(np.uint8)).save(folder / f"{number}.jpg")
+    (folder / "3.jpg").write_bytes((folder / "3.jpg").read_bytes()[:500])
+    (folder / "5.jpg").write_bytes(b"")
+    (folder / "7.jpg").write_text("<html>404</html>")
+    return folder
+
+
+def test_one_truncated_image_does_not_stop_the_folder(trained, tmp_path):
+    folder = bad_folder(tmp_path / "bad")
+    result = run("predict", trained, folder, "--out", tmp_path / "out", "--local", code=1)
+    assert "7 of 10 images segmented, 3 failed" in result.output
+    rows = {Path(r["path"]).name: r for r in pq.read_table(tmp_path / "out/manifest.parquet").to_pylist()}
+    assert len(rows) == 10
+    assert "truncated" in rows["3.jpg"]["error"]
+    assert rows["5.jpg"]["error"] == "the file is empty"
+    assert "not an image" in rows["7.jpg"]["error"]
+    assert [name for name, row in rows.items() if row["status"] == "failed"] == ["3.jpg", "5.jpg", "7.jpg"]
+    assert len(list((tmp_path / "out/masks").iterdir())) == 7
+    for allowed, code in (("3", 0), ("2", 1), ("30%", 0), ("29%", 1)):
+        again = ["predict", trained, folder, "--out", tmp_path / "out", "--local", "--allow-failures", allowed, "--json"]
+        summary = json.loads(run(*again, code=code).stdout)
+        assert (summary["images"], summary["failed"], summary["already_done"]) == (10, 3, 10)
+
+
+def test_a_stopped_prediction_goes_on_and_ends_the_same(trained, tmp_path, monkeypatch):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(30):
+        Image.fromarray(np.random.default_rng(number).integers(0, 255, (20, 20, 3)).astype(np.uint8)).save(folder / f"{number}.png")
+    arguments = ["predict", trained, folder, "--local", "--format", "png,parquet", "--out"]
+    run(*arguments, tmp_path / "whole")
+
+    from unet_ray.stages import Write
+
+    write, calls = Write.__call__, []
+
+    def stopped(self, chunk):
+        calls.append(chunk)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return write(self, chunk)
+
+    monkeypatch.setattr(Write, "__call__", stopped)
+    assert "Stopped" in run(*arguments, tmp_path / "parts", code=130).output
+    monkeypatch.setattr(Write, "__call__", write)
+    summary = json.loads(run(*arguments, tmp_path / "parts", "--json").stdout)
+    assert (summary["images"], summary["ok"], summary["already_done"]) == (30, 30, 16)
+
+    def contents(out):
+        return {str(p.relative_to(out)): p.read_bytes() for d in ("masks", "masks.parquet") for p in (out / d).rglob("*.*")}
+
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+def test_a_changed_image_is_done_again(trained, tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    Image.new("RGB", (20, 20)).save(folder / "1.png")
+    arguments = ["predict", trained, folder, "--local", "--out", tmp_path / "out", "--json"]
+    assert json.loads(run(*arguments).stdout)["already_done"] == 0
+    assert json.loads(run(*arguments).stdout)["already_done"] == 1
+    Image.new("RGB", (30, 20)).save(folder / "1.png")
+    assert json.loads(run(*arguments).stdout)["already_done"] == 0
+    assert Image.open(tmp_path / "out/masks/1.png").size == (30, 20)
+
+
+def test_evaluate_scores_and_its_json_is_one_object(trained):
+    result = run("evaluate", trained, "--local", "--json")
+    scores = json.loads(result.stdout)
+    assert scores["images"] == 2
+    for name in ("dice", "iou", "pixel_accuracy"):
+        assert set(scores[name]) == {"mean", "ci95", "global"}
+        assert scores[name]["ci95"][0] <= scores[name]["mean"] <= scores[name]["ci95"][1]
+    table = run("evaluate", trained, "--local").output
+    assert f"Dice                {scores['dice']['mean']:.4f}" in table
+
+
+def test_evaluate_agrees_with_the_masks_that_predict_writes(trained, tmp_path):
+    images, masks = make_discs(tmp_path / "unseen", 9, seed=5)
+    scores = json.loads(run("evaluate", trained, "--images", images, "--masks", masks, "--local", "--json").stdout)
+    run("predict", trained, images, "--out", tmp_path / "out", "--local")
+    dice = []
+    for path in sorted(masks.iterdir()):
+        truth, mask = (np.asarray(Image.open(p)) > 0 for p in (path, tmp_path / "out/masks" / path.name))
+        dice.append(2 * (truth & mask).sum() / (truth.sum() + mask.sum()))
+    assert scores["dice"]["mean"] == pytest.approx(np.mean(dice))
+    assert scores["dice"]["mean"] > 0.7
+
+
+def test_masks_with_other_values_are_scored_when_the_values_are_named(trained, tmp_path):
+    images, masks = make_discs(tmp_path / "ids", 4, mask_value=1)
+    pairs = ["--images", images, "--masks", masks, "--local"]
+    assert "outside the classes" in run("evaluate", trained, *pairs, code=2).output
+    assert run("evaluate", trained, *pairs, "--mask-values", "0,1").exit_code == 0
+
+
+def broken(discs, kind: str) -> None:
+    images, masks = discs
+    first = sorted(images.iterdir())[0].name
+    if kind == "mask missing":
+        (masks / first).unlink()
+    elif kind == "two masks":
+        (masks / first.replace(".png", "_mask.png")).write_bytes((masks / first).read_bytes())
+    elif kind == "mask of another size":
+        Image.new("L", (31, 32)).save(masks / first)
+    elif kind == "mask value":
+        Image.new("L", (32, 32), 7).save(masks / first)
+    elif kind == "truncated image":
+        (images / first).write_bytes((images / first).read_bytes()[:200])
+    elif kind == "empty folder":
+        for path in images.iterdir():
+            path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "message"),
+    [
+        ("mask missing", [], "no mask for 'a_000.png'"),
+        ("two masks", [], "with two masks (a_000: a_000.png, a_000_mask.png)"),
+        ("mask of another size", [], "31x32 pixels, but its image"),
+        ("mask value", ["--set", "data.mask_values=[0, 255]"], "value(s) 7 outside the classes"),
+        ("mask value", [], "--set data.mask_values="),
+        ("truncated image", [], "a_000.png: cannot be decoded"),
+        ("empty folder", [], "no image in it"),
+        ("", ["--images", "/no/such/folder"], "/no/such/folder: no such folder"),
+        ("", ["--recipe", "carvanna"], "did you mean 'carvana'?"),
+        ("", ["--set", "train.epoch=3"], "did you mean 'train.epochs'?"),
+        ("", ["--set", "train.epochs"], "write KEY=VALUE"),
+        ("", ["--set", "model.padding=valid", "--image-size", "33"], "--image-size 33 can't be divided by 2"),
+        ("", ["--workers", "2"], "--workers 2 with --local"),
+        ("", ["--batch-size", "2", "--workers", "3"], "use 3 or more"),
+        ("", ["--config", "/no/such.yaml"], "--config /no/such.yaml: No such file"),
+        ("", ["--group-by", "^x"], "finds nothing in 'a_000'"),
+    ],
+)
+def test_what_a_user_can_cause_is_one_line_and_exit_code_2(discs, tmp_path, kind, more, message):
+    broken(discs, kind)
+    result = train(discs, tmp_path / "run", *more, code=2)
+    assert message in result.stderr
+    assert result.stderr.startswith("Error: ") and result.stderr.count("\n") == 1
+    assert not (tmp_path / "run/model").exists()
+
+
+def test_an_out_that_holds_another_run_is_refused(trained, discs, tmp_path):
+    assert "holds another run" in train(discs, trained, code=2).stderr
+    images, _ = discs
+    run("predict", trained, images, "--out", tmp_path / "out", "--local")
+    other = run("predict", trained, images, "--out", tmp_path / "out", "--local", "--format", "parquet", code=2)
+    assert "holds another run (other formats)" in other.stderr
+    assert "holds other files" in run("predict", trained, images, "--out", trained, "--local", code=2).stderr
+
+
+def test_a_model_that_is_not_there_is_an_error(discs, tmp_path):
+    images, _ = discs
+    assert "no such folder" in run("predict", tmp_path / "no", images, "--out", tmp_path / "o", "--local", code=2).stderr
+    assert "no model in it" in run("evaluate", images, "--local", code=2).stderr
+
+
+def test_a_printed_recipe_runs_as_a_config(discs, tmp_path):
+    (tmp_path / "mine.yaml").write_text(run("recipes", "carvana-fast").output)
+    images, masks = discs
+    more = ["--set", "model.base_channels=4", "--set", "model.depth=2", "--epochs", 1, "--image-size", 32]
+    run("train", "--images", images, "--masks", masks, "--out", tmp_path / "run", "--config", tmp_path / "mine.yaml", "--local", *more)
+    listing = run("recipes").output
+    assert all(name in listing for name in ("carvana ", "carvana-cpu", "carvana-fast"))
+
+
+@pytest.mark.parametrize("command", sorted(main.commands))
+def test_every_command_has_help_with_an_example(command):
+    assert "Example:" in run(command, "--help").output
+
+
+def test_the_module_runs_as_a_script():
+    result = subprocess.run([sys.executable, "-m", "unet_ray", "--version"], capture_output=True, text=True, check=True)
+    assert result.stdout.startswith("unet-ray, version ")
+
+
+def test_ctrl_c_ends_a_local_training_that_can_be_resumed(discs, tmp_path):
+    """A real signal to a real process."""
+    import signal
+    import time
+
+    images, masks = discs
+    command = [sys.executable, "-m", "unet_ray", "train", "--images", images, "--masks", masks, "--out", tmp_path / "run",
+               "--local", *QUICK, "--set", "train.epochs=2000"]
+    process = subprocess.Popen([str(c) for c in command], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run/last/state.safetensors").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.startswith("Stopped.") and errors.count("\n") == 1
+    done = len((tmp_path / "run/metrics.jsonl").read_text().splitlines())
+    resumed = train(discs, tmp_path / "run", "--resume", "--epochs", done + 1)
+    assert f"epoch {done + 1:>3}/" in resumed.output and f"epoch {done:>3}/" not in resumed.output
+
+
+def test_the_environment_is_left_alone():
+    assert "RAY_ADDRESS" not in os.environ

@@ -1,0 +1,109 @@
+"""Training through Ray Train: the same as in one process, for any number of workers."""
+
+import json
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from conftest import TINY, make_discs
+
+from unet_ray import training
+from unet_ray.config import UserError, load_train_config
+
+pytestmark = pytest.mark.slow
+TIMES = {"seconds", "train_seconds", "images_per_second"}
+
+
+@pytest.fixture(scope="module")
+def discs(tmp_path_factory) -> tuple[Path, Path]:
+    """21 pairs: 14 to train on, 7 to validate on; neither divides by 2 or 3 workers."""
+    return make_discs(tmp_path_factory.mktemp("discs"), 21)
+
+
+def config_for(discs, *settings):
+    images, masks = discs
+    return load_train_config(
+        settings=[
+            ("data.images", str(images)), ("data.masks", str(masks)), *TINY,
+            ("model.norm", "none"), ("data.val_fraction", 0.33), ("train.epochs", 3), *settings,
+        ]
+    )
+
+
+def lines(run: Path) -> list[dict]:
+    """metrics.jsonl but for times."""
+    text = (run / "metrics.jsonl").read_text()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in text.splitlines()]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return {
+        name: tensor
+        for name, tensor in safetensors.torch.load_file(run / "last/state.safetensors").items()
+        if name.startswith("model.")
+    }
+
+
+def assert_equal_to_rounding(one: Path, other: Path) -> None:
+    for ours, theirs in zip(lines(one), lines(other), strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in ours.items():
+            assert value == theirs[name] or value == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), name
+    ours, theirs = weights(one), weights(other)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-5), name
+
+
+def test_one_and_two_workers_and_none_train_the_same_network(ray_cluster, discs, tmp_path):
+    one_batch = ("train.batch_size", 14)
+    training.train(config_for(discs, one_batch), str(tmp_path / "local"), local=True)
+    told = []
+    for workers in (1, 2):
+        config = config_for(discs, one_batch, ("compute.workers", workers))
+        result = training.train(config, str(tmp_path / f"ray{workers}"), on_epoch=told.append)
+        assert result.epochs == 3
+    assert [line["epoch"] for line in told] == [1, 2, 3, 1, 2, 3]
+    assert_equal_to_rounding(tmp_path / "local", tmp_path / "ray1")
+    assert_equal_to_rounding(tmp_path / "ray1", tmp_path / "ray2")
+    written = sorted(str(p.relative_to(tmp_path / "ray2")) for p in (tmp_path / "ray2").rglob("*") if p.is_file())
+    assert written == sorted(
+        ["config.yaml", "last/state.safetensors", "metrics.jsonl", "model/model.json", "model/model.safetensors"]
+    )
+
+
+def test_three_workers_score_each_image_once_and_twice_the_same_command_gives_the_same(ray_cluster, discs, tmp_path):
+    training.train(config_for(discs), str(tmp_path / "local"), local=True)
+    for run in ("first", "second"):
+        training.train(config_for(discs, ("compute.workers", 3)), str(tmp_path / run))
+    assert lines(tmp_path / "first") == lines(tmp_path / "second")
+    # The batches are the same for every number of workers, so even here the figures agree to rounding.
+    assert_equal_to_rounding(tmp_path / "local", tmp_path / "first")
+    for line in lines(tmp_path / "first"):
+        assert (line["val_images"], line["val_pixels"]) == (7, 7 * 32 * 32)
+
+
+def test_what_does_not_fit_in_the_object_store_is_streamed_with_the_same_result(ray_cluster, discs, tmp_path):
+    training.train(config_for(discs), str(tmp_path / "local"), local=True)
+    streamed = config_for(discs, ("compute.memory_fraction", 0), ("compute.workers", 2), ("compute.cpus_per_worker", 1))
+    training.train(streamed, str(tmp_path / "streamed"))
+    assert_equal_to_rounding(tmp_path / "local", tmp_path / "streamed")
+
+
+def test_requests_that_the_cluster_cannot_meet_are_errors_at_once(ray_cluster, discs, tmp_path):
+    with pytest.raises(UserError, match="the cluster has 4 CPUs: use --workers 4 or fewer"):
+        training.train(config_for(discs, ("compute.workers", 5), ("train.batch_size", 5)), str(tmp_path / "run"))
+    with pytest.raises(UserError, match="the cluster has no GPU"):
+        training.train(config_for(discs, ("compute.device", "cuda")), str(tmp_path / "run"))
+    with pytest.raises(UserError, match="leaves none of 4 CPUs to stream"):
+        config = config_for(discs, ("compute.workers", 4), ("compute.memory_fraction", 0))
+        training.train(config, str(tmp_path / "run"))
+
+
+def test_a_bad_pair_is_one_line_that_names_the_file(ray_cluster, tmp_path):
+    images, masks = make_discs(tmp_path / "bad", 6)
+    (images / "b_001.png").write_bytes((images / "b_001.png").read_bytes()[:300])
+    with pytest.raises(UserError, match=r"b_001.png: cannot be decoded: .*; mend or remove it") as error:
+        training.train(config_for((images, masks)), str(tmp_path / "run"))
+    assert "\n" not in str(error.value)
