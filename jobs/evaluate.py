@@ -1,4 +1,4 @@
-"""`ray job submit --working-dir . -- python jobs/evaluate.py …`: what `unet-ray evaluate …` does, with the same exit codes."""
+"""`unet-ray evaluate …` for `ray job submit --working-dir . -- python jobs/evaluate.py …`, with its exit codes."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`ray job submit --working-dir . -- python jobs/predict.py …`: what `unet-ray predict …` does, with the same exit codes."""
+"""`unet-ray predict …` for `ray job submit --working-dir . -- python jobs/predict.py …`, with its exit codes."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`ray job submit --working-dir . -- python jobs/train.py …`: what `unet-ray train …` does, with the same exit codes."""
+"""`unet-ray train …` for `ray job submit --working-dir . -- python jobs/train.py …`, with its exit codes."""
 
 import sys
 from pathlib import Path

@@ -19,13 +19,15 @@ def disc(size: int, centre: tuple[float, float], radius: float) -> np.ndarray:
 
 
 def make_discs(folder: Path, count: int, *, size: int = 32, seed: int = 0, mask_value: int = 255) -> tuple[Path, Path]:
-    """images/ (RGB PNG: a disc on noise) and masks/ (0 and `mask_value`); every third pair of one group `a`, `b`, `c`."""
+    """images/ (RGB PNG: a disc on noise) and masks/ (0 and `mask_value`), named a_000, b_001, c_002, a_003, …"""
     generator = np.random.default_rng(seed)
     images, masks = folder / "images", folder / "masks"
     images.mkdir(parents=True)
     masks.mkdir()
     for number in range(count):
-        mask = disc(size, tuple(generator.uniform(size * 0.3, size * 0.7, 2)), generator.uniform(size * 0.15, size * 0.3))
+        mask = disc(
+            size, tuple(generator.uniform(size * 0.3, size * 0.7, 2)), generator.uniform(size * 0.15, size * 0.3)
+        )
         pixels = generator.integers(0, 90, (size, size, 3)) + mask[..., None] * generator.integers(60, 150, 3)
         name = f"{'abc'[number % 3]}_{number:03d}.png"
         Image.fromarray(pixels.astype(np.uint8)).save(images / name)
@@ -52,7 +54,7 @@ TINY = [
 
 
 @pytest.fixture(scope="session")
-def ray_cluster(tmp_path_factory: pytest.TempPathFactory):
+def ray_cluster():
     """One Ray with 4 CPUs for all tests that need one (started where the first of them runs, ended at the end)."""
     import tempfile
 
@@ -60,8 +62,13 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory):
 
     with tempfile.TemporaryDirectory(prefix="ur-", ignore_cleanup_errors=True) as temporary:
         ray.init(
-            address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
-            object_store_memory=500 * 2**20, _temp_dir=temporary,
+            address="local",
+            num_cpus=4,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            object_store_memory=500 * 2**20,
+            _temp_dir=temporary,
             _node_ip_address="127.0.0.1",
         )
         yield ray

@@ -78,7 +78,9 @@ def test_predict_writes_a_mask_and_a_manifest_row_for_every_image(trained, tmp_p
 def bad_folder(folder: Path) -> Path:
     folder.mkdir()
     for number in range(10):
-        Image.fromarray(np.random.default_rng(number).integers(0, 255, (48, 48, 3)).astype(np.uint8)).save(folder / f"{number}.jpg")
+        Image.fromarray(np.random.default_rng(number).integers(0, 255, (48, 48, 3)).astype(np.uint8)).save(
+            folder / f"{number}.jpg"
+        )
     (folder / "3.jpg").write_bytes((folder / "3.jpg").read_bytes()[:500])
     (folder / "5.jpg").write_bytes(b"")
     (folder / "7.jpg").write_text("<html>404</html>")
@@ -97,7 +99,17 @@ def test_one_truncated_image_does_not_stop_the_folder(trained, tmp_path):
     assert [name for name, row in rows.items() if row["status"] == "failed"] == ["3.jpg", "5.jpg", "7.jpg"]
     assert len(list((tmp_path / "out/masks").iterdir())) == 7
     for allowed, code in (("3", 0), ("2", 1), ("30%", 0), ("29%", 1)):
-        again = ["predict", trained, folder, "--out", tmp_path / "out", "--local", "--allow-failures", allowed, "--json"]
+        again = [
+            "predict",
+            trained,
+            folder,
+            "--out",
+            tmp_path / "out",
+            "--local",
+            "--allow-failures",
+            allowed,
+            "--json",
+        ]
         summary = json.loads(run(*again, code=code).stdout)
         assert (summary["images"], summary["failed"], summary["already_done"]) == (10, 3, 10)
 
@@ -106,7 +118,9 @@ def test_a_stopped_prediction_goes_on_and_ends_the_same(trained, tmp_path, monke
     folder = tmp_path / "images"
     folder.mkdir()
     for number in range(30):
-        Image.fromarray(np.random.default_rng(number).integers(0, 255, (20, 20, 3)).astype(np.uint8)).save(folder / f"{number}.png")
+        Image.fromarray(np.random.default_rng(number).integers(0, 255, (20, 20, 3)).astype(np.uint8)).save(
+            folder / f"{number}.png"
+        )
     arguments = ["predict", trained, folder, "--local", "--format", "png,parquet", "--out"]
     run(*arguments, tmp_path / "whole")
 
@@ -127,7 +141,9 @@ def test_a_stopped_prediction_goes_on_and_ends_the_same(trained, tmp_path, monke
     assert (summary["images"], summary["ok"], summary["already_done"]) == (30, 30, 16)
 
     def contents(out):
-        return {str(p.relative_to(out)): p.read_bytes() for d in ("masks", "masks.parquet") for p in (out / d).rglob("*.*")}
+        return {
+            str(p.relative_to(out)): p.read_bytes() for d in ("masks", "masks.parquet") for p in (out / d).rglob("*.*")
+        }
 
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
@@ -232,7 +248,9 @@ def test_an_out_that_holds_another_run_is_refused(trained, discs, tmp_path):
 
 def test_a_model_that_is_not_there_is_an_error(discs, tmp_path):
     images, _ = discs
-    assert "no such folder" in run("predict", tmp_path / "no", images, "--out", tmp_path / "o", "--local", code=2).stderr
+    assert (
+        "no such folder" in run("predict", tmp_path / "no", images, "--out", tmp_path / "o", "--local", code=2).stderr
+    )
     assert "no model in it" in run("evaluate", images, "--local", code=2).stderr
 
 
@@ -240,7 +258,19 @@ def test_a_printed_recipe_runs_as_a_config(discs, tmp_path):
     (tmp_path / "mine.yaml").write_text(run("recipes", "carvana-fast").output)
     images, masks = discs
     more = ["--set", "model.base_channels=4", "--set", "model.depth=2", "--epochs", 1, "--image-size", 32]
-    run("train", "--images", images, "--masks", masks, "--out", tmp_path / "run", "--config", tmp_path / "mine.yaml", "--local", *more)
+    run(
+        "train",
+        "--images",
+        images,
+        "--masks",
+        masks,
+        "--out",
+        tmp_path / "run",
+        "--config",
+        tmp_path / "mine.yaml",
+        "--local",
+        *more,
+    )
     listing = run("recipes").output
     assert all(name in listing for name in ("carvana ", "carvana-cpu", "carvana-fast"))
 
@@ -261,8 +291,22 @@ def test_ctrl_c_ends_a_local_training_that_can_be_resumed(discs, tmp_path):
     import time
 
     images, masks = discs
-    command = [sys.executable, "-m", "unet_ray", "train", "--images", images, "--masks", masks, "--out", tmp_path / "run",
-               "--local", *QUICK, "--set", "train.epochs=2000"]
+    command = [
+        sys.executable,
+        "-m",
+        "unet_ray",
+        "train",
+        "--images",
+        images,
+        "--masks",
+        masks,
+        "--out",
+        tmp_path / "run",
+        "--local",
+        *QUICK,
+        "--set",
+        "train.epochs=2000",
+    ]
     process = subprocess.Popen([str(c) for c in command], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     deadline = time.monotonic() + 120
     while not (tmp_path / "run/last/state.safetensors").exists() and time.monotonic() < deadline:

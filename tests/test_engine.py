@@ -121,8 +121,17 @@ def test_a_run_directory_has_all_that_is_promised_and_learns(discs, tmp_path):
     assert result.epochs == len(told) == len(result.history) == 40
     assert result.best["val_dice"] > 0.8
     assert result.history[-1]["train_loss"] < result.history[0]["train_loss"] / 2
-    for name in ("epoch", "train_loss", "val_loss", "val_dice", "val_iou", "val_pixel_accuracy", "learning_rate",
-                 "images_per_second", "seconds"):
+    for name in (
+        "epoch",
+        "train_loss",
+        "val_loss",
+        "val_dice",
+        "val_iou",
+        "val_pixel_accuracy",
+        "learning_rate",
+        "images_per_second",
+        "seconds",
+    ):
         assert name in result.history[0]
     card = json.loads((tmp_path / "run/model/model.json").read_text())
     assert (card["mask_values"], card["image_size"], card["threshold"]) == ([0, 255], [32, 32], 0.5)
@@ -137,7 +146,7 @@ def test_a_runs_config_runs_again_and_the_same_command_gives_the_same_figures(di
     assert weights(tmp_path / "one") == weights(tmp_path / "two")
 
 
-def test_resumed_is_uninterrupted(discs, tmp_path, monkeypatch):
+def test_resumed_is_uninterrupted(discs, tmp_path):
     config = config_for(discs, ("train.epochs", 4), ("model.dropout", "0.2"), ("train.schedule", "cosine"))
     training.train(config, str(tmp_path / "whole"), local=True)
 
@@ -148,7 +157,9 @@ def test_resumed_is_uninterrupted(discs, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         training.train(config, str(tmp_path / "parts"), local=True, on_epoch=stop_after_two)
     ran = []
-    training.train(config, str(tmp_path / "parts"), local=True, resume=True, on_epoch=lambda line: ran.append(line["epoch"]))
+    training.train(
+        config, str(tmp_path / "parts"), local=True, resume=True, on_epoch=lambda line: ran.append(line["epoch"])
+    )
     assert ran == [3, 4]
     assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
@@ -184,7 +195,9 @@ def test_an_out_that_holds_something_is_refused(discs, tmp_path):
     with pytest.raises(UserError, match="is finished"):
         training.train(config, str(run), local=True, resume=True)
     with pytest.raises(UserError, match="other settings"):
-        training.train(config_for(discs, ("train.epochs", 2), ("model.norm", "none")), str(run), local=True, resume=True)
+        training.train(
+            config_for(discs, ("train.epochs", 2), ("model.norm", "none")), str(run), local=True, resume=True
+        )
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("keep")
     with pytest.raises(UserError, match="holds other files"):
@@ -201,7 +214,7 @@ def test_what_does_not_fit_in_memory_is_streamed_with_the_same_result(discs, tmp
 def test_several_classes_with_ignored_pixels_train(discs, tmp_path):
     from PIL import Image
 
-    images, masks = discs
+    _, masks = discs
     for path in masks.iterdir():
         mask = np.asarray(Image.open(path)) // 255
         mask = np.where(mask == 1, np.where(np.arange(32) < 16, 1, 2), 0).astype(np.uint8)

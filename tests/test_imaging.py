@@ -158,7 +158,7 @@ def test_a_mask_in_colours_is_an_error():
 
 
 def test_scores_come_back_at_the_images_own_size():
-    y, x = np.mgrid[:16, :16]
+    _, x = np.mgrid[:16, :16]
     logits = (x - 7.5).astype(np.float16)[None]  # 0 exactly in the middle
     mask = to_own_size(logits, (30, 64), 0.5)
     assert mask.shape == (30, 64) and mask.dtype == np.uint8

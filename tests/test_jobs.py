@@ -40,18 +40,31 @@ def head():
     with tempfile.TemporaryDirectory(prefix="ur-", ignore_cleanup_errors=True) as temporary:
         process = subprocess.Popen(
             [
-                str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=2", "--node-ip-address=127.0.0.1",
-                f"--port={free_port()}", "--dashboard-host=127.0.0.1", f"--dashboard-port={port}",
-                f"--ray-client-server-port={free_port()}", f"--dashboard-agent-listen-port={free_port()}",
-                f"--temp-dir={temporary}", "--disable-usage-stats",
+                str(BIN / "ray"),
+                "start",
+                "--head",
+                "--block",
+                "--num-cpus=2",
+                "--node-ip-address=127.0.0.1",
+                f"--port={free_port()}",
+                "--dashboard-host=127.0.0.1",
+                f"--dashboard-port={port}",
+                f"--ray-client-server-port={free_port()}",
+                f"--dashboard-agent-listen-port={free_port()}",
+                f"--temp-dir={temporary}",
+                "--disable-usage-stats",
             ],
-            env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+            env=environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
         )
         address = f"http://127.0.0.1:{port}"
         try:
             deadline = time.monotonic() + 120
-            while subprocess.run([str(BIN / "ray"), "job", "list", "--address", address], env=environment(),
-                                 capture_output=True).returncode:
+            while subprocess.run(
+                [str(BIN / "ray"), "job", "list", "--address", address], env=environment(), capture_output=True
+            ).returncode:
                 assert process.poll() is None and time.monotonic() < deadline, "the head did not start"
                 time.sleep(1)
             yield address
@@ -62,8 +75,23 @@ def head():
 
 def submit(address: str, *entrypoint: object) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [str(BIN / "ray"), "job", "submit", "--address", address, "--working-dir", ".", "--", "python", *map(str, entrypoint)],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=400,
+        [
+            str(BIN / "ray"),
+            "job",
+            "submit",
+            "--address",
+            address,
+            "--working-dir",
+            ".",
+            "--",
+            "python",
+            *map(str, entrypoint),
+        ],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=400,
     )
 
 
@@ -88,7 +116,9 @@ def test_jobs_are_plain_scripts_with_the_commands_exit_codes(tmp_path):
     def script(name, *arguments):
         return subprocess.run(
             [sys.executable, str(ROOT / "jobs" / f"{name}.py"), *map(str, arguments), "--local"],
-            cwd=tmp_path, capture_output=True, text=True,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
         )
 
     assert script("train", "--images", images, "--masks", masks, "--out", "run", *QUICK).returncode == 0

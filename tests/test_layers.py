@@ -72,7 +72,9 @@ def test_training_and_prediction_meet_in_a_model_directory_not_by_import():
 def loaded_after(code: str) -> set[str]:
     """Top-level modules that a fresh interpreter has loaded after `code`."""
     script = f"import sys\n{code}\nprint(*sorted({{name.split('.')[0] for name in sys.modules}}))"
-    return set(subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout.split())
+    return set(
+        subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout.split()
+    )
 
 
 def test_the_package_and_the_help_load_neither_torch_nor_ray():

@@ -28,7 +28,9 @@ def test_dice_by_hand():
 
 
 def test_dice_of_nothing_predicted_as_nothing_is_zero():
-    assert losses.dice(torch.full((1, 1, 4, 4), -BIG), torch.zeros(1, 4, 4, dtype=torch.uint8)).item() == pytest.approx(0, abs=1e-6)
+    assert losses.dice(torch.full((1, 1, 4, 4), -BIG), torch.zeros(1, 4, 4, dtype=torch.uint8)).item() == pytest.approx(
+        0, abs=1e-6
+    )
 
 
 def test_cross_entropy_is_torchs_where_all_pixels_count():

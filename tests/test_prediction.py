@@ -57,7 +57,11 @@ def test_ray_and_one_process_write_the_same_files(ray_cluster, trained, tmp_path
     summaries = {}
     for name, local in (("here", True), ("ray", False)):
         config = PredictConfig(
-            model=str(trained), inputs=(str(folder),), out=str(tmp_path / name), formats=("png", "parquet"), precision="fp32"
+            model=str(trained),
+            inputs=(str(folder),),
+            out=str(tmp_path / name),
+            formats=("png", "parquet"),
+            precision="fp32",
         )
         summaries[name] = predict(config, local=local, on_progress=lambda *counts: progress.append(counts))
     assert progress[-1] == (40, 2, 40)
@@ -68,8 +72,15 @@ def test_ray_and_one_process_write_the_same_files(ray_cluster, trained, tmp_path
     assert rows == manifest(tmp_path / "here")
     assert len({row["path"] for row in rows}) == len(rows) == 40
     assert sum(row["status"] == "failed" for row in rows) == 2
-    again = predict(PredictConfig(model=str(trained), inputs=(str(folder),), out=str(tmp_path / "ray"),
-                                  formats=("png", "parquet"), precision="fp32"))
+    again = predict(
+        PredictConfig(
+            model=str(trained),
+            inputs=(str(folder),),
+            out=str(tmp_path / "ray"),
+            formats=("png", "parquet"),
+            precision="fp32",
+        )
+    )
     assert again.already_done == 40
 
 

@@ -25,8 +25,13 @@ def config_for(discs, *settings):
     images, masks = discs
     return load_train_config(
         settings=[
-            ("data.images", str(images)), ("data.masks", str(masks)), *TINY,
-            ("model.norm", "none"), ("data.val_fraction", 0.33), ("train.epochs", 3), *settings,
+            ("data.images", str(images)),
+            ("data.masks", str(masks)),
+            *TINY,
+            ("model.norm", "none"),
+            ("data.val_fraction", 0.33),
+            ("train.epochs", 3),
+            *settings,
         ]
     )
 

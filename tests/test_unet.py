@@ -17,7 +17,7 @@ def image(*size: int, channels: int = 3) -> torch.Tensor:
 
 
 def test_without_norm_it_has_the_31_million_parameters_of_the_annotated_guide():
-    assert parameter_count(build(ModelConfig(norm="none"))) == 31_031_685
+    assert parameter_count(build(ModelConfig(norm="none"))) == 31_031_745
     # The same network with two outputs and batch norm in place of biases is the other well-known count.
     assert parameter_count(build(ModelConfig(norm="batch", num_classes=2))) == 31_037_698
 
@@ -29,7 +29,10 @@ def test_the_2015_network_makes_388_of_572():
 
 @pytest.mark.parametrize(
     ("norm", "up", "patch", "growth"),
-    [*itertools.product(["none", "batch", "group", "instance"], ["transpose", "bilinear"], [1], [2]), ("batch", "transpose", 2, 1.5)],
+    [
+        *itertools.product(["none", "batch", "group", "instance"], ["transpose", "bilinear"], [1], [2]),
+        ("batch", "transpose", 2, 1.5),
+    ],
 )
 def test_same_takes_any_size_and_gives_a_mask_of_that_size(norm, up, patch, growth):
     model = build(ModelConfig(norm=norm, up=up, patch=patch, growth=growth, num_classes=3, **SMALL))

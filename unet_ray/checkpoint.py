@@ -1,7 +1,7 @@
 """The model directory, and what a stopped training needs to go on. No pickle: safetensors and JSON.
 
-    model/model.safetensors  the weights          model/model.json  all else that predict needs
-    last/state.safetensors   weights, optimizer and place of the last finished epoch, in one file: whole or absent
+model/model.safetensors  the weights          model/model.json  all else that predict needs
+last/state.safetensors   weights, optimizer and place of the last finished epoch, in one file: whole or absent
 """
 
 from __future__ import annotations
@@ -54,7 +54,12 @@ class ModelCard:
 
 
 def save_model(
-    location: str, model: nn.Module, config: ModelConfig, data: DataConfig, scores: dict[str, Any], threshold: float = 0.5
+    location: str,
+    model: nn.Module,
+    config: ModelConfig,
+    data: DataConfig,
+    scores: dict[str, Any],
+    threshold: float = 0.5,
 ) -> None:
     """Writes a model directory; an older one there is replaced."""
     weights = safetensors.torch.save({name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()})

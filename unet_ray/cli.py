@@ -43,7 +43,9 @@ class _Commands(click.Group):
             click.echo(f"Error: {error}", err=True)
             ctx.exit(2)
         except KeyboardInterrupt:
-            click.echo("Stopped. What is finished is kept: start again with --resume (train) or as before (predict).", err=True)
+            click.echo(
+                "Stopped. What is finished is kept: start again with --resume (train) or as before (predict).", err=True
+            )
             ctx.exit(130)
 
 
@@ -64,12 +66,16 @@ def _options(*options: Callable[[F], F]) -> Callable[[F], F]:
 
 _pairs = _options(
     click.option("--images", metavar="DIR", help="Folder (or s3://, gs:// URI) of the images."),
-    click.option("--masks", metavar="DIR", help="Folder of the masks: same relative path and stem, with or without _mask."),
+    click.option(
+        "--masks", metavar="DIR", help="Folder of the masks: same relative path and stem, with or without _mask."
+    ),
 )
 _machine = _options(
     click.option("--workers", type=int, metavar="N", help="Processes that hold the network, each on a GPU or on CPUs."),
     click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="auto: CUDA where there is one."),
-    click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), help="auto: bf16 where the device is good at it."),
+    click.option(
+        "--precision", type=click.Choice(["auto", "fp32", "bf16"]), help="auto: bf16 where the device is good at it."
+    ),
     click.option("--local", is_flag=True, help="In this process: no Ray is started."),
     click.option("--verbose", is_flag=True, help="Also show what Ray says."),
 )
@@ -78,7 +84,9 @@ _as_json = click.option("--json", "as_json", is_flag=True, help="One JSON object
 
 @main.command()
 @_pairs
-@click.option("--out", required=True, metavar="RUN", help="Run directory to write; on a cluster, where all nodes see it.")
+@click.option(
+    "--out", required=True, metavar="RUN", help="Run directory to write; on a cluster, where all nodes see it."
+)
 @click.option("--recipe", metavar="NAME", help="Settings that are known to work: see `unet-ray recipes`.")
 @click.option("--config", "config_file", metavar="FILE", help="YAML of settings, such as a run's config.yaml.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="One setting, e.g. model.base_channels=32.")
@@ -131,12 +139,21 @@ def train(
 @click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
 @click.option("--out", required=True, metavar="OUT", help="Folder to write; on a cluster, where all nodes see it.")
 @click.option("--format", "formats", default="png", show_default=True, metavar="LIST", help="png, parquet or both.")
-@click.option("--allow-failures", metavar="N|P%", default="0", show_default=True, help="Images that may fail with exit 0.")
+@click.option(
+    "--allow-failures", metavar="N|P%", default="0", show_default=True, help="Images that may fail with exit 0."
+)
 @_as_json
 @_machine
 def predict(
-    model: str, inputs: tuple[str, ...], out: str, formats: str, allow_failures: str, as_json: bool, local: bool,
-    verbose: bool, **machine: Any,
+    model: str,
+    inputs: tuple[str, ...],
+    out: str,
+    formats: str,
+    allow_failures: str,
+    as_json: bool,
+    local: bool,
+    verbose: bool,
+    **machine: Any,
 ) -> None:
     """Segment every image of folders, files, globs or buckets.
 
@@ -178,9 +195,7 @@ def predict(
 @click.option("--mask-values", metavar="LIST", help="Stored value of each class in these masks, e.g. 0,255.")
 @_as_json
 @_machine
-def evaluate(
-    model: str, mask_values: str | None, as_json: bool, local: bool, verbose: bool, **options: Any
-) -> None:
+def evaluate(model: str, mask_values: str | None, as_json: bool, local: bool, verbose: bool, **options: Any) -> None:
     """Score a model on pairs of images and masks, at each mask's own size.
 
     Without --images and --masks: on the pairs that the run held out for validation.
@@ -271,7 +286,9 @@ def demo(out: str, local: bool, verbose: bool) -> None:
             EvaluateConfig(model=run, images=str(data / "unseen"), masks=str(data / "unseen_masks")), local=local
         )
     low, high = scores.dice.ci95
-    click.echo(f"Dice on {scores.images} unseen scenes of unseen cars: {scores.dice.mean:.4f} (95 % {low:.4f} – {high:.4f})")
+    click.echo(
+        f"Dice on {scores.images} unseen scenes of unseen cars: {scores.dice.mean:.4f} (95 % {low:.4f} – {high:.4f})"
+    )
     click.echo(f"  model  {run}/model\n  masks  {masks}/masks ({summary.ok} PNG), {masks}/masks.parquet")
     unseen = shlex.quote(str(data / "unseen"))
     _say_next(

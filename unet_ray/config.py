@@ -98,7 +98,7 @@ class ModelConfig:
         ]
         offers = " or ".join(str(s) for s in near if s)
         raise UserError(
-            f"{option} {size} can't be divided by 2 at each of {self.depth} levels with model.padding=valid: use {offers}"
+            f"{option} {size} can't be divided by 2 at each of {self.depth} levels with padding=valid: use {offers}"
         )
 
     def _valid_fits(self, size: int) -> bool:
@@ -132,7 +132,7 @@ class DataConfig:
     """Stored value of each class, in the order of the class ids; None: read from a sample of the masks when training
     starts, and from then on part of config.yaml and of the model."""
     ignore_index: int | None = None
-    """Stored mask value of pixels that neither train nor score (255 in many sets, 11 in CamVid); None: there is none."""
+    """Stored mask value of pixels that neither train nor score (255 in many sets, 11 in CamVid); None: none."""
     classes: tuple[str, ...] = ()
     """Names of the classes, in order. A class 0 called `background` is left out of mean scores."""
 
@@ -416,9 +416,7 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
             return tuple(_coerce(v, options[0], name) for v in value)
         if len(value) == len(options):
             return tuple(_coerce(v, o, name) for v, o in zip(value, options, strict=True))
-    elif hint is bool and isinstance(value, bool):
-        return value
-    elif hint is int and (isinstance(value, int) and not isinstance(value, bool)):
+    elif hint in (bool, int) and type(value) is hint:  # a bool is an int, but no number
         return value
     elif hint is float and not isinstance(value, bool):
         try:

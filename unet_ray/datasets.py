@@ -102,9 +102,7 @@ class MaterialisedRows:
         place = np.empty((self.count, 2), np.int64)
         for number, block in enumerate(ray.get(self.blocks)):
             # Views of shared memory, not copies.
-            columns = {
-                name: block[name].combine_chunks().to_numpy_ndarray() for name in ("image", "mask")
-            }
+            columns = {name: block[name].combine_chunks().to_numpy_ndarray() for name in ("image", "mask")}
             index = block["index"].to_numpy()
             place[index] = np.stack([np.full(len(index), number), np.arange(len(index))], axis=1)
             self._columns.append(columns)

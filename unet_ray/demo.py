@@ -62,7 +62,12 @@ def _scene(generator: np.random.Generator, paint: np.ndarray) -> tuple[Image.Ima
     shadow = Image.new("L", (width, height), 0)
     slant = generator.uniform(-0.25, 0.25) * length
     ImageDraw.Draw(shadow).polygon(
-        [(left, ground), (left + length, ground), (left + length + slant, ground + 0.12 * length), (left + slant, ground + 0.12 * length)],
+        [
+            (left, ground),
+            (left + length, ground),
+            (left + length + slant, ground + 0.12 * length),
+            (left + slant, ground + 0.12 * length),
+        ],
         fill=int(generator.uniform(110, 200)),
     )
     image.paste((8, 8, 12), mask=shadow.filter(ImageFilter.GaussianBlur(6 * _SMOOTH)))
@@ -79,7 +84,10 @@ def _scene(generator: np.random.Generator, paint: np.ndarray) -> tuple[Image.Ima
         draw.ellipse(box, fill=(22, 22, 24))
         mask_draw.ellipse(box, fill=255)
         hub = radius * 0.55
-        draw.ellipse([x - hub, ground - radius - hub, x + hub, ground - radius + hub], fill=_colour(np.full(3, generator.uniform(90, 200))))
+        draw.ellipse(
+            [x - hub, ground - radius - hub, x + hub, ground - radius + hub],
+            fill=_colour(np.full(3, generator.uniform(90, 200))),
+        )
     sill = ground - 0.13 * length
     draw.line([(left, sill), (left + length, sill)], fill=_colour(paint * 0.7), width=3 * _SMOOTH)
 
@@ -95,7 +103,9 @@ def _scene(generator: np.random.Generator, paint: np.ndarray) -> tuple[Image.Ima
 
 def _car(
     generator: np.random.Generator, left: float, ground: float, length: float
-) -> tuple[list[tuple[float, float]], list[tuple[float, float]], list[list[tuple[float, float]]], list[tuple[float, float]]]:
+) -> tuple[
+    list[tuple[float, float]], list[tuple[float, float]], list[list[tuple[float, float]]], list[tuple[float, float]]
+]:
     """Body and cabin outlines, windows, and (centre, radius) of the wheels."""
     height = length * generator.uniform(0.3, 0.42)
     radius = length * generator.uniform(0.075, 0.095)
@@ -106,13 +116,30 @@ def _car(
         return left + share * length
 
     nose = generator.uniform(0.0, 0.12) * height
-    body = [(x(0), floor), (x(0), waist + nose), (x(front), waist), (x(1 - back), waist), (x(1), waist + nose), (x(1), floor)]
+    body = [
+        (x(0), floor),
+        (x(0), waist + nose),
+        (x(front), waist),
+        (x(1 - back), waist),
+        (x(1), waist + nose),
+        (x(1), floor),
+    ]
     cabin_front, cabin_back = front + generator.uniform(0.08, 0.16), 1 - back - generator.uniform(0.02, 0.12)
     cabin = [(x(front), waist + 2), (x(cabin_front), roof), (x(cabin_back), roof), (x(1 - back), waist + 2)]
     inset, middle = 0.18 * (waist - roof), (cabin_front + cabin_back) / 2
     windows = [
-        [(x(front + 0.05), waist - inset), (x(cabin_front + 0.01), roof + inset), (x(middle - 0.01), roof + inset), (x(middle - 0.01), waist - inset)],
-        [(x(middle + 0.01), waist - inset), (x(middle + 0.01), roof + inset), (x(cabin_back - 0.01), roof + inset), (x(1 - back - 0.04), waist - inset)],
+        [
+            (x(front + 0.05), waist - inset),
+            (x(cabin_front + 0.01), roof + inset),
+            (x(middle - 0.01), roof + inset),
+            (x(middle - 0.01), waist - inset),
+        ],
+        [
+            (x(middle + 0.01), waist - inset),
+            (x(middle + 0.01), roof + inset),
+            (x(cabin_back - 0.01), roof + inset),
+            (x(1 - back - 0.04), waist - inset),
+        ],
     ]
     if generator.random() < 0.5:  # facing the other way
         middle_x = left + length / 2

@@ -292,11 +292,7 @@ def fit(
         )
         batches = zip(train_rows.batches([step.indices for step in plan]), plan, strict=True)
         train_loss = torch.tensor(
-            [
-                train_epoch(
-                    model, batches, optimizer, loss, config, epoch=epoch, steps=len(plan), device=device
-                )
-            ],
+            [train_epoch(model, batches, optimizer, loss, config, epoch=epoch, steps=len(plan), device=device)],
             dtype=torch.float64,
         )
         sum_over_ranks(train_loss, device)

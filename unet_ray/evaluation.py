@@ -35,8 +35,14 @@ def evaluate(
     scored: list[tuple[str, np.ndarray, int]] = []
     failures = []
     for result in run_stages(
-        chunks, decoder_of(card), model, stages.Compare(card), local=local, workers=config.workers,
-        device=config.device, precision=config.precision,
+        chunks,
+        decoder_of(card),
+        model,
+        stages.Compare(card),
+        local=local,
+        workers=config.workers,
+        device=config.device,
+        precision=config.precision,
     ):
         for row, (path, error) in enumerate(zip(result["path"], result["error"], strict=True)):
             if error:

@@ -85,7 +85,13 @@ def predict(
     on_progress(done, failed, len(images))
     write = stages.Write(out, config.formats, card)
     for result in run_stages(
-        todo, decoder_of(card), model, write, local=local, workers=config.workers, device=config.device,
+        todo,
+        decoder_of(card),
+        model,
+        write,
+        local=local,
+        workers=config.workers,
+        device=config.device,
         precision=config.precision,
     ):
         done += len(result["status"])

@@ -117,7 +117,9 @@ def find_pairs(images_folder: str, masks_folder: str) -> list[Pair]:
             f"with or without {MASK_SUFFIX}"
         )
     if orphans:
-        raise UserError(f"{images_folder}: no image for the mask(s) {_listing(orphans)}: add the images or move the masks")
+        raise UserError(
+            f"{images_folder}: no image for the mask(s) {_listing(orphans)}: add the images or move the masks"
+        )
     return [Pair(image.key, image.path, masks_of[image.key][0]) for image in images]
 
 

@@ -42,9 +42,7 @@ MANIFEST_SCHEMA = pa.schema(
         ("mtime_ns", pa.int64()),
     ]
 )
-MASKS_SCHEMA = pa.schema(
-    [("path", pa.string()), ("height", pa.int32()), ("width", pa.int32()), ("mask", pa.binary())]
-)
+MASKS_SCHEMA = pa.schema([("path", pa.string()), ("height", pa.int32()), ("width", pa.int32()), ("mask", pa.binary())])
 PARTS, MIN_ROWS, MAX_ROWS, MAX_BYTES = 1024, 8, 64, 64 * 2**20
 """How prediction is cut into chunks: about `PARTS` of them. `MAX_BYTES` stays below the 128 MiB at which Ray Data
 splits a block in two."""

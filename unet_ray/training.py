@@ -69,7 +69,9 @@ def _check_out(config: TrainConfig, out: str, resume: bool) -> None:
         return
     if not resume:
         what = "another run" if engine.CONFIG in there else "other files"
-        raise UserError(f"{out} holds {what}: choose another --out" + (", or --resume" if engine.CONFIG in there else ""))
+        raise UserError(
+            f"{out} holds {what}: choose another --out" + (", or --resume" if engine.CONFIG in there else "")
+        )
     state = checkpoint.read_state(storage.join(out, engine.LAST))
     if state is None:
         return

@@ -5,6 +5,8 @@ Legend: N images, C channels, H, W pixels. Level 0 is the finest, level `depth` 
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,9 +31,7 @@ class UNet(nn.Module):
         widths = config.channels
         inputs = [config.in_channels * config.patch**2, *widths[:-1]]
         self.down = nn.ModuleList(DoubleConv(i, o, config) for i, o in zip(inputs, widths, strict=True))
-        self.up = nn.ModuleList(
-            Up(below, here, config.up) for here, below in zip(widths[:-1], widths[1:], strict=True)
-        )
+        self.up = nn.ModuleList(Up(below, here, config.up) for here, below in pairwise(widths))
         self.join = nn.ModuleList(DoubleConv(2 * width, width, config) for width in widths[:-1])
         self.dropout = nn.Dropout(config.dropout)
         self.head = nn.Conv2d(widths[0], config.num_classes * config.patch**2, 1)
