@@ -127,8 +127,15 @@ def train(
     )
     from unet_ray.training import train as run
 
-    with _ray(local, verbose):
-        result = run(config, out, local=local, resume=resume, on_start=_say_start, on_epoch=_epoch_printer(config))
+    result = run(
+        config,
+        out,
+        local=local,
+        resume=resume,
+        cluster=_ray(verbose),
+        on_start=_say_start,
+        on_epoch=_epoch_printer(config),
+    )
     best = result.best
     click.echo(f"best: epoch {best['epoch']}, validation Dice {best['val_dice']:.4f}: {storage.join(out, 'model')}")
     _say_next(f"unet-ray evaluate {shlex.quote(out)}", f"unet-ray predict {shlex.quote(out)} FOLDER --out MASKS")
@@ -176,8 +183,7 @@ def predict(
     allowed = _allowance(allow_failures)
     from unet_ray.prediction import predict as run
 
-    with _ray(local, verbose):
-        summary = run(config, local=local, on_progress=_ProgressPrinter("segmented"))
+    summary = run(config, local=local, cluster=_ray(verbose), on_progress=_ProgressPrinter("segmented"))
     if as_json:
         click.echo(json.dumps(summary.to_json()))
     else:
@@ -213,8 +219,7 @@ def evaluate(model: str, mask_values: str | None, as_json: bool, local: bool, ve
     config = EvaluateConfig(model=model, mask_values=values, **_given(options))
     from unet_ray.evaluation import evaluate as run
 
-    with _ray(local, verbose):
-        scores = run(config, local=local, on_progress=_ProgressPrinter("scored"))
+    scores = run(config, local=local, cluster=_ray(verbose), on_progress=_ProgressPrinter("scored"))
     if as_json:
         click.echo(json.dumps(scores.to_json()))
     else:
@@ -276,7 +281,7 @@ def demo(out: str, local: bool, verbose: bool) -> None:
     from unet_ray.prediction import predict as run_predict
     from unet_ray.training import train as run_train
 
-    with _ray(local, verbose):
+    with nullcontext() if local else _ray(verbose):
         run_train(config, run, local=local, on_start=_say_start, on_epoch=_epoch_printer(config))
         click.echo("segmenting the unseen folder")
         summary = run_predict(
@@ -299,12 +304,9 @@ def demo(out: str, local: bool, verbose: bool) -> None:
 
 
 @contextmanager
-def _ray(local: bool, verbose: bool) -> Iterator[None]:
+def _ray(verbose: bool) -> Iterator[None]:
     """A Ray for the command: the one this process has, else the cluster that RAY_ADDRESS names (a job has it set), else
-    one of its own on this machine, ended and cleaned up after. With `local` there is none."""
-    if local:
-        yield
-        return
+    one of its own on this machine, ended and cleaned up after."""
     # Ray Train repeats each worker's print on the driver; one voice is enough.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     if not verbose:

@@ -132,7 +132,7 @@ class DataConfig:
     """Stored value of each class, in the order of the class ids; None: read from a sample of the masks when training
     starts, and from then on part of config.yaml and of the model."""
     ignore_index: int | None = None
-    """Stored mask value of pixels that neither train nor score (255 in many sets, 11 in CamVid); None: none."""
+    """Stored mask value of pixels that neither train nor score (255 in many sets, CamVid's 11); or None."""
     classes: tuple[str, ...] = ()
     """Names of the classes, in order. A class 0 called `background` is left out of mean scores."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,11 @@ def _dataset_of(pairs: Sequence[Pair], groups: Sequence[np.ndarray], decoder: De
     return ray.data.from_arrow(tables).map_batches(_DecodePairs(decoder), batch_size=None, batch_format="numpy")
 
 
+@ray.remote(num_cpus=0)
+def _errors_of(block: pa.Table) -> list[str]:
+    return [error for error in block["error"].to_pylist() if error]
+
+
 class MaterialisedRows:
     """Rows decoded once by Ray Data, held in the cluster's object store as uint8 and shared by all workers.
 
@@ -80,11 +86,10 @@ class MaterialisedRows:
         self.count = len(pairs)
         groups = np.array_split(np.arange(self.count), -(-self.count // ROWS_A_BLOCK))
         dataset = _dataset_of(pairs, groups, decoder).materialize()
-        for batch in dataset.select_columns(["error"]).iter_batches(batch_size=None):
-            for error in batch["error"]:
-                if error:
-                    raise UserError(error)
         self.blocks = dataset.to_arrow_refs()
+        # Asked where the blocks are, rather than brought here.
+        for error in chain.from_iterable(ray.get([_errors_of.remote(block) for block in self.blocks])):
+            raise UserError(error)
         self._place: np.ndarray | None = None
         self._columns: list[dict[str, np.ndarray]] = []
 

@@ -88,6 +88,15 @@ def build_optimizer(config: FitConfig, model: nn.Module) -> torch.optim.Optimize
     return torch.optim.RMSprop(groups, lr=config.learning_rate)
 
 
+def device_here(wanted: str, workers: int) -> torch.device:
+    """The device of a `--local` command; `auto` is CUDA where torch can use it. Raises UserError."""
+    if workers > 1:
+        raise UserError(f"--workers {workers} with --local: one process has one worker; drop either")
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine has none that torch can use: use --device cpu")
+    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
 def bf16_is_fast(device: torch.device) -> bool:
     """Whether the device multiplies in bfloat16, rather than emulating it."""
     if device.type == "cuda":

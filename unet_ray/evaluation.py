@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 
@@ -14,9 +15,16 @@ from unet_ray.records import Pair
 
 
 def evaluate(
-    config: EvaluateConfig, *, local: bool = False, on_progress: OnProgress = lambda _done, _failed, _all: None
+    config: EvaluateConfig,
+    *,
+    local: bool = False,
+    cluster: AbstractContextManager[None] = nullcontext(),
+    on_progress: OnProgress = lambda _done, _failed, _all: None,
 ) -> Scores:
-    """Scores a model on pairs of images and masks; `ray.init` is the caller's, unless `local`.
+    """Scores a model on pairs of images and masks: through Ray Data, or with `local` in this process.
+
+    `cluster` is entered once all that needs no Ray has been checked: a context in which `ray.init` has been called
+    (nothing, where the caller has called it, or with `local`).
 
     A pair that can't be used is listed in `Scores.failures`. Raises UserError for what the user can mend, also when
     no pair could be used.
@@ -34,16 +42,8 @@ def evaluate(
     )
     scored: list[tuple[str, np.ndarray, int]] = []
     failures = []
-    for result in run_stages(
-        chunks,
-        decoder_of(card),
-        model,
-        stages.Compare(card),
-        local=local,
-        workers=config.workers,
-        device=config.device,
-        precision=config.precision,
-    ):
+    compare = stages.Compare(card)
+    for result in run_stages(chunks, decoder_of(card), model, compare, machine=config, local=local, cluster=cluster):
         for row, (path, error) in enumerate(zip(result["path"], result["error"], strict=True)):
             if error:
                 failures.append((str(path), str(error)))

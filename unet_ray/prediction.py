@@ -13,6 +13,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -20,9 +21,9 @@ from typing import Any
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from unet_ray import checkpoint, records, stages, storage
+from unet_ray import checkpoint, engine, records, stages, storage
 from unet_ray.checkpoint import ModelCard
-from unet_ray.config import PredictConfig, UserError
+from unet_ray.config import EvaluateConfig, PredictConfig, UserError
 from unet_ray.records import ImageFile
 from unet_ray.stages import Chunk, Stage
 
@@ -53,9 +54,16 @@ class PredictSummary:
 
 
 def predict(
-    config: PredictConfig, *, local: bool = False, on_progress: OnProgress = lambda _done, _failed, _all: None
+    config: PredictConfig,
+    *,
+    local: bool = False,
+    cluster: AbstractContextManager[None] = nullcontext(),
+    on_progress: OnProgress = lambda _done, _failed, _all: None,
 ) -> PredictSummary:
-    """Segments every image of `config.inputs` into `config.out`; `ray.init` is the caller's, unless `local`.
+    """Segments every image of `config.inputs` into `config.out`: through Ray Data, or with `local` in this process.
+
+    `cluster` is entered once all that needs no Ray has been checked: a context in which `ray.init` has been called
+    (nothing, where the caller has called it, or with `local`).
 
     Raises UserError for what the user can mend. An image that can't be read is a row of the manifest.
     """
@@ -84,16 +92,7 @@ def predict(
     done, failed = already_done, 0
     on_progress(done, failed, len(images))
     write = stages.Write(out, config.formats, card)
-    for result in run_stages(
-        todo,
-        decoder_of(card),
-        model,
-        write,
-        local=local,
-        workers=config.workers,
-        device=config.device,
-        precision=config.precision,
-    ):
+    for result in run_stages(todo, decoder_of(card), model, write, machine=config, local=local, cluster=cluster):
         done += len(result["status"])
         failed += int((result["status"] == "failed").sum())
         on_progress(done, failed, len(images))
@@ -126,28 +125,25 @@ def run_stages(
     model: str,
     after: Stage,
     *,
+    machine: PredictConfig | EvaluateConfig,
     local: bool,
-    workers: int,
-    device: str,
-    precision: str,
+    cluster: AbstractContextManager[None],
 ) -> Iterator[Chunk]:
     """Chunks through decode, model and `after`: the one way that prediction and evaluation share."""
     if not chunks:
-        return iter(())
-    segment = functools.partial(stages.Segment, model, precision)
-    if not local:
+        return
+    segment = functools.partial(stages.Segment, model, machine.precision)
+    if local:
+        here = engine.device_here(machine.device, machine.workers).type
+        yield from stages.run_here(chunks, before, functools.partial(segment, device=here), after)
+        return
+    with cluster:
         from unet_ray import datasets
 
         datasets.configure()
-        return datasets.run_on_cluster(chunks, before, segment, after, workers=workers, device=device)
-    import torch
-
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: this machine has none that torch can use: use --device cpu")
-    if workers > 1:
-        raise UserError(f"--workers {workers} with --local: one process has one worker; drop either")
-    here = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
-    return stages.run_here(chunks, before, functools.partial(segment, device=here), after)
+        yield from datasets.run_on_cluster(
+            chunks, before, segment, after, workers=machine.workers, device=machine.device
+        )
 
 
 def decoder_of(card: ModelCard) -> stages.Decode:

@@ -76,6 +76,19 @@ def fits_in_memory(count: int, decoder: Decoder, share: float) -> bool:
     return count * decoder.row_bytes() <= share * psutil.virtual_memory().available
 
 
+class Subset:
+    """Some of the rows, numbered from 0; `index` in their batches stays the number among all rows."""
+
+    def __init__(self, rows: Rows, indices: Sequence[int]) -> None:
+        self.rows, self.indices = rows, np.asarray(indices, np.int64)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def batches(self, plan: Sequence[np.ndarray]) -> Iterator[Batch]:
+        return self.rows.batches([self.indices[numbers] for numbers in plan])
+
+
 class MemoryRows:
     """All rows decoded once, in two arrays."""
 

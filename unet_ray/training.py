@@ -5,18 +5,22 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from unet_ray import checkpoint, engine, masks, records, rows, storage
 from unet_ray.config import TrainConfig, UserError, load_train_config
 from unet_ray.engine import TrainResult
 from unet_ray.records import Pair
-from unet_ray.rows import Decoder, Rows
+from unet_ray.rows import Decoder, Rows, Subset
 
 if TYPE_CHECKING:
+    from ray.train.torch import TorchTrainer
+
     from unet_ray.datasets import MaterialisedRows, RayStreamedRows
 
 OnEpoch = Callable[[dict[str, Any]], None]
+POLL_SECONDS = 1.0
 RAY_FOLDER = ".ray"
 """Ray Train's own bookkeeping inside the run directory, while it trains."""
 
@@ -27,10 +31,14 @@ def train(
     *,
     local: bool = False,
     resume: bool = False,
+    cluster: AbstractContextManager[None] = nullcontext(),
     on_start: Callable[[int, int], None] = lambda _train, _val: None,
     on_epoch: OnEpoch = lambda _line: None,
 ) -> TrainResult:
-    """Trains `config` into the run directory `out`; `ray.init` is the caller's, unless `local`.
+    """Trains `config` into the run directory `out`: through Ray Train, or with `local` in this process.
+
+    `cluster` is entered once all that needs no Ray has been checked: a context in which `ray.init` has been called
+    (nothing, where the caller has called it, or with `local`).
 
     `on_start` is told the numbers of training and validation pairs; `on_epoch` gets each line of metrics.jsonl as it
     is written. `resume` goes on from the last finished epoch, and starts anew where there is none.
@@ -48,18 +56,33 @@ def train(
     images, masks_folder = storage.absolute(config.data.images), storage.absolute(config.data.masks)
     pairs = records.find_pairs(images, masks_folder)
     train_indices, val_indices = records.split([pair.key for pair in pairs], config.data, config.train.seed)
-    train_pairs, val_pairs = [pairs[i] for i in train_indices], [pairs[i] for i in val_indices]
+    used = sorted([*train_indices, *val_indices])
+    number = {index: row for row, index in enumerate(used)}
+    parts = Split([pairs[i] for i in used], [number[i] for i in train_indices], [number[i] for i in val_indices])
     data = dataclasses.replace(config.data, images=images, masks=masks_folder)
     if data.mask_values is None:
         paths = [pair.mask for pair in pairs]
         data = dataclasses.replace(data, mask_values=masks.infer_values(paths, config.model.num_classes, data))
     config = dataclasses.replace(config, data=data)
     _check_out(config, out, resume)
-    on_start(len(train_pairs), len(val_pairs))
+    on_start(len(parts.train), len(parts.val))
 
     run = _train_here if local else _train_on_ray
-    run(config, train_pairs, val_pairs, out, on_epoch)
+    with nullcontext() if local else cluster:
+        run(config, parts, out, on_epoch)
     return engine.result_of(out)
+
+
+class Split(NamedTuple):
+    """The pairs a training uses, and which of them it trains and validates on."""
+
+    pairs: list[Pair]
+    train: list[int]
+    val: list[int]
+
+    def rows(self, decoded: Rows) -> tuple[Subset, Subset]:
+        """Rows to train on and rows to validate on, of rows decoded from `pairs`."""
+        return Subset(decoded, self.train), Subset(decoded, self.val)
 
 
 def _check_out(config: TrainConfig, out: str, resume: bool) -> None:
@@ -96,31 +119,21 @@ def _write_config(config: TrainConfig, out: str) -> None:
     storage.write_bytes(storage.join(out, engine.CONFIG), config.to_yaml().encode())
 
 
-def _train_here(
-    config: TrainConfig, train_pairs: list[Pair], val_pairs: list[Pair], out: str, on_epoch: OnEpoch
-) -> None:
+def _train_here(config: TrainConfig, parts: Split, out: str, on_epoch: OnEpoch) -> None:
     import torch
 
-    if config.compute.workers > 1:
-        raise UserError(f"--workers {config.compute.workers} with --local: one process has one worker; drop either")
-    if config.compute.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: this machine has none that torch can use: use --device cpu")
+    device = engine.device_here(config.compute.device, config.compute.workers)
     if config.compute.cpus_per_worker:
         torch.set_num_threads(config.compute.cpus_per_worker)
-    cuda = config.compute.device != "cpu" and torch.cuda.is_available()
     decoder = Decoder.of(config.model, config.data)
-    fits = rows.fits_in_memory(len(train_pairs) + len(val_pairs), decoder, config.compute.memory_fraction)
+    fits = rows.fits_in_memory(len(parts.pairs), decoder, config.compute.memory_fraction)
     kind = rows.MemoryRows if fits else rows.StreamedRows
-    train_rows: Rows = kind(train_pairs, decoder)
-    val_rows: Rows = kind(val_pairs, decoder)
+    train_rows, val_rows = parts.rows(kind(parts.pairs, decoder))
     _write_config(config, out)
-    device = torch.device("cuda" if cuda else "cpu")
     engine.fit(config, train_rows, val_rows, out, device=device, report=on_epoch)
 
 
-def _train_on_ray(
-    config: TrainConfig, train_pairs: list[Pair], val_pairs: list[Pair], out: str, on_epoch: OnEpoch
-) -> None:
+def _train_on_ray(config: TrainConfig, parts: Split, out: str, on_epoch: OnEpoch) -> None:
     import ray.train
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -132,9 +145,8 @@ def _train_on_ray(
     device = datasets.pick_device(compute.device)
     datasets.check_workers(compute.workers, device, compute.cpus_per_worker)
     decoder = Decoder.of(config.model, config.data)
-    count = len(train_pairs) + len(val_pairs)
     # Every node may come to hold every row, so the smallest one's store decides.
-    fits = count * decoder.row_bytes() <= compute.memory_fraction * datasets.object_store_of_smallest_node()
+    fits = len(parts.pairs) * decoder.row_bytes() <= compute.memory_fraction * datasets.object_store_of_smallest_node()
     cpus = int(datasets.cluster_total("CPU"))
     if not fits and device == "cpu" and compute.workers >= cpus:
         raise UserError(
@@ -145,7 +157,7 @@ def _train_on_ray(
     threads = compute.cpus_per_worker or max(1, share)
     kind: type[MaterialisedRows] | type[RayStreamedRows]
     kind = datasets.MaterialisedRows if fits else datasets.RayStreamedRows
-    train_rows, val_rows = kind(train_pairs, decoder), kind(val_pairs, decoder)
+    train_rows, val_rows = parts.rows(kind(parts.pairs, decoder))
     _write_config(config, out)
 
     on_gpu = device == "cuda"
@@ -171,14 +183,41 @@ def _train_on_ray(
     )
     # What an interrupted run left would make Ray take this one for finished and train nothing.
     storage.delete_folder(storage.join(out, RAY_FOLDER))
-    with _Follower(out, on_epoch):
+    try:
+        _fit_and_follow(trainer, out, on_epoch)
+    except ray.train.WorkerGroupError as error:
+        for failure in error.worker_failures.values():
+            _raise_user_error(failure)
+        raise
+    storage.delete_folder(storage.join(out, RAY_FOLDER))
+
+
+def _fit_and_follow(trainer: TorchTrainer, out: str, on_epoch: OnEpoch) -> None:
+    """Fits, and tells the driver of each epoch by reading the metrics.jsonl that a worker, on whatever machine, writes.
+
+    On a thread: on the main one Ray Train takes Ctrl-C for itself and ends with exit code 0.
+    """
+    failures: list[BaseException] = []
+
+    def fit() -> None:
         try:
             trainer.fit()
-        except ray.train.WorkerGroupError as error:
-            for failure in error.worker_failures.values():
-                _raise_user_error(failure)
-            raise
-    storage.delete_folder(storage.join(out, RAY_FOLDER))
+        except BaseException as error:
+            failures.append(error)
+
+    state = checkpoint.read_state(storage.join(out, engine.LAST))
+    told = state.epoch if state else 0
+    thread = threading.Thread(target=fit, daemon=True)
+    thread.start()
+    ended = False
+    while not ended:
+        thread.join(POLL_SECONDS)
+        ended = not thread.is_alive()  # before the last look, so that nothing is missed
+        for line in engine.read_metrics(out)[told:]:
+            told += 1
+            on_epoch(line)
+    for failure in failures:
+        raise failure
 
 
 def _train_worker(loop: dict[str, Any]) -> None:
@@ -206,30 +245,3 @@ def _raise_user_error(failure: BaseException | None) -> None:
         if isinstance(failure, UserError):
             raise UserError(str(failure)) from None
         failure, seen = getattr(failure, "cause", None) or failure.__cause__, seen + 1
-
-
-class _Follower:
-    """Tells the driver of each epoch, by reading the metrics.jsonl that a worker, on whatever machine, writes."""
-
-    def __init__(self, out: str, on_epoch: OnEpoch, poll_seconds: float = 0.5) -> None:
-        self.out, self.on_epoch, self.poll_seconds = out, on_epoch, poll_seconds
-        state = checkpoint.read_state(storage.join(out, engine.LAST))
-        self.told = state.epoch if state else 0
-        self.stop = threading.Event()
-        self.thread = threading.Thread(target=self._follow, daemon=True)
-
-    def __enter__(self) -> None:
-        self.thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        self.stop.set()
-        self.thread.join()
-
-    def _follow(self) -> None:
-        while True:
-            last_look = self.stop.wait(self.poll_seconds)
-            for line in engine.read_metrics(self.out)[self.told :]:
-                self.told += 1
-                self.on_epoch(line)
-            if last_look:
-                return
