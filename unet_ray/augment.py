@@ -6,7 +6,7 @@ The same (seed, epoch, image) gives the same picture, whatever the batch, the nu
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from unet_ray.config import AugmentConfig
 
 
 def augment(
-    image_NHWC: Tensor, mask_NHW: Tensor, indices: Sequence[int], *, config: AugmentConfig, seed: int, epoch: int
+    image_NHWC: Tensor, mask_NHW: Tensor, indices: Iterable[int], *, config: AugmentConfig, seed: int, epoch: int
 ) -> tuple[Tensor, Tensor]:
     """Flips. Shapes and dtypes stay. `indices`: what each image's draws are derived from, with `seed` and `epoch`."""
     draws_N2 = torch.tensor([_draws(seed, epoch, int(index)) for index in indices])

@@ -47,7 +47,7 @@ def _scene(generator: np.random.Generator, paint: np.ndarray) -> tuple[Image.Ima
     draw = ImageDraw.Draw(image)
     draw.rectangle([0, horizon, width, height], fill=_colour(base[1]))
     for _ in range(generator.integers(8, 16)):  # walls, doors, boxes, posts
-        x, w, h = generator.integers(0, width), generator.integers(10, width // 4), generator.integers(20, height // 2)
+        x, w, h = (int(generator.integers(*span)) for span in ((0, width), (10, width // 4), (20, height // 2)))
         foot = horizon + int(generator.uniform(-0.15, 0.35) * (height - horizon))
         colour = _colour(paint + generator.normal(0, 30, 3) if generator.random() < 0.5 else _paint(generator))
         if generator.random() < 0.3:
@@ -79,13 +79,13 @@ def _scene(generator: np.random.Generator, paint: np.ndarray) -> tuple[Image.Ima
         mask_draw.polygon(shape, fill=255)
     for window in windows:
         draw.polygon(window, fill=_colour(base[0] * 0.5 + generator.uniform(10, 90)))
-    for x, radius in wheels:
-        box = [x - radius, ground - 2 * radius, x + radius, ground]
+    for centre, radius in wheels:
+        box = [centre - radius, ground - 2 * radius, centre + radius, ground]
         draw.ellipse(box, fill=(22, 22, 24))
         mask_draw.ellipse(box, fill=255)
         hub = radius * 0.55
         draw.ellipse(
-            [x - hub, ground - radius - hub, x + hub, ground - radius + hub],
+            [centre - hub, ground - radius - hub, centre + hub, ground - radius + hub],
             fill=_colour(np.full(3, generator.uniform(90, 200))),
         )
     sill = ground - 0.13 * length
@@ -93,7 +93,8 @@ def _scene(generator: np.random.Generator, paint: np.ndarray) -> tuple[Image.Ima
 
     size = (WIDTH, HEIGHT)
     pixels = np.asarray(image.resize(size, Image.Resampling.LANCZOS), np.float32)
-    light = _noise(generator, 4, 0.25) + np.linspace(*generator.uniform(0.8, 1.2, 2), WIDTH)[None, :, None]
+    left_light, right_light = generator.uniform(0.8, 1.2, 2).tolist()
+    light = _noise(generator, 4, 0.25) + np.linspace(left_light, right_light, WIDTH)[None, :, None]
     pixels = pixels * light + 255 * _noise(generator, 40, 0.06) + generator.normal(0, 6, (HEIGHT, WIDTH, 1))
     truth = np.asarray(mask.resize(size, Image.Resampling.BOX)) > 127
     palette = Image.fromarray(truth.astype(np.uint8))

@@ -276,7 +276,7 @@ def fit(
     torch.manual_seed(fit_config.seed)
     network = build(config.model).to(device)
     if fit_config.channels_last:
-        network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        network = network.to(memory_format=torch.channels_last)
     optimizer = build_optimizer(fit_config, network)
     loss = losses.build(fit_config.loss, config.model.num_classes)
     last = storage.join(out, LAST)

@@ -229,9 +229,11 @@ def _train_worker(loop: dict[str, Any]) -> None:
     if loop["threads"] is not None:
         torch.set_num_threads(loop["threads"])
     # Ray moves workers to a folder of its own, and its report is a barrier, so every rank calls it.
+    train_rows, val_rows = loop["rows"]
     engine.fit(
         loop["config"],
-        *loop["rows"],
+        train_rows,
+        val_rows,
         loop["out"],
         device=ray.train.torch.get_device(),
         report=ray.train.report,

@@ -21,6 +21,9 @@ class UNet(nn.Module):
     [N, num_classes, H - 2 * margin, W - 2 * margin] with `valid`, for sizes that `ModelConfig.check_size` accepts.
     """
 
+    pixel_scale: Tensor
+    pixel_shift: Tensor
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
