@@ -11,7 +11,7 @@ PACKAGE = Path(unet_ray.__file__).parent
 LAYERS = [
     {"config"},
     {"storage"},
-    {"imaging", "records", "masks", "augment", "models", "models.unet", "losses", "metrics"},
+    {"imaging", "records", "masks", "augment", "models", "models.unet", "losses", "metrics", "muon"},
     {"checkpoint", "rows"},
     {"engine"},
     {"segmenter"},

@@ -186,7 +186,8 @@ class FitConfig:
     """Step size, at its highest where the schedule changes it."""
     weight_decay: float = 0.01
     """Not applied to biases and norms."""
-    optimizer: Literal["adamw", "adam", "sgd", "rmsprop"] = "adamw"
+    optimizer: Literal["adamw", "adam", "sgd", "rmsprop", "muon"] = "adamw"
+    """`muon`: AdamW for biases, norms and the last layer, orthogonal steps for all other weights (muon.py)."""
     schedule: Literal["constant", "cosine", "one_cycle"] = "constant"
     """`one_cycle`: up over the first 15 % of the steps, then down a cosine to zero (Smith & Topin 2018); `cosine`:
     down only."""

@@ -24,12 +24,16 @@ from unet_ray import checkpoint, losses, metrics, storage
 from unet_ray.augment import augment
 from unet_ray.checkpoint import TrainingState
 from unet_ray.config import FitConfig, TrainConfig, UserError
-from unet_ray.models import build, mirror_margin
+from unet_ray.models import UNet, build, mirror_margin
+from unet_ray.muon import Muon
 from unet_ray.rows import Batch, Rows
 
 METRICS, CONFIG, MODEL, LAST = "metrics.jsonl", "config.yaml", "model", "last"
 WARM_UP = 0.15
 """Share of a one-cycle schedule that goes up."""
+
+MUON_SCALE = 7.0
+"""Orthogonal steps are this much larger than AdamW's: 0.02, the source's, where those are 0.003."""
 
 Report = Callable[[dict[str, Any]], None]
 """Called on every rank after each epoch with that epoch's line of metrics.jsonl."""
@@ -72,20 +76,30 @@ def learning_rate_at(config: FitConfig, progress: float) -> float:
     return peak * (1 + math.cos(math.pi * (progress - WARM_UP) / (1 - WARM_UP))) / 2
 
 
-def build_optimizer(config: FitConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer; weight decay is for weights of convolutions only (parameters of more than one dimension)."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+def build_optimizer(config: FitConfig, model: UNet) -> torch.optim.Optimizer:
+    """The optimizer; weight decay is for weights only (parameters of more than one dimension)."""
+    rate = config.learning_rate
+    weights = [p for p in model.parameters() if p.ndim > 1]
+    others: list[dict[str, Any]] = [{"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0}]
+    groups = [{"params": weights, "weight_decay": config.weight_decay}, *others]
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
+        return torch.optim.AdamW(groups, lr=rate, fused=True)
     if config.optimizer == "adam":
-        return torch.optim.Adam(groups, lr=config.learning_rate, fused=True)
+        return torch.optim.Adam(groups, lr=rate, fused=True)
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.learning_rate, momentum=0.99, fused=True)
-    return torch.optim.RMSprop(groups, lr=config.learning_rate)
+        return torch.optim.SGD(groups, lr=rate, momentum=0.99, fused=True)
+    if config.optimizer == "rmsprop":
+        return torch.optim.RMSprop(groups, lr=rate)
+    # The last layer makes numbers, not features: its directions are not alike (Jordan et al.).
+    hidden = [p for p in weights if p is not model.head.weight]
+    return Muon(
+        [
+            {"params": hidden, "weight_decay": config.weight_decay, "scale": MUON_SCALE},
+            {"params": [model.head.weight], "weight_decay": 0.0, "orthogonal": False},
+            {**others[0], "orthogonal": False},
+        ],
+        lr=rate,
+    )
 
 
 def device_here(wanted: str, workers: int) -> torch.device:
@@ -159,7 +173,7 @@ def train_epoch(
     for number, (batch, step) in enumerate(batches):
         rate = learning_rate_at(fit, (epoch - 1 + number / steps) / fit.epochs)
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("scale", 1.0)
         image, mask = augment(
             torch.from_numpy(batch["image"]),
             torch.from_numpy(batch["mask"]),
@@ -315,7 +329,7 @@ def fit(
             "epoch": epoch,
             "train_loss": float(train_loss),
             **scores,
-            "learning_rate": optimizer.param_groups[0]["lr"],
+            "learning_rate": optimizer.param_groups[-1]["lr"],
             "images_per_second": len(train_rows) / train_seconds,
             "train_seconds": train_seconds,
             "seconds": time.perf_counter() - started,
