@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+# One mode for all Rays of the tests: the job client would otherwise not send the token that a local Ray asks for.
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+
 REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
@@ -86,4 +89,3 @@ def real_data() -> Path:
 def _no_foreign_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests never join a Ray that happens to run on this machine."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")

@@ -1,12 +1,15 @@
 """Finding, pairing, splitting."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from unet_ray.config import DataConfig, UserError
+from unet_ray.masks import infer_values
 from unet_ray.records import Pair, find_images, find_pairs, group_of, split
+from unet_ray.rows import Decoder
 
 
 def touch(folder: Path, *names: str) -> str:
@@ -77,6 +80,24 @@ def test_a_glob_and_a_single_file_are_inputs_too(tmp_path):
 def test_a_folder_may_be_a_uri(tmp_path):
     folder = touch(tmp_path / "with space", "1.jpg")
     assert [i.key for i in find_images("file://" + folder.replace(" ", "%20"))] == ["1"]
+
+
+def test_the_real_carvana_files_are_paired_split_by_car_and_read(real_data):
+    folder = real_data / "carvana"
+    config = DataConfig(image_size=512, group_by="^[^_]+", val_fraction=0.2)
+    pairs = find_pairs(str(folder / "train"), str(folder / "train_masks"))
+    assert len(pairs) == 78
+    assert all(Path(p.mask).name == f"{p.key}_mask.gif" for p in pairs)
+    train, val = split([p.key for p in pairs], config, seed=42)
+    cars = [{group_of(pairs[i].key, "^[^_]+") for i in part} for part in (train, val)]
+    assert (len(cars[0]), len(cars[1])) == (11, 3) and not cars[0] & cars[1]
+    assert infer_values([p.mask for p in pairs], 1, config) == (0, 1)
+    decoder = Decoder(replace(config, mask_values=(0, 1)), 3)
+    for pair in pairs[::20]:
+        image, mask = decoder(pair.image, pair.mask)
+        assert image.shape == (512, 512, 3) and mask.shape == (512, 512)
+        assert 0.05 < mask.mean() < 0.6  # the car fills a good part of the picture
+        assert image[mask == 0].mean() > image[mask == 1].mean()  # on a bright floor
 
 
 KEYS = [f"car{car:02d}_{view:02d}" for car in range(20) for view in range(4)]
