@@ -166,16 +166,28 @@ def pick_device(wanted: str) -> str:
     return "cuda" if wanted == "cuda" or (wanted == "auto" and gpus >= 1) else "cpu"
 
 
+def places(resource: str, each: int) -> int:
+    """How many workers of `each` CPUs or GPUs the cluster can hold at once: none spans two nodes."""
+    return sum(int(node["Resources"].get(resource, 0)) // each for node in ray.nodes() if node["Alive"])
+
+
 def check_workers(workers: int, device: str, cpus_per_worker: int = 1) -> None:
     """Raises UserError if the cluster can't hold that many workers at once; Ray would wait for them for ever."""
     resource, each = ("GPU", 1) if device == "cuda" else ("CPU", max(1, cpus_per_worker))
-    have = int(cluster_total(resource) // each)
-    if workers > have:
+    room = places(resource, each)
+    if workers > room:
         per = f" of {each} CPUs" if each > 1 else ""
+        remedy = f"use --workers {room} or fewer" if room else "lower compute.cpus_per_worker"
         raise UserError(
-            f"--workers {workers}{per}: the cluster has {int(cluster_total(resource))} {resource}s: "
-            f"use --workers {max(1, have)} or fewer"
+            f"--workers {workers}{per}: the cluster has {int(cluster_total(resource))} {resource}s: {remedy}"
         )
+
+
+def cpus_for_each(workers: int, spare: int) -> int:
+    """The most CPUs that each of `workers` can have on the cluster's nodes with `spare` left over; at least 1."""
+    total = int(cluster_total("CPU"))
+    fitting = (n for n in range(total, 1, -1) if places("CPU", n) >= workers and total - n * workers >= spare)
+    return next(fitting, 1)
 
 
 def run_on_cluster(

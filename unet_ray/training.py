@@ -153,8 +153,7 @@ def _train_on_ray(config: TrainConfig, parts: Split, out: str, on_epoch: OnEpoch
             f"--workers {compute.workers} leaves none of {cpus} CPUs to stream the images, which don't fit in memory: "
             f"use --workers {max(1, cpus - 1)}, or --local"
         )
-    share = (cpus if fits else cpus - 1) // compute.workers
-    threads = compute.cpus_per_worker or max(1, share)
+    threads = compute.cpus_per_worker or datasets.cpus_for_each(compute.workers, spare=0 if fits else 1)
     kind: type[MaterialisedRows] | type[RayStreamedRows]
     kind = datasets.MaterialisedRows if fits else datasets.RayStreamedRows
     train_rows, val_rows = parts.rows(kind(parts.pairs, decoder))
