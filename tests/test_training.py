@@ -51,10 +51,19 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_equal_to_rounding(one: Path, other: Path) -> None:
+    """Losses and weights to rounding; what is decided by a threshold to the few pixels that rounding can flip, and of
+    exactly the same pixels."""
     for ours, theirs in zip(lines(one), lines(other), strict=True):
         assert ours.keys() == theirs.keys()
-        for name, value in ours.items():
-            assert value == theirs[name] or value == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), name
+        for name in ("train_loss", "val_loss", "learning_rate"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
+        for name in ("epoch", "val_images", "val_pixels"):
+            assert ours[name] == theirs[name], name
+        for name in ("val_dice", "val_iou", "val_pixel_accuracy", "val_dice_global", "val_iou_global"):
+            assert ours[name] == pytest.approx(theirs[name], abs=5e-3), name
+        [[hits, false, missed]], [[their_hits, their_false, their_missed]] = ours["val_counts"], theirs["val_counts"]
+        assert hits + missed == their_hits + their_missed  # the true pixels of the same images
+        assert abs(hits - their_hits) + abs(false - their_false) <= 20
     ours, theirs = weights(one), weights(other)
     assert ours.keys() == theirs.keys()
     for name in ours:

@@ -140,7 +140,7 @@ def split(keys: Sequence[str], config: DataConfig, seed: int) -> tuple[list[int]
     `val_fraction` of them, rounded, are validation: the same on every machine and for every order of `keys`.
     """
     chosen = _lowest_hashes(keys, config.fraction, f"{seed}:fraction")
-    group_by_key = {key: group_of(key, config.group_by) for key in chosen}
+    group_by_key = {key: group_of(key, config.group_by) for key in sorted(chosen)}
     groups = set(group_by_key.values())
     unknown = set(config.val_groups) - groups
     if unknown:
