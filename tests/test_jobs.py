@@ -70,7 +70,11 @@ def head():
             yield address
         finally:
             os.killpg(process.pid, signal.SIGTERM)
-            process.wait(30)
+            try:
+                process.wait(60)  # its own processes end one after the other
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
 
 
 def submit(address: str, *entrypoint: object) -> subprocess.CompletedProcess:
