@@ -307,7 +307,14 @@ def test_ctrl_c_ends_a_local_training_that_can_be_resumed(discs, tmp_path):
         "--set",
         "train.epochs=2000",
     ]
-    process = subprocess.Popen([str(c) for c in command], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        [str(c) for c in command],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        # A shell's background job, which a CI may be, hands SIGINT down ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 120
     while not (tmp_path / "run/last/state.safetensors").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
