@@ -50,8 +50,8 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     }
 
 
-def assert_equal_to_rounding(one: Path, other: Path) -> None:
-    """Losses and weights to rounding; what is decided by a threshold to the few pixels that rounding can flip, and of
+def assert_same_losses(one: Path, other: Path) -> None:
+    """Losses to rounding; what is decided by a threshold to the few pixels that rounding can flip, and of
     exactly the same pixels."""
     for ours, theirs in zip(lines(one), lines(other), strict=True):
         assert ours.keys() == theirs.keys()
@@ -64,6 +64,11 @@ def assert_equal_to_rounding(one: Path, other: Path) -> None:
         [[hits, false, missed]], [[their_hits, their_false, their_missed]] = ours["val_counts"], theirs["val_counts"]
         assert hits + missed == their_hits + their_missed  # the true pixels of the same images
         assert abs(hits - their_hits) + abs(false - their_false) <= 20
+
+
+def assert_equal_to_rounding(one: Path, other: Path) -> None:
+    """Losses, and weights."""
+    assert_same_losses(one, other)
     ours, theirs = weights(one), weights(other)
     assert ours.keys() == theirs.keys()
     for name in ours:
@@ -92,8 +97,9 @@ def test_three_workers_score_each_image_once_and_twice_the_same_command_gives_th
     for run in ("first", "second"):
         training.train(config_for(discs, ("compute.workers", 3)), str(tmp_path / run))
     assert lines(tmp_path / "first") == lines(tmp_path / "second")
-    # The batches are the same for every number of workers, so even here the figures agree to rounding.
-    assert_equal_to_rounding(tmp_path / "local", tmp_path / "first")
+    # The batches are the same for every number of workers, so even here the losses agree to rounding. The weights
+    # are not compared: where a gradient is nearly zero Adam makes a whole step of its rounding, in each of 12 steps.
+    assert_same_losses(tmp_path / "local", tmp_path / "first")
     for line in lines(tmp_path / "first"):
         assert (line["val_images"], line["val_pixels"]) == (7, 7 * 32 * 32)
 
