@@ -15,17 +15,23 @@ from unet_ray.engine import batch_plan, learning_rate_at
 from unet_ray.models import build
 from unet_ray.records import find_pairs
 from unet_ray.rows import Decoder, MemoryRows, StreamedRows
+from unet_ray.training import Watch
 
 
 @pytest.mark.parametrize("count", [1, 7, 12, 13])
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_every_rank_takes_as_many_steps_and_each_row_counts_once(count, world):
-    plans = [batch_plan(count, 4, seed=1, epoch=2, rank=rank, world=world) for rank in range(world)]
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_every_rank_takes_as_many_steps_and_each_row_counts_once(count, world, accumulate):
+    plans = [
+        batch_plan(count, 4, seed=1, epoch=2, rank=rank, world=world, accumulate=accumulate) for rank in range(world)
+    ]
     assert len({len(plan) for plan in plans}) == 1
     seen = []
     for steps in zip(*plans, strict=True):
-        assert sum(step.share for step in steps) == pytest.approx(world)
-        batch = [int(i) for step in steps if step.share for i in step.indices]
+        parts = [part for step in steps for part in step]
+        assert all(1 <= len(step) <= accumulate for step in steps)
+        assert sum(part.share for part in parts) == pytest.approx(world)
+        batch = [int(i) for part in parts if part.share for i in part.indices]
         assert 1 <= len(batch) <= 4
         seen += batch
     assert sorted(seen) == list(range(count))
@@ -34,14 +40,14 @@ def test_every_rank_takes_as_many_steps_and_each_row_counts_once(count, world):
 def test_batches_do_not_depend_on_the_number_of_workers_but_on_the_epoch():
     def batches(world, epoch):
         plans = [batch_plan(13, 4, seed=1, epoch=epoch, rank=rank, world=world) for rank in range(world)]
-        return [{int(i) for s in steps if s.share for i in s.indices} for steps in zip(*plans, strict=True)]
+        return [{int(i) for [p] in steps if p.share for i in p.indices} for steps in zip(*plans, strict=True)]
 
     assert batches(1, 1) == batches(2, 1) == batches(3, 1)
     assert batches(1, 1) != batches(1, 2)
 
 
 def test_batches_of_an_epoch_are_equally_large_give_or_take_one():
-    assert {len(step.indices) for step in batch_plan(13, 4, seed=0, epoch=1)} == {3, 4}
+    assert {len(part.indices) for [part] in batch_plan(13, 4, seed=0, epoch=1)} == {3, 4}
 
 
 def test_one_cycle_goes_up_and_down_to_zero():
@@ -94,15 +100,17 @@ def test_flips_move_image_and_mask_together_and_depend_on_seed_epoch_and_image_o
     config = AugmentConfig(hflip=0.5, vflip=0.5)
 
     def flipped(rows, epoch=1):
-        return augment(image[rows], image[rows, ..., 0], rows, config=config, seed=3, epoch=epoch)
+        arrays = {"image": image[rows], "mask": image[rows, ..., 0]}
+        return tuple(augment(arrays, rows, config=config, seed=3, epoch=epoch).values())
 
     whole_image, whole_mask = flipped([0, 1, 2, 3])
     assert torch.equal(whole_image[..., 0], whole_mask)
     for row in range(4):
         assert torch.equal(flipped([row])[0][0], whole_image[row])
     assert any(not torch.equal(flipped([0, 1, 2, 3], epoch)[0], whole_image) for epoch in range(2, 6))
-    always = augment(image, image[..., 0], [0, 1, 2, 3], config=AugmentConfig(hflip=1), seed=0, epoch=1)[0]
-    assert torch.equal(always, image.flip(2))
+    arrays = {"image": image, "mask": image[..., 0]}
+    always = augment(arrays, [0, 1, 2, 3], config=AugmentConfig(hflip=1), seed=0, epoch=1)
+    assert torch.equal(always["image"], image.flip(2))
 
 
 def config_for(discs, *settings):
@@ -113,8 +121,8 @@ def config_for(discs, *settings):
 def test_rows_in_memory_and_streamed_rows_are_the_same(discs):
     config = config_for(discs, ("data.mask_values", "[0, 255]"))
     pairs = find_pairs(config.data.images, config.data.masks)
-    decoder = Decoder.of(config.model, config.data)
-    plan = [step.indices for step in batch_plan(len(pairs), 5, seed=0, epoch=1)]
+    decoder = Decoder.of(config)
+    plan = [part.indices for [part] in batch_plan(len(pairs), 5, seed=0, epoch=1)]
     kinds = [list(kind(pairs, decoder).batches(plan)) for kind in (MemoryRows, StreamedRows)]
     assert len(kinds[0]) == len(kinds[1]) == 3
     for one, other in zip(*kinds, strict=True):
@@ -126,7 +134,14 @@ def files(folder):
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
 
 
-RUN_FILES = ["config.yaml", "last/state.safetensors", "metrics.jsonl", "model/model.json", "model/model.safetensors"]
+RUN_FILES = [
+    "config.yaml",
+    "last/state.safetensors",
+    "metrics.jsonl",
+    "model/model.json",
+    "model/model.safetensors",
+    "split.csv",
+]
 TIMES = {"seconds", "train_seconds", "images_per_second"}
 
 
@@ -137,15 +152,23 @@ def lines(run):
     ]
 
 
-def weights(run, name="model/model.safetensors"):
-    return (run / name).read_bytes()
+def weights(run):
+    """The checksum of the best model's weights."""
+    return json.loads((run / "model/model.json").read_text())["weights_sha256"]
+
+
+def assert_same_state(one, other):
+    """To the last bit: weights, their average, optimizer."""
+    ours, theirs = (safetensors.torch.load_file(run / "last/state.safetensors") for run in (one, other))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert any(name.startswith("optimizer.0.") for name in ours)
 
 
 def test_a_run_directory_has_all_that_is_promised_and_learns(discs, tmp_path):
     config = config_for(discs, ("train.epochs", 40), ("train.schedule", "one_cycle"))
     told = []
-    result = training.train(config, str(tmp_path / "run"), local=True, on_epoch=told.append)
-    assert files(tmp_path / "run") == RUN_FILES
+    result = training.train(config, str(tmp_path / "run"), local=True, watch=Watch(on_epoch=told.append))
+    assert [name for name in files(tmp_path / "run") if not name.startswith("tensorboard/")] == RUN_FILES
     assert result.epochs == len(told) == len(result.history) == 40
     assert result.best["val_dice"] > 0.8
     assert result.history[-1]["train_loss"] < result.history[0]["train_loss"] / 2
@@ -191,17 +214,19 @@ def test_resumed_is_uninterrupted(discs, tmp_path, optimizer):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        training.train(config, str(tmp_path / "parts"), local=True, on_epoch=stop_after_two)
+        training.train(config, str(tmp_path / "parts"), local=True, watch=Watch(on_epoch=stop_after_two))
     ran = []
     training.train(
-        config, str(tmp_path / "parts"), local=True, resume=True, on_epoch=lambda line: ran.append(line["epoch"])
+        config,
+        str(tmp_path / "parts"),
+        local=True,
+        resume=True,
+        watch=Watch(on_epoch=lambda line: ran.append(line["epoch"])),
     )
     assert ran == [3, 4]
     assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
-    one, other = (safetensors.torch.load(weights(tmp_path / r, "last/state.safetensors")) for r in ("parts", "whole"))
-    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-    assert any(name.startswith("optimizer.0.") for name in one)
+    assert_same_state(tmp_path / "parts", tmp_path / "whole")
 
 
 def test_a_stop_between_metrics_and_state_repeats_the_epoch(discs, tmp_path, monkeypatch):
@@ -279,9 +304,25 @@ def test_a_loss_that_explodes_is_an_error_with_the_remedy(discs, tmp_path):
 def test_weights_of_another_model_are_refused(discs, tmp_path):
     training.train(config_for(discs, ("train.epochs", 1)), str(tmp_path / "run"), local=True)
     model = tmp_path / "run/model"
-    (model / "model.safetensors").write_bytes(weights(tmp_path / "run")[:-4] + b"\0\0\0\0")
-    with pytest.raises(UserError, match="not the weights"):
+    good = (model / "model.safetensors").read_bytes()
+    for bad, message in ((good[:-4] + b"\0\0\0\0", "damaged"), (good[:-4], "damaged"), (good[:40], "not a model's")):
+        (model / "model.safetensors").write_bytes(bad)
+        with pytest.raises(UserError, match=message):
+            checkpoint.load_model(str(model))
+    (model / "model.safetensors").write_bytes(good)
+    card = json.loads((model / "model.json").read_text())
+    (model / "model.json").write_text(json.dumps({**card, "mask_values": [0, 7]}))
+    with pytest.raises(UserError, match="of different models"):
         checkpoint.load_model(str(model))
     (model / "model.json").write_text("{}")
     with pytest.raises(UserError, match="not a model card"):
         checkpoint.load_model(str(model))
+
+
+def test_a_kill_between_the_two_files_of_the_best_model_leaves_a_model(discs, tmp_path):
+    training.train(config_for(discs, ("train.epochs", 3)), str(tmp_path / "run"), local=True)
+    card = json.loads((tmp_path / "run/model/model.json").read_text())
+    older = {**card, "scores": {"epoch": 1}, "weights_sha256": "0" * 64}
+    (tmp_path / "run/model/model.json").write_text(json.dumps(older))
+    _, loaded = checkpoint.load_model(str(tmp_path / "run/model"))
+    assert (loaded.scores, loaded.weights_sha256) == (card["scores"], card["weights_sha256"])

@@ -94,7 +94,7 @@ def test_the_real_carvana_files_are_paired_split_by_car_and_read(real_data):
     assert infer_values([p.mask for p in pairs], 1, config) == (0, 1)
     decoder = Decoder(replace(config, mask_values=(0, 1)), 3)
     for pair in pairs[::20]:
-        image, mask = decoder(pair.image, pair.mask)
+        image, mask = decoder(pair.image, pair.mask).values()
         assert image.shape == (512, 512, 3) and mask.shape == (512, 512)
         assert 0.05 < mask.mean() < 0.6  # the car fills a good part of the picture
         assert image[mask == 0].mean() > image[mask == 1].mean()  # on a bright floor

@@ -1,7 +1,8 @@
 """The model directory, and what a stopped training needs to go on. No pickle: safetensors and JSON.
 
-model/model.safetensors  the weights          model/model.json  all else that predict needs
-last/state.safetensors   weights, optimizer and place of the last finished epoch, in one file: whole or absent
+model/model.safetensors  the weights, and in its header the card: one file, so the best model is whole or absent
+model/model.json         the card, all else that predict needs, for people and other programs
+last/state.safetensors   weights, their average, optimizer, scaler and place of the last finished epoch, in one file
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from unet_ray import __version__, storage
 from unet_ray.config import DataConfig, ModelConfig, UserError, from_mapping
-from unet_ray.models import UNet, build
+from unet_ray.models import SegmentationModel, build
 
 FORMAT = 1
 """Raised when an older package could not read a newer directory."""
@@ -33,6 +34,8 @@ class ModelCard:
     model: ModelConfig
     image_size: tuple[int, int]
     """(height, width) that images are resized to."""
+    tile: int
+    """See `DataConfig.tile`."""
     mask_values: tuple[int, ...]
     ignore_index: int | None
     classes: tuple[str, ...]
@@ -41,12 +44,14 @@ class ModelCard:
     scores: dict[str, Any]
     """The line of metrics.jsonl of the epoch these weights are from."""
     weights_sha256: str
+    """Of the data part of model.safetensors, all after the header."""
 
     @property
     def data(self) -> DataConfig:
         """How this model's images and masks are decoded."""
         return DataConfig(
             image_size=self.image_size,
+            tile=self.tile,
             mask_values=self.mask_values,
             ignore_index=self.ignore_index,
             classes=self.classes,
@@ -62,20 +67,22 @@ def save_model(
     threshold: float = 0.5,
 ) -> None:
     """Writes a model directory; an older one there is replaced."""
-    weights = safetensors.torch.save({name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()})
+    tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
     assert data.mask_values is not None
     card = {
         "format": FORMAT,
         "package_version": __version__,
         "model": dataclasses.asdict(config),
         "image_size": list(data.size_hw),
+        "tile": data.tile,
         "mask_values": list(data.mask_values),
         "ignore_index": data.ignore_index,
         "classes": list(data.classes),
         "threshold": threshold,
         "scores": scores,
-        "weights_sha256": hashlib.sha256(weights).hexdigest(),
+        "weights_sha256": hashlib.sha256(_split(safetensors.torch.save(tensors))[1]).hexdigest(),
     }
+    weights = safetensors.torch.save(tensors, {"card": json.dumps(card)})
     storage.write_bytes(storage.join(location, WEIGHTS), weights, durable=True)
     storage.write_bytes(storage.join(location, CARD), (json.dumps(card, indent=2) + "\n").encode(), durable=True)
 
@@ -91,15 +98,20 @@ def model_directory(location: str) -> str:
 
 def read_card(location: str) -> ModelCard:
     """The card of a model directory. Raises UserError if it is not one that this version reads."""
+    return _card(storage.read_bytes(storage.join(location, CARD)), storage.join(location, CARD))
+
+
+def _card(data: bytes | str, where: str) -> ModelCard:
     try:
-        values = json.loads(storage.read_bytes(storage.join(location, CARD)))
+        values = json.loads(data)
         if values["format"] > FORMAT:
             raise UserError(
-                f"{location}: written by unet_ray {values['package_version']}, newer than this {__version__}: upgrade"
+                f"{where}: written by unet_ray {values['package_version']}, newer than this {__version__}: upgrade"
             )
         return ModelCard(
             model=from_mapping(ModelConfig, values["model"], "model."),
             image_size=tuple(values["image_size"]),
+            tile=values["tile"],
             mask_values=tuple(values["mask_values"]),
             ignore_index=values["ignore_index"],
             classes=tuple(values["classes"]),
@@ -108,17 +120,25 @@ def read_card(location: str) -> ModelCard:
             weights_sha256=values["weights_sha256"],
         )
     except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise UserError(f"{storage.join(location, CARD)}: not a model card ({error!r})") from None
+        raise UserError(f"{where}: not a model card ({error!r})") from None
 
 
-def load_model(location: str) -> tuple[UNet, ModelCard]:
+def load_model(location: str) -> tuple[SegmentationModel, ModelCard]:
     """The network of a model directory with its weights, on the CPU, and the card. Raises UserError."""
-    card = read_card(location)
     path = storage.join(location, WEIGHTS)
     data = storage.read_bytes(path)
-    if hashlib.sha256(data).hexdigest() != card.weights_sha256:
-        raise UserError(f"{path}: these are not the weights that {CARD} describes: copy the folder again, whole")
-    model = build(card.model)
+    try:
+        header, body = _split(data)
+        card = _card(json.loads(header)["__metadata__"]["card"], path)
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{path}: not a model's weights ({error!r}): copy the folder again, whole") from None
+    if hashlib.sha256(body).hexdigest() != card.weights_sha256:
+        raise UserError(f"{path}: damaged (its checksum is another): copy the folder again, whole")
+    # A training that was killed between the two files leaves the older model.json, of the same network.
+    beside = read_card(location)
+    if dataclasses.replace(beside, scores=card.scores, weights_sha256=card.weights_sha256) != card:
+        raise UserError(f"{location}: {CARD} and {WEIGHTS} are of different models: copy the folder again, whole")
+    model = build(dataclasses.replace(card.model, pretrained=False))
     model.load_state_dict(safetensors.torch.load(data))
     return model, card
 
@@ -135,20 +155,40 @@ class TrainingState:
     """config.yaml of the run it belongs to."""
 
 
-def save_state(location: str, state: TrainingState, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def save_state(
+    location: str,
+    state: TrainingState,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    ema: nn.Module | None,
+) -> None:
     """Writes `last/`: one file, so a stop at any moment leaves the old state or the new one."""
-    tensors = {f"model.{name}": t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    if ema is not None:
+        tensors |= {f"ema.{name}": tensor for name, tensor in ema.state_dict().items()}
     saved = optimizer.state_dict()
     for index, values in saved["state"].items():
         for name, value in values.items():
             if value is not None:
-                tensors[f"optimizer.{index}.{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
-    metadata = {"state": json.dumps(dataclasses.asdict(state)), "param_groups": json.dumps(saved["param_groups"])}
+                tensors[f"optimizer.{index}.{name}"] = torch.as_tensor(value)
+    metadata = {
+        "state": json.dumps(dataclasses.asdict(state)),
+        "param_groups": json.dumps(saved["param_groups"]),
+        "scaler": json.dumps(scaler.state_dict()),
+    }
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     storage.write_bytes(storage.join(location, STATE), safetensors.torch.save(tensors, metadata), durable=True)
 
 
-def load_state(location: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainingState | None:
-    """Puts a saved state into model and optimizer; None if there is none. Raises UserError if it does not fit."""
+def load_state(
+    location: str,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    ema: nn.Module | None,
+) -> TrainingState | None:
+    """Puts a saved state into all of these; None if there is none. Raises UserError if it does not fit."""
     path = storage.join(location, STATE)
     if not storage.exists(path):
         return None
@@ -156,17 +196,19 @@ def load_state(location: str, model: nn.Module, optimizer: torch.optim.Optimizer
     try:
         metadata, tensors = _metadata(data), safetensors.torch.load(data)
         state = TrainingState(**json.loads(metadata["state"]))
-        groups: dict[int, dict[str, Tensor]] = {}
-        weights = {}
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "optimizer": {}}
         for name, tensor in tensors.items():
-            kind, _, rest = name.partition(".")
-            if kind == "model":
-                weights[rest] = tensor
-            else:
-                index, _, key = rest.partition(".")
-                groups.setdefault(int(index), {})[key] = tensor
-        model.load_state_dict(weights)
-        optimizer.load_state_dict({"state": groups, "param_groups": json.loads(metadata["param_groups"])})
+            part, _, rest = name.partition(".")
+            parts[part][rest] = tensor
+        model.load_state_dict(parts["model"])
+        if ema is not None:
+            ema.load_state_dict(parts["ema"])
+        scaler.load_state_dict(json.loads(metadata["scaler"]))
+        by_parameter: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in parts["optimizer"].items():
+            index, _, key = name.partition(".")
+            by_parameter.setdefault(int(index), {})[key] = tensor
+        optimizer.load_state_dict({"state": by_parameter, "param_groups": json.loads(metadata["param_groups"])})
         # Fused optimizers walk parameter and state in the order of memory: a channels_last weight needs its momentum
         # in channels_last too, or the two are mixed up without a word.
         for parameter, values in optimizer.state.items():
@@ -187,6 +229,11 @@ def read_state(location: str) -> TrainingState | None:
 
 
 def _metadata(data: bytes) -> dict[str, str]:
-    """The header's text entries (the format: 8 bytes of length, little endian, then JSON)."""
-    length = int.from_bytes(data[:8], "little")
-    return json.loads(data[8 : 8 + length])["__metadata__"]
+    """The header's text entries."""
+    return json.loads(_split(data)[0])["__metadata__"]
+
+
+def _split(data: bytes) -> tuple[bytes, memoryview]:
+    """Header (JSON) and data part of a safetensors file; it begins with the header's length in 8 bytes."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    return data[8:end], memoryview(data)[end:]

@@ -5,6 +5,8 @@ Torch and Ray are imported by the commands that need them, so that `unet-ray --h
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import os
 import shlex
@@ -15,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -29,6 +31,10 @@ from unet_ray.config import (
     recipe_names,
     recipe_text,
 )
+
+if TYPE_CHECKING:
+    from unet_ray.metrics import Scores
+    from unet_ray.training import Split, Watch
 
 F = TypeVar("F", bound=Callable[..., Any])
 LOG_EVERY_SECONDS = 10.0
@@ -64,6 +70,23 @@ def _options(*options: Callable[[F], F]) -> Callable[[F], F]:
     return decorate
 
 
+class _Workers(click.ParamType):
+    """`4`, or `1-4`."""
+
+    name = "N"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | tuple[int, int]:
+        try:
+            numbers = [int(number) for number in str(value).split("-")]
+        except ValueError:
+            numbers = []
+        if len(numbers) == 1:
+            return numbers[0]
+        if len(numbers) == 2:
+            return numbers[0], numbers[1]
+        return self.fail(f"{value!r}: a number such as 4, or two such as 1-4", param, ctx)
+
+
 _pairs = _options(
     click.option("--images", metavar="DIR", help="Folder (or s3://, gs:// URI) of the images."),
     click.option(
@@ -71,10 +94,16 @@ _pairs = _options(
     ),
 )
 _machine = _options(
-    click.option("--workers", type=int, metavar="N", help="Processes that hold the network, each on a GPU or on CPUs."),
+    click.option(
+        "--workers",
+        type=_Workers(),
+        help="Processes that hold the network, each on a GPU or on CPUs; train: or FEWEST-MOST, as there is room.",
+    ),
     click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="auto: CUDA where there is one."),
     click.option(
-        "--precision", type=click.Choice(["auto", "fp32", "bf16"]), help="auto: bf16 where the device is good at it."
+        "--precision",
+        type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
+        help="auto: bf16 where the device is good at it; fp16: CUDA only.",
     ),
     click.option("--local", is_flag=True, help="In this process: no Ray is started."),
     click.option("--verbose", is_flag=True, help="Also show what Ray says."),
@@ -96,6 +125,9 @@ _as_json = click.option("--json", "as_json", is_flag=True, help="One JSON object
 @click.option("--lr", type=float, metavar="X", help="Learning rate.")
 @click.option("--seed", type=int, metavar="N")
 @click.option("--group-by", metavar="REGEX", help="Keep images whose names share this match on one side of the split.")
+@click.option(
+    "--folds", type=int, metavar="K", help="Cross-validation: K runs in RUN/fold-1 …, each part held out once."
+)
 @click.option("--resume", is_flag=True, help="Go on from the last finished epoch in RUN.")
 @_machine
 def train(
@@ -105,6 +137,7 @@ def train(
     recipe: str | None,
     config_file: str | None,
     settings: tuple[str, ...],
+    folds: int | None,
     resume: bool,
     local: bool,
     verbose: bool,
@@ -116,7 +149,8 @@ def train(
     Example:
       unet-ray train --images train --masks train_masks --out RUN --recipe carvana-fast --group-by '^[^_]+'
 
-    Writes RUN/model (the best epoch), RUN/last (to go on from), RUN/metrics.jsonl and RUN/config.yaml.
+    Writes RUN/model (the best epoch), RUN/last (to go on from), RUN/metrics.jsonl, RUN/config.yaml, RUN/split.csv and
+    RUN/tensorboard.
     """
     if recipe and config_file:
         raise UserError("--recipe and --config both say all settings: give one of them")
@@ -127,15 +161,26 @@ def train(
     )
     from unet_ray.training import train as run
 
-    result = run(
-        config,
-        out,
-        local=local,
-        resume=resume,
-        cluster=_ray(verbose),
-        on_start=_say_start,
-        on_epoch=_epoch_printer(config),
-    )
+    watch = _watch(config)
+    if folds is not None:
+        from unet_ray.folds import cross_validate
+
+        with nullcontext() if local else _ray(verbose):
+            summary = cross_validate(
+                config,
+                out,
+                folds,
+                local=local,
+                resume=resume,
+                watch=watch,
+                on_fold=click.echo,
+                on_scores=lambda fold, dice: click.echo(f"{fold}: Dice {dice:.4f} on the images held out"),
+            )
+        for label, name in (("Dice", "dice"), ("IoU", "iou"), ("pixel accuracy", "pixel_accuracy")):
+            mean, sd = summary.mean_and_sd(name)
+            click.echo(f"{label:<16} {mean:.4f} ± {sd:.4f} (mean and sd of {folds} folds)")
+        return
+    result = run(config, out, local=local, resume=resume, cluster=_ray(verbose), watch=watch)
     best = result.best
     click.echo(f"best: epoch {best['epoch']}, validation Dice {best['val_dice']:.4f}: {storage.join(out, 'model')}")
     _say_next(f"unet-ray evaluate {shlex.quote(out)}", f"unet-ray predict {shlex.quote(out)} FOLDER --out MASKS")
@@ -199,16 +244,30 @@ def predict(
 @click.argument("model")
 @_pairs
 @click.option("--mask-values", metavar="LIST", help="Stored value of each class in these masks, e.g. 0,255.")
+@click.option(
+    "--tolerance", type=float, metavar="PX", help="Of the surface Dice: edges this close agree.  [default: 2]"
+)
+@click.option("--table", metavar="FILE", help="Also write the scores of each image and class, as Parquet.")
+@click.option("--against", metavar="OTHER", help="Score OTHER on the same images too, and test the difference.")
 @_as_json
 @_machine
-def evaluate(model: str, mask_values: str | None, as_json: bool, local: bool, verbose: bool, **options: Any) -> None:
+def evaluate(
+    model: str,
+    mask_values: str | None,
+    table: str | None,
+    against: str | None,
+    as_json: bool,
+    local: bool,
+    verbose: bool,
+    **options: Any,
+) -> None:
     """Score a model on pairs of images and masks, at each mask's own size.
 
     Without --images and --masks: on the pairs that the run held out for validation.
 
     \b
     Example:
-      unet-ray evaluate RUN --images train --masks train_masks
+      unet-ray evaluate RUN --images train --masks train_masks --against OTHER_RUN
     """
     values = None
     if mask_values is not None:
@@ -217,22 +276,66 @@ def evaluate(model: str, mask_values: str | None, as_json: bool, local: bool, ve
         except ValueError:
             raise UserError(f"--mask-values {mask_values!r}: numbers with commas, e.g. 0,255") from None
     config = EvaluateConfig(model=model, mask_values=values, **_given(options))
-    from unet_ray.evaluation import evaluate as run
+    from unet_ray import evaluation, metrics
 
-    scores = run(config, local=local, cluster=_ray(verbose), on_progress=_ProgressPrinter("scored"))
+    pairs = evaluation.pairs_of(config)
+    for name in filter(None, (model, against)):
+        known = evaluation.trained_on(name, pairs)
+        if known:
+            click.echo(f"warning: {name} was trained on {known} of these {len(pairs)} images", err=True)
+    comparison = None
+    with nullcontext() if local or against is None else _ray(verbose):
+        score = functools.partial(evaluation.evaluate, pairs=pairs, local=local, cluster=_ray(verbose))
+        scores = score(config, on_progress=_ProgressPrinter("scored"))
+        if against is not None:
+            other = score(dataclasses.replace(config, model=against), on_progress=_ProgressPrinter("scored"))
+            comparison = metrics.compare(scores.each, other.each)
+    if table is not None:
+        evaluation.write_table(scores, table)
     if as_json:
-        click.echo(json.dumps(scores.to_json()))
+        result = scores.to_json()
+        if comparison is not None:
+            result["against"] = {"model": against, **other.to_json(), "comparison": comparison.to_json()}
+        click.echo(json.dumps(result))
     else:
-        click.echo(f"{scores.images} images           mean    95 % interval     all pixels")
-        for label, score in (("Dice", scores.dice), ("IoU", scores.iou), ("pixel accuracy", scores.pixel_accuracy)):
-            click.echo(f"{label:<16} {score.mean:9.4f}  {score.ci95[0]:.4f} – {score.ci95[1]:.4f}  {score.total:9.4f}")
-        for name, row in scores.per_class.items():
-            cells = "  ".join(f"{key} {value:.4f}" for key, value in row.items() if value is not None)
-            click.echo(f"{name:<16} {cells or 'does not occur'}")
-        for path, reason in scores.failures[:5]:
-            click.echo(f"  not scored: {path}: {reason}", err=True)
+        _say_scores(scores)
+        if comparison is not None:
+            low, high = comparison.ci95
+            click.echo(
+                f"against {against} (Dice {other.dice.mean:.4f}): {comparison.difference:+.4f} "
+                f"(95 % {low:+.4f} – {high:+.4f}), better on {comparison.better} and worse on {comparison.worse} of "
+                f"{comparison.images} images, p = {comparison.p_value:.2g} (Wilcoxon)"
+            )
     if scores.failures:
         sys.exit(1)
+
+
+def _say_scores(scores: Scores) -> None:
+    click.echo(f"{scores.images} images           mean    95 % interval     all pixels")
+    labels = {
+        "dice": "Dice",
+        "iou": "IoU",
+        "pixel_accuracy": "pixel accuracy",
+        "precision": "precision",
+        "recall": "recall",
+        "surface_dice": f"surface Dice {scores.tolerance:g}px",
+        "hd95": "Hausdorff95 px",
+    }
+    for name, label in labels.items():
+        score = scores.means[name]
+        if score.mean is None or score.ci95[0] is None:
+            click.echo(f"{label:<16} not defined for any image")
+            continue
+        digits = 2 if name == "hd95" else 4
+        interval = f"{score.ci95[0]:.{digits}f} – {score.ci95[1]:.{digits}f}"
+        total = "" if score.total is None else f"{score.total:9.4f}"
+        without = f"  ({score.undefined} images without an edge left out)" if score.undefined else ""
+        click.echo(f"{label:<16} {score.mean:9.{digits}f}  {interval:<15}  {total}{without}".rstrip())
+    for name, row in scores.per_class.items():
+        cells = "  ".join(f"{key} {row[key]:.4f}" for key in ("dice", "iou", "iou_global") if row[key] is not None)
+        click.echo(f"{name:<16} {cells or 'does not occur'}")
+    for path, reason in scores.failures[:5]:
+        click.echo(f"  not scored: {path}: {reason}", err=True)
 
 
 @main.command()
@@ -282,7 +385,7 @@ def demo(out: str, local: bool, verbose: bool) -> None:
     from unet_ray.training import train as run_train
 
     with nullcontext() if local else _ray(verbose):
-        run_train(config, run, local=local, on_start=_say_start, on_epoch=_epoch_printer(config))
+        run_train(config, run, local=local, watch=_watch(config))
         click.echo("segmenting the unseen folder")
         summary = run_predict(
             PredictConfig(model=run, inputs=(str(data / "unseen"),), out=masks, formats=("png", "parquet")), local=local
@@ -401,19 +504,33 @@ def _say_next(*commands: str) -> None:
         click.echo(f"  {command}")
 
 
-def _say_start(train_pairs: int, val_pairs: int) -> None:
-    click.echo(f"training on {train_pairs} pairs, validating on {val_pairs}")
+def _watch(config: TrainConfig) -> Watch:
+    """What a training says."""
+    from unet_ray.records import leak_report
+    from unet_ray.training import Watch
 
+    def start(split: Split) -> None:
+        click.echo(f"training on {len(split.train)} pairs, validating on {len(split.val)}")
+        leak = leak_report(split.train_keys, split.val_keys, config.data.group_by)
+        if leak.named:
+            click.echo(f"groups by {leak.pattern!r}: {leak.groups}, {leak.shared} shared by training and validation")
+        elif leak.shared and config.data.split_order != "name":
+            click.echo(
+                f"note: the names look like {leak.groups} groups, and {leak.shared} of them are shared by training "
+                f"and validation, whose scores will flatter: use --group-by {shlex.quote(leak.pattern or '')}"
+            )
 
-def _epoch_printer(config: TrainConfig) -> Callable[[dict[str, Any]], None]:
-    def show(line: dict[str, Any]) -> None:
+    def epoch(line: dict[str, Any]) -> None:
         click.echo(
             f"epoch {line['epoch']:>3}/{config.train.epochs}  loss {line['train_loss']:.4f}  "
             f"val loss {line['val_loss']:.4f}  Dice {line['val_dice']:.4f}  IoU {line['val_iou']:.4f}  "
             f"{line['images_per_second']:.1f} images/s  {line['seconds']:.0f} s"
         )
 
-    return show
+    def retry(reason: str, done: int) -> None:
+        click.echo(f"lost a worker ({reason[:200]}): going on after epoch {done}", err=True)
+
+    return Watch(start, epoch, retry)
 
 
 class _ProgressPrinter:

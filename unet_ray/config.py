@@ -23,6 +23,9 @@ IGNORE = 255
 MAX_CLASSES = 255
 """Class ids are uint8 and 255 is `IGNORE`."""
 
+LOSSES = ("auto", "bce", "ce", "dice", "focal", "tversky")
+"""Terms of `train.loss`."""
+
 
 class UserError(ValueError):
     """What a user can cause and mend: one line that names the file or option and the remedy (exit code 2)."""
@@ -32,7 +35,11 @@ class UserError(ValueError):
 class ModelConfig:
     """What is trained (`model.` in YAML and `--set`)."""
 
-    name: Literal["unet"] = "unet"
+    name: Literal["unet", "attention_unet", "unet++", "fcn", "deeplabv3", "smp", "otsu"] = "unet"
+    """`unet`; `attention_unet`: gates on the skips (Oktay et al. 2018); `unet++`: nested skips (Zhou et al. 2018). To
+    compare with: torchvision's `fcn` and `deeplabv3` on a ResNet-50, `smp`: a U-Net of segmentation_models_pytorch on
+    `encoder` (an extra), `otsu`: a threshold for each image (Otsu 1979). Those four have no use for the settings of
+    the U-Net's shape."""
     in_channels: int = 3
     """1 gray, 2 gray + alpha, 3 RGB, 4 RGBA: what every image is converted to when it is decoded."""
     num_classes: int = 1
@@ -53,9 +60,14 @@ class ModelConfig:
     """Side in pixels of the square that the first convolution sees as one position, its pixels as channels; the last
     layer gives it back (sub-pixel convolution, Shi et al. 2016). 2 costs a quarter of the time of 1, at the same
     mask resolution."""
-    pixel_mean: float = 0.5
-    pixel_std: float = 0.25
-    """Pixels are (value / 255 - pixel_mean) / pixel_std, inside the model's forward and nowhere else."""
+    encoder: str = "resnet34"
+    """Of `smp`: a name that segmentation_models_pytorch knows."""
+    pretrained: bool = False
+    """Start `fcn`, `deeplabv3` or `smp` from ImageNet's weights, which their libraries download."""
+    pixel_mean: float | tuple[float, ...] = 0.5
+    pixel_std: float | tuple[float, ...] = 0.25
+    """Pixels are (value / 255 - pixel_mean) / pixel_std, inside the model's forward and nowhere else: one number, or
+    one for each channel."""
 
     def __post_init__(self) -> None:
         _check_choices(self, "model")
@@ -66,10 +78,18 @@ class ModelConfig:
             raise UserError(f"model.num_classes is {self.num_classes}: at most {MAX_CLASSES}, class ids are 8-bit")
         if not 0 <= self.dropout < 1:
             raise UserError(f"model.dropout is {self.dropout}: a probability from 0 to below 1")
-        if self.pixel_std <= 0:
+        for name in ("pixel_mean", "pixel_std"):
+            values = getattr(self, name)
+            if isinstance(values, tuple) and len(values) != self.in_channels:
+                raise UserError(f"model.{name} has {len(values)} entries: {self.in_channels} channels need as many")
+        if min(self.pixel_std if isinstance(self.pixel_std, tuple) else (self.pixel_std,)) <= 0:
             raise UserError(f"model.pixel_std is {self.pixel_std}: must be above 0")
         if self.padding == "valid" and self.patch != 1:
             raise UserError("model.patch must be 1 with model.padding=valid")
+        if self.padding == "valid" and self.name not in ("unet", "attention_unet"):
+            raise UserError(f"model.padding must be same with model.name={self.name}")
+        if self.pretrained and self.name not in ("fcn", "deeplabv3", "smp"):
+            raise UserError(f"model.pretrained is for fcn, deeplabv3 and smp, not for {self.name}")
 
     @property
     def channels(self) -> list[int]:
@@ -119,10 +139,21 @@ class DataConfig:
     masks: str = ""
     image_size: int | tuple[int, int] = 512
     """Pixels, one side of a square or [height, width]: what every image is resized to for the network."""
+    tile: int = 0
+    """Side in pixels of the random square of the resized image that a training step sees; 0: all of it. Validation and
+    prediction see the whole image; with unpadded convolutions in tiles of this size, which gives exactly the same (the
+    overlap-tile strategy of Ronneberger et al. 2015, figure 2)."""
     fraction: float = 1.0
     """Share of the pairs to use, chosen by a hash of seed and name."""
     val_fraction: float = 0.2
     """Share of the pairs, or of the groups, held out for validation."""
+    folds: int = 0
+    """2 or more: the groups are cut into as many parts of equal size, and part number `fold` is held out."""
+    fold: int = 0
+    """From 0."""
+    split_order: Literal["hash", "name"] = "hash"
+    """The order of the groups from which validation takes the first: `hash` of seed and name (random), or `name`:
+    neighbours stay together, as the slices of one volume must."""
     group_by: str | None = None
     """Regular expression searched in an image's relative path; pairs with the same match stay on one side of the
     split (for Carvana `^[^_]+`: the car)."""
@@ -140,6 +171,12 @@ class DataConfig:
         for side in self.size_hw:
             if side < 1:
                 raise UserError(f"data.image_size is {self.image_size}: must be 1 or more")
+        _check_choices(self, "data")
+        _at_least(self, "data", tile=0, folds=0, fold=0)
+        if self.folds == 1 or (self.folds and self.fold >= self.folds) or (self.fold and not self.folds):
+            raise UserError(f"data.fold {self.fold} of data.folds {self.folds}: 2 or more folds, numbered from 0")
+        if self.folds and self.val_groups:
+            raise UserError("data.val_groups and data.folds both say what is held out: give one of them")
         if not 0 < self.fraction <= 1:
             raise UserError(f"data.fraction is {self.fraction}: above 0, at most 1")
         if not 0 <= self.val_fraction < 1:
@@ -162,17 +199,36 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AugmentConfig:
-    """What is done to training images, anew in every epoch (`augment.`)."""
+    """What is done to training images and their masks, anew in every epoch (`augment.`)."""
 
     hflip: float = 0.5
     """Probability of a left-right flip."""
     vflip: float = 0.0
     """Probability of a top-bottom flip."""
+    quarter_turns: bool = False
+    """Turn by 0, 90, 180 or 270 degrees, each as likely as the others; square images only."""
+    shift: float = 0.0
+    """Largest shift to each side, as a share of the image's side. What comes in from outside is mirrored."""
+    rotation: float = 0.0
+    """Largest rotation either way, degrees."""
+    scale: float = 0.0
+    """Largest magnification either way: 0.1 draws factors from 1 / 1.1 to 1.1."""
+    elastic: float = 0.0
+    """Standard deviation in pixels of the displacements on a coarse 3x3 grid, interpolated bicubically over the image
+    (Ronneberger et al. 2015, section 3.1: 10)."""
+    brightness: float = 0.0
+    """Largest change of brightness either way, as a share of white."""
+    contrast: float = 0.0
+    """Largest change of contrast: 0.2 draws factors from 1 / 1.2 to 1.2, around middle gray."""
+    gamma: float = 0.0
+    """Largest change of gamma: 0.2 draws exponents from 1 / 1.2 to 1.2."""
 
     def __post_init__(self) -> None:
         for name in ("hflip", "vflip"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"augment.{name} is {getattr(self, name)}: a probability from 0 to 1")
+        rest = ("shift", "rotation", "scale", "elastic", "brightness", "contrast", "gamma")
+        _at_least(self, "augment", **dict.fromkeys(rest, 0.0))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -188,41 +244,100 @@ class FitConfig:
     """Not applied to biases and norms."""
     optimizer: Literal["adamw", "adam", "sgd", "rmsprop", "muon"] = "adamw"
     """`muon`: AdamW for biases, norms and the last layer, orthogonal steps for all other weights (muon.py)."""
-    schedule: Literal["constant", "cosine", "one_cycle"] = "constant"
-    """`one_cycle`: up over the first 15 % of the steps, then down a cosine to zero (Smith & Topin 2018); `cosine`:
-    down only."""
+    momentum: float = 0.99
+    """Of `sgd` (Ronneberger et al. 2015, section 3: 0.99)."""
+    schedule: Literal["constant", "plateau", "cosine", "poly", "one_cycle"] = "constant"
+    """`plateau`: times `plateau_factor` when the validation Dice has not risen for `plateau_patience` epochs; `cosine`:
+    down to zero; `poly`: down as (1 - progress) ** 0.9 (Chen et al. 2017, DeepLab); `one_cycle`: up over the first 15 %
+    of the steps, then down a cosine to zero (Smith & Topin 2018)."""
+    warm_up: float = 0.0
+    """Share of all steps over which the other schedules start, from a twenty-fifth of their step size."""
+    plateau_factor: float = 0.5
+    plateau_patience: int = 10
+    patience: int = 0
+    """Stop after this many epochs in a row without a better validation Dice; 0: never."""
+    clip_norm: float = 0.0
+    """Gradients longer than this (their norm over all weights) are cut to it; 0: never."""
+    accumulate: int = 1
+    """Passes an optimizer step: a batch is divided into as many parts, which takes as much less memory."""
+    ema: float = 0.0
+    """Decay of the exponential moving average of the weights, which is then what is validated and saved, e.g. 0.999;
+    0: none. Over the first steps it is (1 + steps) / (10 + steps), so that the start is soon forgotten."""
     loss: str = "auto"
-    """`bce`, `ce`, `dice` or a sum such as `bce+dice`; `auto`: bce+dice for one class, ce+dice for more."""
+    """`bce`, `ce`, `dice`, `focal`, `tversky` or a sum such as `bce+dice`; `auto`: bce+dice for one class, ce+dice for
+    more."""
+    focal_gamma: float = 2.0
+    """Lin et al. 2017: 2."""
+    tversky_alpha: float = 0.3
+    """Weight of false positives; false negatives have the rest (Salehi et al. 2017: 0.3 and 0.7)."""
+    class_weights: Literal["none", "inverse"] | tuple[float, ...] = "none"
+    """Of the classes (one class: background, foreground), in bce, ce and focal by pixel, in dice and tversky by class.
+    `inverse`: from a sample of the masks, pixels / (classes * pixels of the class); config.yaml has the numbers."""
+    border_weight: float = 0.0
+    """w0 of the weight map that makes bce, ce and focal see the gaps between neighbouring objects (Ronneberger et al.
+    2015, equation 2: 10); 0: none."""
+    border_sigma: float = 5.0
+    """Sigma of that map, pixels of the resized image (the paper: about 5)."""
     seed: int = 42
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """`auto`: bf16 autocast where the device multiplies in it (CUDA of Ampere and later, CPUs with AMX or AVX512-BF16),
-    fp32 elsewhere. Weights are fp32 in either."""
+    fp32 elsewhere. `fp16`: with a gradient scaler, on CUDA only. Weights are fp32 in each."""
     channels_last: bool = True
     """Memory format of the network: faster on CPUs and on tensor cores; the same result to rounding."""
+    checkpoint_activations: bool = False
+    """Compute each level's activations again in the backward pass instead of keeping them: less memory, more time."""
 
     def __post_init__(self) -> None:
         _check_choices(self, "train")
-        _at_least(self, "train", epochs=1, batch_size=1, weight_decay=0)
+        _at_least(self, "train", epochs=1, batch_size=1, weight_decay=0, clip_norm=0, accumulate=1, patience=0)
+        _at_least(self, "train", focal_gamma=0, border_weight=0, plateau_patience=0)
         if self.learning_rate <= 0:
             raise UserError(f"train.learning_rate is {self.learning_rate}: must be above 0")
+        if self.border_sigma <= 0:
+            raise UserError(f"train.border_sigma is {self.border_sigma}: must be above 0")
+        for name in ("momentum", "ema", "warm_up", "tversky_alpha"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"train.{name} is {getattr(self, name)}: from 0 to below 1")
+        if not 0 < self.plateau_factor < 1:
+            raise UserError(f"train.plateau_factor is {self.plateau_factor}: between 0 and 1")
+        if self.accumulate > self.batch_size:
+            raise UserError(f"train.accumulate {self.accumulate}: a batch of {self.batch_size} has fewer images")
+        if isinstance(self.class_weights, tuple) and min(self.class_weights, default=0) <= 0:
+            raise UserError(f"train.class_weights {[*self.class_weights]}: one number above 0 for each class")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ComputeConfig:
     """Where it is trained (`compute.`)."""
 
-    workers: int = 1
-    """Training processes, each with a GPU or with `cpus_per_worker` CPUs."""
+    workers: int | tuple[int, int] = 1
+    """Training processes, each with a GPU or with `cpus_per_worker` CPUs. [fewest, most]: as many as there is room for,
+    and others when nodes come and go."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: CUDA if the cluster (with --local: this machine) has it."""
     cpus_per_worker: int = 0
     """CPUs and torch threads a worker; 0: the cluster's CPUs divided by the workers."""
     memory_fraction: float = 0.5
     """Resized images stay in memory when they take at most this share of it; otherwise each epoch streams them."""
+    retries: int = 3
+    """How often in a row, without an epoch finished in between, training starts again from the last finished epoch
+    after a worker or a node was lost (through Ray)."""
+    mlflow: str | None = None
+    """Tracking URI, such as `file:///data/mlruns`, to which the metrics are also written (the extra `mlflow`)."""
 
     def __post_init__(self) -> None:
         _check_choices(self, "compute")
-        _at_least(self, "compute", workers=1, cpus_per_worker=0, memory_fraction=0)
+        _at_least(self, "compute", cpus_per_worker=0, memory_fraction=0, retries=0)
+        if not 1 <= self.fewest_workers <= self.most_workers:
+            raise UserError(f"compute.workers is {self.workers}: 1 or more, or [fewest, most]")
+
+    @property
+    def fewest_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def most_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -236,27 +351,45 @@ class TrainConfig:
     compute: ComputeConfig = field(default_factory=ComputeConfig)
 
     def __post_init__(self) -> None:
-        for side in self.data.size_hw:
-            self.model.check_size(side, "--image-size")
+        height, width = self.data.size_hw
+        if self.data.tile:
+            self.model.check_size(self.data.tile, "data.tile")
+            if self.data.tile < 2**self.model.depth:
+                raise UserError(f"data.tile {self.data.tile}: at least {2**self.model.depth} with model.depth")
+            if self.data.tile > min(height, width):
+                raise UserError(f"data.tile {self.data.tile} is larger than --image-size {self.data.image_size}")
+        else:
+            for side in (height, width):
+                self.model.check_size(side, "--image-size")
+        if self.augment.quarter_turns and height != width:
+            raise UserError(f"augment.quarter_turns needs square images, not {height}x{width}")
         terms = set(self.train.loss.split("+"))
-        known = {"auto", "bce", "ce", "dice"}
-        for term in terms - known:
-            raise UserError(f"train.loss {self.train.loss!r}: {term!r} is not a loss{_nearest(term, known)}")
+        for term in terms - set(LOSSES):
+            raise UserError(f"train.loss {self.train.loss!r}: {term!r} is not a loss{_nearest(term, LOSSES)}")
+        if "auto" in terms and len(terms) > 1:
+            raise UserError(f"train.loss {self.train.loss!r}: auto stands alone")
         if "bce" in terms and self.model.num_classes > 1:
             raise UserError(f"train.loss {self.train.loss!r} is for one class: use ce with model.num_classes > 1")
         if "ce" in terms and self.model.num_classes == 1:
             raise UserError(f"train.loss {self.train.loss!r} needs model.num_classes of 2 or more: use bce")
         ids = max(2, self.model.num_classes)
-        for name in ("mask_values", "classes"):
-            given = getattr(self.data, name)
-            if given and len(given) != ids:
+        for name, given in (
+            ("data.mask_values", self.data.mask_values),
+            ("data.classes", self.data.classes),
+            ("train.class_weights", self.train.class_weights),
+        ):
+            if given and not isinstance(given, str) and len(given) != ids:
                 raise UserError(
-                    f"data.{name} has {len(given)} entries: {ids} are needed with model.num_classes="
+                    f"{name} has {len(given)} entries: {ids} are needed with model.num_classes="
                     f"{self.model.num_classes}" + (" (background and foreground)" if ids == 2 else "")
                 )
 
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """Sections of settings, as YAML knows them."""
+        return _plain(dataclasses.asdict(self))
+
     def to_yaml(self) -> str:
-        return yaml.safe_dump(_plain(dataclasses.asdict(self)), sort_keys=False, allow_unicode=True)
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -273,7 +406,7 @@ class PredictConfig:
     workers: int = 0
     """Copies of the model; 0: one a GPU, or one for every 8 CPUs."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
 
     def __post_init__(self) -> None:
         _check_choices(self, "predict")
@@ -296,13 +429,15 @@ class EvaluateConfig:
     """Folders of images and true masks; None for both: the validation pairs that the run held out."""
     mask_values: tuple[int, ...] | None = None
     """Stored value of each class in these masks; None: as in training."""
+    tolerance: float = 2.0
+    """Of the surface Dice: how far apart two edges may lie and still agree, pixels."""
     workers: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
 
     def __post_init__(self) -> None:
         _check_choices(self, "evaluate")
-        _at_least(self, "evaluate", workers=0)
+        _at_least(self, "evaluate", workers=0, tolerance=0)
         if (self.images is None) != (self.masks is None):
             raise UserError("--images and --masks go together: give both, or neither for the run's own validation set")
 
@@ -408,6 +543,8 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
         if value is None and type(None) in options:
             return None
         for option in (o for o in options if o is not type(None)):
+            if typing.get_origin(option) is Literal and value not in typing.get_args(option):
+                continue
             try:
                 return _coerce(value, option, name)
             except UserError:

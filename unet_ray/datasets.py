@@ -42,17 +42,16 @@ class _DecodePairs:
     decoder: Decoder
 
     def __call__(self, table: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        height, width = self.decoder.data.size_hw
         count = len(table["index"])
-        image = np.zeros((count, height, width, self.decoder.in_channels), np.uint8)
-        mask = np.zeros((count, height, width), np.uint8)
+        decoded = self.decoder.empty(count)
         errors = np.full(count, "", dtype=object)
         for row in range(count):
             try:
-                image[row], mask[row] = self.decoder(str(table["image"][row]), str(table["mask"][row]))
+                for name, values in self.decoder(str(table["image"][row]), str(table["mask"][row])).items():
+                    decoded[name][row] = values
             except UserError as error:
                 errors[row] = str(error)
-        return {"index": table["index"], "image": image, "mask": mask, "error": errors}
+        return {"index": table["index"], **decoded, "error": errors}
 
 
 def _dataset_of(pairs: Sequence[Pair], groups: Sequence[np.ndarray], decoder: Decoder) -> ray.data.Dataset:
@@ -107,7 +106,8 @@ class MaterialisedRows:
         place = np.empty((self.count, 2), np.int64)
         for number, block in enumerate(ray.get(self.blocks)):
             # Views of shared memory, not copies.
-            columns = {name: block[name].combine_chunks().to_numpy_ndarray() for name in ("image", "mask")}
+            names = [name for name in block.column_names if name not in ("index", "error")]
+            columns = {name: block[name].combine_chunks().to_numpy_ndarray() for name in names}
             index = block["index"].to_numpy()
             place[index] = np.stack([np.full(len(index), number), np.arange(len(index))], axis=1)
             self._columns.append(columns)
@@ -118,11 +118,11 @@ class MaterialisedRows:
             self._place = self._open()
         for indices in plan:
             where = self._place[indices]
-            yield {
-                "image": np.stack([self._columns[block]["image"][offset] for block, offset in where]),
-                "mask": np.stack([self._columns[block]["mask"][offset] for block, offset in where]),
-                "index": indices,
+            batch = {
+                name: np.stack([self._columns[block][name][offset] for block, offset in where])
+                for name in self._columns[0]
             }
+            yield {**batch, "index": indices}
 
 
 class RayStreamedRows:
@@ -145,7 +145,7 @@ class RayStreamedRows:
                 if error:
                     raise UserError(error)
             # A copy: blocks are read-only views of shared memory, which torch must not be given.
-            yield {"image": batch["image"].copy(), "mask": batch["mask"].copy(), "index": batch["index"]}
+            yield {name: values.copy() for name, values in batch.items() if name != "error"}
 
 
 def object_store_of_smallest_node() -> int:

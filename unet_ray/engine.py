@@ -11,7 +11,7 @@ import ctypes
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,18 +19,22 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 from unet_ray import checkpoint, losses, metrics, storage
 from unet_ray.augment import augment
 from unet_ray.checkpoint import TrainingState
-from unet_ray.config import FitConfig, TrainConfig, UserError
-from unet_ray.models import UNet, build, mirror_margin
+from unet_ray.config import DataConfig, FitConfig, ModelConfig, TrainConfig, UserError
+from unet_ray.models import SegmentationModel, build
 from unet_ray.muon import Muon
 from unet_ray.rows import Batch, Rows
+from unet_ray.tiles import by_tiles, mirror_margin, random_tiles
 
 METRICS, CONFIG, MODEL, LAST = "metrics.jsonl", "config.yaml", "model", "last"
 WARM_UP = 0.15
 """Share of a one-cycle schedule that goes up."""
+POLY_POWER = 0.9
 
 MUON_SCALE = 7.0
 """Orthogonal steps are this much larger than AdamW's: 0.02, the source's, where those are 0.003."""
@@ -39,18 +43,25 @@ Report = Callable[[dict[str, Any]], None]
 """Called on every rank after each epoch with that epoch's line of metrics.jsonl."""
 
 
-class Step(NamedTuple):
-    """One optimizer step of one rank."""
+class Part(NamedTuple):
+    """What one rank passes through the network at once: its part of a batch, or a part of that."""
 
     indices: np.ndarray
-    """Row numbers of this rank's part of the batch; never empty."""
+    """Row numbers; never empty."""
     share: float
-    """What this rank's mean loss is multiplied by, so that the mean over ranks is the mean over the whole batch."""
+    """What the mean loss of these rows is multiplied by, so that the sum over a step's parts and the mean over ranks is
+    the mean over the whole batch."""
 
 
-def batch_plan(count: int, batch_size: int, *, seed: int, epoch: int, rank: int = 0, world: int = 1) -> list[Step]:
+Step = list[Part]
+"""One optimizer step of one rank."""
+
+
+def batch_plan(
+    count: int, batch_size: int, *, seed: int, epoch: int, rank: int = 0, world: int = 1, accumulate: int = 1
+) -> list[Step]:
     """This rank's steps of an epoch over `count` rows: all rows in an order drawn from (seed, epoch), in batches of
-    equal size give or take one row, each dealt out to the ranks.
+    equal size give or take one row, each dealt out to the ranks and there cut into at most `accumulate` parts.
 
     Batches do not depend on `world`, and every rank takes the same number of steps.
     """
@@ -59,24 +70,46 @@ def batch_plan(count: int, batch_size: int, *, seed: int, epoch: int, rank: int 
     for batch in np.array_split(order, math.ceil(count / batch_size)):
         own = batch[rank::world]
         # A rank that a small batch leaves with nothing takes a row for nothing: the gradients' all-reduce needs it.
-        steps.append(Step(own if len(own) else batch[:1], world * len(own) / len(batch)))
+        parts = np.array_split(own, min(accumulate, len(own))) if len(own) else [batch[:1]]
+        steps.append([Part(part, world * len(part) / len(batch) if len(own) else 0.0) for part in parts])
     return steps
 
 
-def learning_rate_at(config: FitConfig, progress: float) -> float:
-    """Step size at `progress`, the share of all steps that are done: 0 to 1."""
-    peak = config.learning_rate
-    if config.schedule == "constant":
-        return peak
-    if config.schedule == "cosine":
-        return peak * (1 + math.cos(math.pi * progress)) / 2
-    if progress < WARM_UP:
+def learning_rate_at(config: FitConfig, progress: float, factor: float = 1.0) -> float:
+    """Step size at `progress`, the share of all steps that are done: 0 to 1. `factor`: see `plateau_factor`."""
+    peak = config.learning_rate * factor
+    warm_up = WARM_UP if config.schedule == "one_cycle" else config.warm_up
+    if progress < warm_up:
         # From a twenty-fifth of the peak, as in torch's OneCycleLR.
-        return peak * (1 / 25 + (1 - 1 / 25) * progress / WARM_UP)
-    return peak * (1 + math.cos(math.pi * (progress - WARM_UP) / (1 - WARM_UP))) / 2
+        return peak * (1 / 25 + (1 - 1 / 25) * progress / warm_up)
+    if config.schedule in ("constant", "plateau"):
+        return peak
+    rest = (progress - warm_up) / (1 - warm_up)
+    if config.schedule == "poly":
+        return peak * (1 - rest) ** POLY_POWER
+    return peak * (1 + math.cos(math.pi * rest)) / 2
 
 
-def build_optimizer(config: FitConfig, model: UNet) -> torch.optim.Optimizer:
+def epochs_without_progress(val_dices: Sequence[float]) -> int:
+    """How many epochs have passed since the best one."""
+    return len(val_dices) - 1 - int(np.argmax(val_dices)) if val_dices else 0
+
+
+def plateau_factor(config: FitConfig, val_dices: Sequence[float]) -> float:
+    """What the schedule `plateau` multiplies the step size by after epochs with these scores: as torch's
+    ReduceLROnPlateau counts, `plateau_factor` each time `plateau_patience` epochs and one more brought nothing better.
+    """
+    if config.schedule != "plateau":
+        return 1.0
+    factor, best, waited = 1.0, -math.inf, 0
+    for dice in val_dices:
+        best, waited = (dice, 0) if dice > best else (best, waited + 1)
+        if waited > config.plateau_patience:
+            factor, waited = factor * config.plateau_factor, 0
+    return factor
+
+
+def build_optimizer(config: FitConfig, model: SegmentationModel) -> torch.optim.Optimizer:
     """The optimizer; weight decay is for weights only (parameters of more than one dimension)."""
     rate = config.learning_rate
     weights = [p for p in model.parameters() if p.ndim > 1]
@@ -87,15 +120,19 @@ def build_optimizer(config: FitConfig, model: UNet) -> torch.optim.Optimizer:
     if config.optimizer == "adam":
         return torch.optim.Adam(groups, lr=rate, fused=True)
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=rate, momentum=0.99, fused=True)
+        return torch.optim.SGD(groups, lr=rate, momentum=config.momentum, fused=True)
     if config.optimizer == "rmsprop":
         return torch.optim.RMSprop(groups, lr=rate)
     # The last layer makes numbers, not features: its directions are not alike (Jordan et al.).
-    hidden = [p for p in weights if p is not model.head.weight]
+    last = {id(p) for p in model.head.parameters()}
     return Muon(
         [
-            {"params": hidden, "weight_decay": config.weight_decay, "scale": MUON_SCALE},
-            {"params": [model.head.weight], "weight_decay": 0.0, "orthogonal": False},
+            {
+                "params": [p for p in weights if id(p) not in last],
+                "weight_decay": config.weight_decay,
+                "scale": MUON_SCALE,
+            },
+            {"params": [p for p in weights if id(p) in last], "weight_decay": 0.0, "orthogonal": False},
             {**others[0], "orthogonal": False},
         ],
         lr=rate,
@@ -120,9 +157,17 @@ def bf16_is_fast(device: torch.device) -> bool:
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
-    """The arithmetic of a forward pass: `auto`, `fp32` or `bf16`."""
+    """The arithmetic of a forward pass: `auto`, `fp32`, `bf16` or (on CUDA) `fp16`."""
+    if precision == "fp16":
+        return torch.autocast(device.type, torch.float16)
     use = precision == "bf16" or (precision == "auto" and bf16_is_fast(device))
     return torch.autocast(device.type, torch.bfloat16) if use else contextlib.nullcontext()
+
+
+def check_precision(precision: str, device: str) -> None:
+    """Raises UserError for what the device does not do."""
+    if precision == "fp16" and device != "cuda":
+        raise UserError("--precision fp16 is for CUDA: use bf16 or fp32 on CPUs")
 
 
 def keep_freed_memory() -> None:
@@ -140,12 +185,15 @@ def keep_freed_memory() -> None:
     mallopt(-2, 256 * 2**20)  # M_TOP_PAD: the heap grows by this much at a time
 
 
-def to_network(image_NHWC: Tensor, device: torch.device, margin: int) -> Tensor:
-    """A batch as the network takes it: uint8 [N,C,H,W] on the device, with the mirrored margin of unpadded models.
-
-    The permuted NHWC memory is channels_last already, so nothing is copied to get there.
-    """
-    return mirror_margin(image_NHWC.to(device, non_blocking=True).permute(0, 3, 1, 2), margin)
+def run_network(
+    model: Callable[[Tensor], Tensor], image_NHWC: Tensor, model_config: ModelConfig, data: DataConfig
+) -> Tensor:
+    """Logits [N,K,H,W] of whole images, uint8 [N,H,W,C] on the model's device."""
+    # The permuted NHWC memory is channels_last already, so nothing is copied to get there.
+    image_NCHW = image_NHWC.permute(0, 3, 1, 2)
+    if data.tile and model_config.padding == "valid":
+        return by_tiles(model, image_NCHW, data.tile, model_config)
+    return model(mirror_margin(image_NCHW, model_config.margin))
 
 
 def decide(logits_NKHW: Tensor, threshold: float = 0.5) -> Tensor:
@@ -155,42 +203,96 @@ def decide(logits_NKHW: Tensor, threshold: float = 0.5) -> Tensor:
     return logits_NKHW.argmax(dim=1).to(torch.uint8)
 
 
+@dataclass(slots=True)
+class Training:
+    """What is trained, and with what."""
+
+    network: SegmentationModel
+    model: nn.Module
+    """The network itself, or DistributedDataParallel around it."""
+    optimizer: torch.optim.Optimizer
+    loss: losses.Loss
+    scaler: torch.amp.GradScaler
+    """Does something with fp16 only."""
+    ema: AveragedModel | None
+    config: TrainConfig
+    device: torch.device
+
+    @property
+    def scored(self) -> nn.Module:
+        """What is validated and saved."""
+        return self.network if self.ema is None else self.ema.module
+
+    def prepare(self, batch: Batch, epoch: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Image uint8 [N,C,H,W] as the network takes it, mask and border, on the device, augmented."""
+        data, model, seed = self.config.data, self.config.model, self.config.train.seed
+        arrays = {
+            name: torch.from_numpy(values).to(self.device, non_blocking=True)
+            for name, values in batch.items()
+            if name != "index"
+        }
+        arrays = augment(arrays, batch["index"], config=self.config.augment, seed=seed, epoch=epoch)
+        if data.tile:
+            arrays = random_tiles(arrays, batch["index"], data.tile, margin=model.margin, seed=seed, epoch=epoch)
+        image = arrays["image"].permute(0, 3, 1, 2)
+        return image if data.tile else mirror_margin(image, model.margin), arrays["mask"], arrays.get("border")
+
+    def step(self, parts: Iterable[tuple[Batch, Part]], count: int, epoch: int) -> Tensor:
+        """One optimizer step over `count` parts. Returns this rank's part of the batch's mean loss."""
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self.device)
+        for number, (batch, part) in enumerate(parts, start=1):
+            image, mask, border = self.prepare(batch, epoch)
+            # Ranks exchange gradients once a step, with the last part's.
+            waits = isinstance(self.model, DistributedDataParallel) and number < count
+            with self.model.no_sync() if waits else contextlib.nullcontext():  # type: ignore[operator]
+                with autocast(self.device, self.config.train.precision):
+                    logits = self.model(image)
+                loss = self.loss(logits, mask, border).mean() * part.share
+                self.scaler.scale(loss).backward()
+            total += loss.detach()
+        if self.config.train.clip_norm:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.config.train.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.ema is not None:
+            self.ema.update_parameters(self.network)
+        return total
+
+
+def average_of(network: nn.Module, decay: float) -> AveragedModel:
+    """The exponential moving average of a network's weights and running statistics.
+
+    Over the first steps the decay is (1 + steps) / (10 + steps), as in TensorFlow's ExponentialMovingAverage.
+    """
+
+    @torch.no_grad()
+    def update(averages: Any, values: Any, steps: Any) -> None:
+        weight = 1 - min(decay, (1 + int(steps)) / (10 + int(steps)))
+        for average, value in zip(averages, values, strict=True):
+            if average.is_floating_point():
+                average.lerp_(value.to(average.dtype), weight)
+            else:
+                average.copy_(value)
+
+    return AveragedModel(network, multi_avg_fn=update, use_buffers=True)
+
+
 def train_epoch(
-    model: nn.Module,
-    batches: Iterable[tuple[Batch, Step]],
-    optimizer: torch.optim.Optimizer,
-    loss: losses.Loss,
-    config: TrainConfig,
-    *,
-    epoch: int,
-    steps: int,
-    device: torch.device,
+    training: Training, batches: Iterator[Batch], plan: Sequence[Step], *, epoch: int, factor: float
 ) -> float:
-    """One pass over the batches. Returns this rank's part of the mean loss: summed over ranks it is the mean."""
-    model.train()
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    fit = config.train
-    for number, (batch, step) in enumerate(batches):
-        rate = learning_rate_at(fit, (epoch - 1 + number / steps) / fit.epochs)
-        for group in optimizer.param_groups:
+    """One pass over the batches, one for each part of each step of the plan. Returns this rank's part of the mean loss:
+    summed over ranks it is the mean. `factor`: see `learning_rate_at`."""
+    training.model.train()
+    fit = training.config.train
+    total = torch.zeros((), dtype=torch.float64, device=training.device)
+    for number, step in enumerate(plan):
+        rate = learning_rate_at(fit, (epoch - 1 + number / len(plan)) / fit.epochs, factor)
+        for group in training.optimizer.param_groups:
             group["lr"] = rate * group.get("scale", 1.0)
-        image, mask = augment(
-            torch.from_numpy(batch["image"]),
-            torch.from_numpy(batch["mask"]),
-            batch["index"],
-            config=config.augment,
-            seed=fit.seed,
-            epoch=epoch,
-        )
-        mask = mask.to(device, non_blocking=True)
-        with autocast(device, fit.precision):
-            logits = model(to_network(image, device, config.model.margin))
-        batch_loss = loss(logits, mask).mean() * step.share
-        optimizer.zero_grad(set_to_none=True)
-        batch_loss.backward()
-        optimizer.step()
-        total += batch_loss.detach()
-    return float(total) / steps / world_size()
+        total += training.step(((next(batches), part) for part in step), len(step), epoch)
+    return float(total) / len(plan) / world_size()
 
 
 @torch.inference_mode()
@@ -207,10 +309,11 @@ def evaluate(
     pixels = torch.zeros(1, dtype=torch.int64)
     sums = torch.zeros(5, dtype=torch.float64)  # images, loss, and mean-over-images Dice, IoU, pixel accuracy
     for batch in batches:
-        mask = torch.from_numpy(batch["mask"]).to(device)
+        image, mask = (torch.from_numpy(batch[name]).to(device) for name in ("image", "mask"))
+        border = torch.from_numpy(batch["border"]).to(device) if "border" in batch else None
         with autocast(device, config.train.precision):
-            logits = model(to_network(torch.from_numpy(batch["image"]), device, config.model.margin)).float()
-        loss_N = loss(logits, mask)
+            logits = run_network(model, image, config.model, config.data).float()
+        loss_N = loss(logits, mask, border)
         counts_NK3 = metrics.count(decide(logits), mask, classes).cpu()
         pixels_N = (mask != metrics.IGNORE).sum(dim=(1, 2)).cpu()
         ratios = image_ratios(counts_NK3.numpy(), pixels_N.numpy(), config.data.classes)
@@ -276,6 +379,27 @@ class TrainResult:
     """All lines of metrics.jsonl."""
 
 
+def prepare(config: TrainConfig, device: torch.device) -> Training:
+    """A fresh training: network, optimizer and the rest, for this process alone."""
+    fit_config = config.train
+    check_precision(fit_config.precision, device.type)
+    torch.manual_seed(fit_config.seed)
+    network = build(config.model).to(device)
+    network.checkpoint_activations = fit_config.checkpoint_activations
+    if fit_config.channels_last:
+        network = network.to(memory_format=torch.channels_last)
+    return Training(
+        network=network,
+        model=network,
+        optimizer=build_optimizer(fit_config, network),
+        loss=losses.build(fit_config, config.model.num_classes),
+        scaler=torch.amp.GradScaler(device.type, enabled=fit_config.precision == "fp16"),
+        ema=average_of(network, fit_config.ema) if fit_config.ema else None,
+        config=config,
+        device=device,
+    )
+
+
 def fit(
     config: TrainConfig, train_rows: Rows, val_rows: Rows, out: str, *, device: torch.device, report: Report
 ) -> None:
@@ -287,63 +411,75 @@ def fit(
     fit_config = config.train
     if device.type == "cpu":
         keep_freed_memory()
-    torch.manual_seed(fit_config.seed)
-    network = build(config.model).to(device)
-    if fit_config.channels_last:
-        network = network.to(memory_format=torch.channels_last)
-    optimizer = build_optimizer(fit_config, network)
-    loss = losses.build(fit_config.loss, config.model.num_classes)
+    training = prepare(config, device)
     last = storage.join(out, LAST)
-    state = checkpoint.load_state(last, network, optimizer) or TrainingState(0, -1.0, config.to_yaml())
+    state = checkpoint.load_state(
+        last, training.network, training.optimizer, training.scaler, training.ema
+    ) or TrainingState(0, -1.0, config.to_yaml())
     history = [line for line in read_metrics(out) if line["epoch"] <= state.epoch]
-
-    model: nn.Module = network
     if world > 1:
-        if device.type == "cuda":
-            # Normalises over the whole batch, as one worker would. There is no such layer for CPUs.
-            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-        model = nn.parallel.DistributedDataParallel(
-            network, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
-        )
+        training.model = _over_ranks(training.network, device)
 
     for epoch in range(state.epoch + 1, fit_config.epochs + 1):
+        val_dices = [line["val_dice"] for line in history]
+        if fit_config.patience and epochs_without_progress(val_dices) >= fit_config.patience:
+            break
         started = time.perf_counter()
         # Dropout's draws: of this epoch and rank only, so that a resumed run draws what an unstopped one would.
         torch.manual_seed(int(np.random.SeedSequence([fit_config.seed, epoch, rank]).generate_state(1)[0]))
         plan = batch_plan(
-            len(train_rows), fit_config.batch_size, seed=fit_config.seed, epoch=epoch, rank=rank, world=world
+            len(train_rows),
+            fit_config.batch_size,
+            seed=fit_config.seed,
+            epoch=epoch,
+            rank=rank,
+            world=world,
+            accumulate=fit_config.accumulate,
         )
-        batches = zip(train_rows.batches([step.indices for step in plan]), plan, strict=True)
+        batches = train_rows.batches([part.indices for step in plan for part in step])
+        factor = plateau_factor(fit_config, val_dices)
         train_loss = torch.tensor(
-            [train_epoch(model, batches, optimizer, loss, config, epoch=epoch, steps=len(plan), device=device)],
-            dtype=torch.float64,
+            [train_epoch(training, batches, plan, epoch=epoch, factor=factor)], dtype=torch.float64
         )
         sum_over_ranks(train_loss, device)
         if not math.isfinite(train_loss):
             raise UserError(f"the loss became {float(train_loss)} in epoch {epoch}: lower --lr, or --precision fp32")
-        average_buffers(network, device)
+        for model in {training.network, training.scored}:
+            average_buffers(model, device)
         train_seconds = time.perf_counter() - started
         val_plan = _in_batches(np.arange(len(val_rows))[rank::world], max(1, fit_config.batch_size // world))
-        scores = evaluate(network, val_rows.batches(val_plan), loss, config, device)
-        line = {
-            "epoch": epoch,
-            "train_loss": float(train_loss),
-            **scores,
-            "learning_rate": optimizer.param_groups[-1]["lr"],
-            "images_per_second": len(train_rows) / train_seconds,
-            "train_seconds": train_seconds,
-            "seconds": time.perf_counter() - started,
-        }
+        scores = evaluate(training.scored, val_rows.batches(val_plan), training.loss, config, device)
+        # Rounded as it will be read again, so that a resumed run decides as an unstopped one.
+        line = _rounded(
+            {
+                "epoch": epoch,
+                "train_loss": float(train_loss),
+                **scores,
+                "learning_rate": training.optimizer.param_groups[-1]["lr"],
+                "images_per_second": len(train_rows) / train_seconds,
+                "train_seconds": train_seconds,
+                "seconds": time.perf_counter() - started,
+            }
+        )
         history.append(line)
-        better = scores["val_dice"] > state.best
-        state = TrainingState(epoch, max(state.best, scores["val_dice"]), config.to_yaml())
+        better = line["val_dice"] > state.best
+        state = TrainingState(epoch, max(state.best, line["val_dice"]), config.to_yaml())
         if rank == 0:
             # The state comes last: a stop before it repeats the epoch, and writes the same again.
             if better:
-                checkpoint.save_model(storage.join(out, MODEL), network, config.model, config.data, line)
+                checkpoint.save_model(storage.join(out, MODEL), training.scored, config.model, config.data, line)
             write_metrics(out, history)
-            checkpoint.save_state(last, state, network, optimizer)
+            checkpoint.save_state(last, state, training.network, training.optimizer, training.scaler, training.ema)
         report(line)
+
+
+def _over_ranks(network: SegmentationModel, device: torch.device) -> DistributedDataParallel:
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        # Normalises over the whole batch, as one worker would. There is no such layer for CPUs. Converted in place:
+        # the outermost module is no norm itself.
+        nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    return DistributedDataParallel(network, device_ids=[device] if on_gpu else None, broadcast_buffers=False)
 
 
 def _in_batches(indices: np.ndarray, size: int) -> list[np.ndarray]:
@@ -360,7 +496,7 @@ def read_metrics(out: str) -> list[dict[str, Any]]:
 
 def write_metrics(out: str, history: Iterable[dict[str, Any]]) -> None:
     """Writes metrics.jsonl anew: whole or absent also in a bucket, where nothing can be appended."""
-    text = "".join(json.dumps(_rounded(line)) + "\n" for line in history)
+    text = "".join(json.dumps(line) + "\n" for line in history)
     storage.write_bytes(storage.join(out, METRICS), text.encode(), durable=True)
 
 

@@ -1,6 +1,7 @@
 """Decoded training rows: in memory or streamed, read in any order.
 
-A *row* is one pair, decoded and resized: image uint8 [H,W,C], mask uint8 [H,W]. Rows are numbered by their place in
+A *row* is one pair, decoded and resized: image uint8 [H,W,C], mask uint8 [H,W] and, where the loss asks for it, border
+uint8 [H,W] (`masks.border_map`). Rows are numbered by their place in
 the sorted list of pairs. Training asks for batches of row numbers, so that order, batch composition and steps are
 decided in one place (`engine.batch_plan`) and are the same however the rows are held.
 """
@@ -17,15 +18,16 @@ from typing import Protocol
 import numpy as np
 import psutil
 
-from unet_ray import imaging, storage
-from unet_ray.config import DataConfig, ModelConfig, UserError
+from unet_ray import imaging, masks, storage
+from unet_ray.config import DataConfig, TrainConfig, UserError
 from unet_ray.imaging import ImageError
 from unet_ray.records import Pair
 
 BATCHES_AHEAD = 2
 
+Row = dict[str, np.ndarray]
 Batch = dict[str, np.ndarray]
-"""`image` uint8 [N,H,W,C], `mask` uint8 [N,H,W], `index` int64 [N] (row numbers)."""
+"""`image` uint8 [N,H,W,C], `mask` and perhaps `border` uint8 [N,H,W], `index` int64 [N] (row numbers)."""
 
 
 class Rows(Protocol):
@@ -43,13 +45,16 @@ class Decoder:
 
     data: DataConfig
     in_channels: int
+    border_sigma: float = 0.0
+    """Of the border map; 0: no such map."""
 
     @classmethod
-    def of(cls, model: ModelConfig, data: DataConfig) -> Decoder:
-        return cls(data, model.in_channels)
+    def of(cls, config: TrainConfig) -> Decoder:
+        fit = config.train
+        return cls(config.data, config.model.in_channels, fit.border_sigma if fit.border_weight else 0.0)
 
-    def __call__(self, image_path: str, mask_path: str) -> tuple[np.ndarray, np.ndarray]:
-        """Image uint8 [H,W,C] and mask uint8 [H,W]. Raises UserError that names the file."""
+    def __call__(self, image_path: str, mask_path: str) -> Row:
+        """Raises UserError that names the file."""
         size = self.data.size_hw
         try:
             image, image_size = imaging.decode_image(storage.read_bytes(image_path), self.in_channels, size)
@@ -64,11 +69,25 @@ class Decoder:
                 f"{mask_path}: {mask_size[1]}x{mask_size[0]} pixels, but its image {image_path} has "
                 f"{image_size[1]}x{image_size[0]}: the two must match"
             )
-        return image, mask
+        row = {"image": image, "mask": mask}
+        if self.border_sigma:
+            row["border"] = masks.border_map(mask, self.border_sigma)
+        return row
+
+    def empty(self, count: int) -> Batch:
+        """Room for as many rows; zeros."""
+        height, width = self.data.size_hw
+        batch = {
+            "image": np.zeros((count, height, width, self.in_channels), np.uint8),
+            "mask": np.zeros((count, height, width), np.uint8),
+        }
+        if self.border_sigma:
+            batch["border"] = np.zeros_like(batch["mask"])
+        return batch
 
     def row_bytes(self) -> int:
         height, width = self.data.size_hw
-        return height * width * (self.in_channels + 1)
+        return height * width * (self.in_channels + 1 + bool(self.border_sigma))
 
 
 def fits_in_memory(count: int, decoder: Decoder, share: float) -> bool:
@@ -90,26 +109,25 @@ class Subset:
 
 
 class MemoryRows:
-    """All rows decoded once, in two arrays."""
+    """All rows decoded once, in one array for each of their parts."""
 
     def __init__(self, pairs: Sequence[Pair], decoder: Decoder) -> None:
-        height, width = decoder.data.size_hw
-        self.image_MHWC = np.empty((len(pairs), height, width, decoder.in_channels), np.uint8)
-        self.mask_MHW = np.empty((len(pairs), height, width), np.uint8)
+        self.arrays = decoder.empty(len(pairs))
 
         def fill(index: int) -> None:
-            self.image_MHWC[index], self.mask_MHW[index] = decoder(pairs[index].image, pairs[index].mask)
+            for name, values in decoder(pairs[index].image, pairs[index].mask).items():
+                self.arrays[name][index] = values
 
         with ThreadPoolExecutor(os.cpu_count()) as threads:
             for _ in threads.map(fill, range(len(pairs))):
                 pass  # raises what a decode raised
 
     def __len__(self) -> int:
-        return len(self.mask_MHW)
+        return len(self.arrays["mask"])
 
     def batches(self, plan: Sequence[np.ndarray]) -> Iterator[Batch]:
         for indices in plan:
-            yield {"image": self.image_MHWC[indices], "mask": self.mask_MHW[indices], "index": indices}
+            yield {**{name: values[indices] for name, values in self.arrays.items()}, "index": indices}
 
 
 class StreamedRows:
@@ -122,7 +140,7 @@ class StreamedRows:
         return len(self.pairs)
 
     def batches(self, plan: Sequence[np.ndarray]) -> Iterator[Batch]:
-        def load(index: int) -> tuple[np.ndarray, np.ndarray]:
+        def load(index: int) -> Row:
             return self.decoder(self.pairs[index].image, self.pairs[index].mask)
 
         with ThreadPoolExecutor(os.cpu_count()) as threads:
@@ -141,8 +159,4 @@ class StreamedRows:
 
 def _collect(indices: np.ndarray, futures: list) -> Batch:
     rows = [future.result() for future in futures]
-    return {
-        "image": np.stack([image for image, _ in rows]),
-        "mask": np.stack([mask for _, mask in rows]),
-        "index": indices,
-    }
+    return {**{name: np.stack([row[name] for row in rows]) for name in rows[0]}, "index": indices}

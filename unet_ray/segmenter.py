@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from unet_ray import checkpoint
-from unet_ray.engine import autocast, keep_freed_memory, to_network
+from unet_ray.engine import autocast, check_precision, keep_freed_memory, run_network
 
 IMAGES_AT_ONCE = {"cpu": 1, "cuda": 8}
 """On a CPU one image at a time keeps the activations in the caches, and was fastest."""
@@ -38,6 +38,7 @@ class Segmenter:
     ) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
+        check_precision(precision, device)
         if device == "cpu":
             keep_freed_memory()
         self.device, self.precision = torch.device(device), precision
@@ -50,9 +51,9 @@ class Segmenter:
         logits, confidence = [], []
         for start in range(0, len(image_NHWC), step):
             # A copy: Ray's batches are read-only views of shared memory, which torch must not be given.
-            image = torch.from_numpy(image_NHWC[start : start + step].copy())
+            image = torch.from_numpy(image_NHWC[start : start + step].copy()).to(self.device, non_blocking=True)
             with autocast(self.device, self.precision):
-                output = self.model(to_network(image, self.device, self.card.model.margin)).float()
+                output = run_network(self.model, image, self.card.model, self.card.data).float()
             if output.shape[1] == 1:
                 probability = output.sigmoid()
                 decided = torch.maximum(probability, 1 - probability)

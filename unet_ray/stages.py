@@ -182,14 +182,17 @@ class Write:
 
 @dataclass(frozen=True, slots=True)
 class Compare:
-    """`logits` and the true mask at `mask_path` -> `counts` int64 [N,K*3] and `valid` pixels int64 [N], at the mask's
-    own size."""
+    """`logits` and the true mask at `mask_path` -> `counts` int64 [N,K*3], `valid` pixels int64 [N] and `surface`
+    float64 [N,K*3] (`metrics.surface_scores`), at the mask's own size."""
 
     card: ModelCard
+    tolerance: float
+    """Of the surface Dice, pixels."""
 
     def __call__(self, chunk: Chunk) -> Chunk:
         count, classes = len(chunk["path"]), self.card.model.num_classes
         counts, valid = np.zeros((count, classes * 3), np.int64), np.zeros(count, np.int64)
+        surface = np.zeros((count, classes * len(metrics.SURFACE)))
         errors = list(chunk["error"])
         for row, path in enumerate(chunk["mask_path"]):
             if errors[row]:
@@ -207,7 +210,14 @@ class Compare:
             pair = torch.from_numpy(predicted)[None], torch.from_numpy(truth)[None]
             counts[row] = metrics.count(*pair, classes).numpy().reshape(-1)
             valid[row] = (truth != IGNORE).sum()
-        return {"path": chunk["path"], "error": objects(errors), "counts": counts, "valid": valid}
+            surface[row] = metrics.surface_scores(predicted, truth, classes, self.tolerance).reshape(-1)
+        return {
+            "path": chunk["path"],
+            "error": objects(errors),
+            "counts": counts,
+            "valid": valid,
+            "surface": surface,
+        }
 
 
 def chunked(columns: dict[str, Sequence[Any]], row_bytes: int) -> list[Chunk]:

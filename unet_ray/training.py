@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import threading
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from unet_ray import checkpoint, engine, masks, records, rows, storage
+from unet_ray import checkpoint, engine, masks, records, rows, storage, tracking
 from unet_ray.config import TrainConfig, UserError, load_train_config
 from unet_ray.engine import TrainResult
 from unet_ray.records import Pair
@@ -25,54 +28,6 @@ RAY_FOLDER = ".ray"
 """Ray Train's own bookkeeping inside the run directory, while it trains."""
 
 
-def train(
-    config: TrainConfig,
-    out: str,
-    *,
-    local: bool = False,
-    resume: bool = False,
-    cluster: AbstractContextManager[None] = nullcontext(),
-    on_start: Callable[[int, int], None] = lambda _train, _val: None,
-    on_epoch: OnEpoch = lambda _line: None,
-) -> TrainResult:
-    """Trains `config` into the run directory `out`: through Ray Train, or with `local` in this process.
-
-    `cluster` is entered once all that needs no Ray has been checked: a context in which `ray.init` has been called
-    (nothing, where the caller has called it, or with `local`).
-
-    `on_start` is told the numbers of training and validation pairs; `on_epoch` gets each line of metrics.jsonl as it
-    is written. `resume` goes on from the last finished epoch, and starts anew where there is none.
-    Raises UserError for what the user can mend.
-    """
-    for name in ("images", "masks"):
-        if not getattr(config.data, name):
-            raise UserError(f"--{name} is missing: the folder of the {name}")
-    out = storage.absolute(out)
-    if config.train.batch_size < config.compute.workers:
-        raise UserError(
-            f"--batch-size {config.train.batch_size} is for all workers together, and there are "
-            f"{config.compute.workers}: use {config.compute.workers} or more"
-        )
-    images, masks_folder = storage.absolute(config.data.images), storage.absolute(config.data.masks)
-    pairs = records.find_pairs(images, masks_folder)
-    train_indices, val_indices = records.split([pair.key for pair in pairs], config.data, config.train.seed)
-    used = sorted([*train_indices, *val_indices])
-    number = {index: row for row, index in enumerate(used)}
-    parts = Split([pairs[i] for i in used], [number[i] for i in train_indices], [number[i] for i in val_indices])
-    data = dataclasses.replace(config.data, images=images, masks=masks_folder)
-    if data.mask_values is None:
-        paths = [pair.mask for pair in pairs]
-        data = dataclasses.replace(data, mask_values=masks.infer_values(paths, config.model.num_classes, data))
-    config = dataclasses.replace(config, data=data)
-    _check_out(config, out, resume)
-    on_start(len(parts.train), len(parts.val))
-
-    run = _train_here if local else _train_on_ray
-    with nullcontext() if local else cluster:
-        run(config, parts, out, on_epoch)
-    return engine.result_of(out)
-
-
 class Split(NamedTuple):
     """The pairs a training uses, and which of them it trains and validates on."""
 
@@ -80,9 +35,89 @@ class Split(NamedTuple):
     train: list[int]
     val: list[int]
 
+    @property
+    def train_keys(self) -> list[str]:
+        return [self.pairs[index].key for index in self.train]
+
+    @property
+    def val_keys(self) -> list[str]:
+        return [self.pairs[index].key for index in self.val]
+
     def rows(self, decoded: Rows) -> tuple[Subset, Subset]:
         """Rows to train on and rows to validate on, of rows decoded from `pairs`."""
         return Subset(decoded, self.train), Subset(decoded, self.val)
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """What a training tells whoever started it."""
+
+    on_start: Callable[[Split], None] = lambda _split: None
+    """What it trains and validates on."""
+    on_epoch: Callable[[dict[str, Any]], None] = lambda _line: None
+    """Each line of metrics.jsonl, as it is written."""
+    on_retry: Callable[[str, int], None] = lambda _reason, _epoch: None
+    """Why a worker was lost, and after which epoch training goes on."""
+
+
+def train(
+    config: TrainConfig,
+    out: str,
+    *,
+    local: bool = False,
+    resume: bool = False,
+    cluster: AbstractContextManager[None] = nullcontext(),
+    watch: Watch = Watch(),
+) -> TrainResult:
+    """Trains `config` into the run directory `out`: through Ray Train, or with `local` in this process.
+
+    `cluster` is entered once all that needs no Ray has been checked: a context in which `ray.init` has been called
+    (nothing, where the caller has called it, or with `local`).
+
+    `resume` goes on from the last finished epoch, and starts anew where there is none.
+    Raises UserError for what the user can mend.
+    """
+    for name in ("images", "masks"):
+        if not getattr(config.data, name):
+            raise UserError(f"--{name} is missing: the folder of the {name}")
+    out = storage.absolute(out)
+    workers = config.compute.most_workers
+    if config.train.batch_size < workers:
+        raise UserError(
+            f"--batch-size {config.train.batch_size} is for all workers together, and there are {workers}: use "
+            f"{workers} or more"
+        )
+    images, masks_folder = storage.absolute(config.data.images), storage.absolute(config.data.masks)
+    pairs = records.find_pairs(images, masks_folder)
+    train_indices, val_indices = records.split([pair.key for pair in pairs], config.data, config.train.seed)
+    used = sorted([*train_indices, *val_indices])
+    number = {index: row for row, index in enumerate(used)}
+    parts = Split([pairs[i] for i in used], [number[i] for i in train_indices], [number[i] for i in val_indices])
+    config = _resolved(config, images, masks_folder, [pair.mask for pair in pairs])
+    _check_out(config, out, resume)
+    watch.on_start(parts)
+
+    with tracking.trackers(config, out, PurePosixPath(out).name) as track, nullcontext() if local else cluster:
+
+        def told(line: dict[str, Any]) -> None:
+            track(line)
+            watch.on_epoch(line)
+
+        if local:
+            _train_here(config, parts, out, told)
+        else:
+            _train_on_ray(config, parts, out, told, watch.on_retry)
+    return engine.result_of(out)
+
+
+def _resolved(config: TrainConfig, images: str, masks_folder: str, mask_paths: list[str]) -> TrainConfig:
+    """The settings with what the data decides filled in."""
+    data, fit = dataclasses.replace(config.data, images=images, masks=masks_folder), config.train
+    if data.mask_values is None:
+        data = dataclasses.replace(data, mask_values=masks.infer_values(mask_paths, config.model.num_classes, data))
+    if fit.class_weights == "inverse":
+        fit = dataclasses.replace(fit, class_weights=masks.inverse_frequencies(mask_paths, data))
+    return dataclasses.replace(config, data=data, train=fit)
 
 
 def _check_out(config: TrainConfig, out: str, resume: bool) -> None:
@@ -115,49 +150,89 @@ def _resumable(config: TrainConfig) -> TrainConfig:
     )
 
 
-def _write_config(config: TrainConfig, out: str) -> None:
+def _write_start(config: TrainConfig, parts: Split, out: str) -> None:
+    """What stands before the first epoch: the settings, and which images are trained and validated on."""
+    lines = [(key, "train") for key in parts.train_keys] + [(key, "val") for key in parts.val_keys]
+    records.write_split(storage.join(out, records.SPLIT), sorted(lines))
     storage.write_bytes(storage.join(out, engine.CONFIG), config.to_yaml().encode())
 
 
 def _train_here(config: TrainConfig, parts: Split, out: str, on_epoch: OnEpoch) -> None:
     import torch
 
-    device = engine.device_here(config.compute.device, config.compute.workers)
+    device = engine.device_here(config.compute.device, config.compute.fewest_workers)
+    engine.check_precision(config.train.precision, device.type)
     if config.compute.cpus_per_worker:
         torch.set_num_threads(config.compute.cpus_per_worker)
-    decoder = Decoder.of(config.model, config.data)
+    decoder = Decoder.of(config)
     fits = rows.fits_in_memory(len(parts.pairs), decoder, config.compute.memory_fraction)
     kind = rows.MemoryRows if fits else rows.StreamedRows
     train_rows, val_rows = parts.rows(kind(parts.pairs, decoder))
-    _write_config(config, out)
-    engine.fit(config, train_rows, val_rows, out, device=device, report=on_epoch)
+    _write_start(config, parts, out)
+    with _disk_full_is_said(out):
+        engine.fit(config, train_rows, val_rows, out, device=device, report=on_epoch)
 
 
-def _train_on_ray(config: TrainConfig, parts: Split, out: str, on_epoch: OnEpoch) -> None:
+def _train_on_ray(
+    config: TrainConfig, parts: Split, out: str, on_epoch: OnEpoch, on_retry: Callable[[str, int], None]
+) -> None:
+    """Fits, and starts again from the last finished epoch where workers or nodes are lost.
+
+    Ours rather than Ray's max_failures: that would also repeat what fails every time, and would not decode again the
+    rows that were lost with a node.
+    """
+    import ray.exceptions
     import ray.train
+
+    from unet_ray import datasets
+
+    datasets.configure()
+    device = datasets.pick_device(config.compute.device)
+    engine.check_precision(config.train.precision, device)
+    _write_start(config, parts, out)
+    told, failures = _epochs_done(out), 0
+    while True:
+        before = _epochs_done(out)
+        try:
+            told = _fit_once(config, parts, out, device, on_epoch, told)
+            break
+        except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
+            _raise_what_repeats(error)
+            done = _epochs_done(out)
+            failures = 1 if done > before else failures + 1
+            if failures > config.compute.retries:
+                raise
+            on_retry(_first_line(error), done)
+    storage.delete_folder(storage.join(out, RAY_FOLDER))
+
+
+def _epochs_done(out: str) -> int:
+    state = checkpoint.read_state(storage.join(out, engine.LAST))
+    return state.epoch if state else 0
+
+
+def _fit_once(config: TrainConfig, parts: Split, out: str, device: str, on_epoch: OnEpoch, told: int) -> int:
+    """One TorchTrainer fit, with what the cluster has now. Returns the last epoch that `on_epoch` was told of."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     from unet_ray import datasets
 
-    datasets.configure()
     compute = config.compute
-    device = datasets.pick_device(compute.device)
-    datasets.check_workers(compute.workers, device, compute.cpus_per_worker)
-    decoder = Decoder.of(config.model, config.data)
+    datasets.check_workers(compute.fewest_workers, device, compute.cpus_per_worker)
+    decoder = Decoder.of(config)
     # Every node may come to hold every row, so the smallest one's store decides.
     fits = len(parts.pairs) * decoder.row_bytes() <= compute.memory_fraction * datasets.object_store_of_smallest_node()
     cpus = int(datasets.cluster_total("CPU"))
-    if not fits and device == "cpu" and compute.workers >= cpus:
+    if not fits and device == "cpu" and compute.fewest_workers >= cpus:
         raise UserError(
-            f"--workers {compute.workers} leaves none of {cpus} CPUs to stream the images, which don't fit in memory: "
-            f"use --workers {max(1, cpus - 1)}, or --local"
+            f"--workers {compute.fewest_workers} leaves none of {cpus} CPUs to stream the images, which don't fit in "
+            f"memory: use --workers {max(1, cpus - 1)}, or --local"
         )
-    threads = compute.cpus_per_worker or datasets.cpus_for_each(compute.workers, spare=0 if fits else 1)
+    threads = compute.cpus_per_worker or datasets.cpus_for_each(compute.most_workers, spare=0 if fits else 1)
     kind: type[MaterialisedRows] | type[RayStreamedRows]
     kind = datasets.MaterialisedRows if fits else datasets.RayStreamedRows
     train_rows, val_rows = parts.rows(kind(parts.pairs, decoder))
-    _write_config(config, out)
 
     on_gpu = device == "cuda"
     trainer = TorchTrainer(
@@ -182,16 +257,10 @@ def _train_on_ray(config: TrainConfig, parts: Split, out: str, on_epoch: OnEpoch
     )
     # What an interrupted run left would make Ray take this one for finished and train nothing.
     storage.delete_folder(storage.join(out, RAY_FOLDER))
-    try:
-        _fit_and_follow(trainer, out, on_epoch)
-    except ray.train.WorkerGroupError as error:
-        for failure in error.worker_failures.values():
-            _raise_user_error(failure)
-        raise
-    storage.delete_folder(storage.join(out, RAY_FOLDER))
+    return _fit_and_follow(trainer, out, on_epoch, told)
 
 
-def _fit_and_follow(trainer: TorchTrainer, out: str, on_epoch: OnEpoch) -> None:
+def _fit_and_follow(trainer: TorchTrainer, out: str, on_epoch: OnEpoch, told: int) -> int:
     """Fits, and tells the driver of each epoch by reading the metrics.jsonl that a worker, on whatever machine, writes.
 
     On a thread: on the main one Ray Train takes Ctrl-C for itself and ends with exit code 0.
@@ -204,19 +273,19 @@ def _fit_and_follow(trainer: TorchTrainer, out: str, on_epoch: OnEpoch) -> None:
         except BaseException as error:
             failures.append(error)
 
-    state = checkpoint.read_state(storage.join(out, engine.LAST))
-    told = state.epoch if state else 0
     thread = threading.Thread(target=fit, daemon=True)
     thread.start()
     ended = False
     while not ended:
         thread.join(POLL_SECONDS)
         ended = not thread.is_alive()  # before the last look, so that nothing is missed
-        for line in engine.read_metrics(out)[told:]:
-            told += 1
-            on_epoch(line)
+        for line in engine.read_metrics(out):
+            if line["epoch"] > told:
+                told = line["epoch"]
+                on_epoch(line)
     for failure in failures:
         raise failure
+    return told
 
 
 def _train_worker(loop: dict[str, Any]) -> None:
@@ -229,20 +298,56 @@ def _train_worker(loop: dict[str, Any]) -> None:
         torch.set_num_threads(loop["threads"])
     # Ray moves workers to a folder of its own, and its report is a barrier, so every rank calls it.
     train_rows, val_rows = loop["rows"]
-    engine.fit(
-        loop["config"],
-        train_rows,
-        val_rows,
-        loop["out"],
-        device=ray.train.torch.get_device(),
-        report=ray.train.report,
-    )
+    with _disk_full_is_said(loop["out"]):
+        engine.fit(
+            loop["config"],
+            train_rows,
+            val_rows,
+            loop["out"],
+            device=ray.train.torch.get_device(),
+            report=ray.train.report,
+        )
 
 
-def _raise_user_error(failure: BaseException | None) -> None:
-    """Raises the UserError somewhere in a chain of causes, if there is one."""
-    seen = 0
-    while failure is not None and seen < 10:
+def _raise_what_repeats(error: BaseException) -> None:
+    """Raises a failure of the workers that would come again: what the user can mend, as UserError, and exceptions of
+    the code's own. Returns for what comes of lost processes and broken connections."""
+    import ray.exceptions
+    import ray.train
+
+    if not isinstance(error, ray.train.WorkerGroupError):
+        return
+    chains = [_chain(failure) for failure in error.worker_failures.values()]
+    for failure in (failure for chain in chains for failure in chain):
         if isinstance(failure, UserError):
             raise UserError(str(failure)) from None
-        failure, seen = getattr(failure, "cause", None) or failure.__cause__, seen + 1
+    # One rank's own exception takes the others' connections with it: those are RuntimeErrors of torch.distributed.
+    if any(not isinstance(chain[-1], (ray.exceptions.RayError, RuntimeError, ConnectionError)) for chain in chains):
+        raise error
+
+
+def _chain(failure: BaseException | None) -> list[BaseException]:
+    """An exception and what caused it, the first cause last."""
+    chain: list[BaseException] = []
+    while failure is not None and failure not in chain:
+        chain.append(failure)
+        failure = getattr(failure, "cause", None) or failure.__cause__
+    return chain
+
+
+def _first_line(error: BaseException) -> str:
+    """What happened, in one line."""
+    text = str(_chain(error)[-1]) or type(error).__name__
+    return next((line.strip() for line in text.splitlines() if line.strip()), text)
+
+
+@contextmanager
+def _disk_full_is_said(out: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise UserError(
+            f"{out}: {error.strerror}: free some space, then go on with --resume from the last finished epoch"
+        ) from None

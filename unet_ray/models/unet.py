@@ -1,6 +1,6 @@
 """The U-Net family: Ronneberger, Fischer, Brox 2015, https://arxiv.org/abs/1505.04597.
 
-Legend: N images, C channels, H, W pixels. Level 0 is the finest, level `depth` the deepest.
+Legend: N images, C, G channels, H, W pixels. Level 0 is the finest, level `depth` the deepest.
 """
 
 from __future__ import annotations
@@ -12,58 +12,91 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unet_ray.config import ModelConfig
+from unet_ray.models.base import SegmentationModel
 
 
-class UNet(nn.Module):
-    """Contracts an image `depth` times, expands it again, and joins equal levels (figure 1 of the paper).
-
-    Shape: uint8 [N, in_channels, H, W] -> float [N, num_classes, H, W] logits with padding `same`, for any H and W;
-    [N, num_classes, H - 2 * margin, W - 2 * margin] with `valid`, for sizes that `ModelConfig.check_size` accepts.
-    """
-
-    pixel_scale: Tensor
-    pixel_shift: Tensor
+class UNet(SegmentationModel):
+    """Contracts an image `depth` times, expands it again, and joins equal levels (figure 1 of the paper)."""
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.depth, self.patch = config.depth, config.patch
-        self.register_buffer("pixel_scale", torch.tensor(1 / (255 * config.pixel_std)), persistent=False)
-        self.register_buffer("pixel_shift", torch.tensor(-config.pixel_mean / config.pixel_std), persistent=False)
-
+        super().__init__(config, multiple_of=2**config.depth)
         widths = config.channels
-        inputs = [config.in_channels * config.patch**2, *widths[:-1]]
-        self.down = nn.ModuleList(DoubleConv(i, o, config) for i, o in zip(inputs, widths, strict=True))
+        self.down = contracting_path(config)
         self.up = nn.ModuleList(Up(below, here, config.up) for here, below in pairwise(widths))
+        self.gate = nn.ModuleList(
+            AttentionGate(here, below) if config.name == "attention_unet" else nn.Identity()
+            for here, below in pairwise(widths)
+        )
         self.join = nn.ModuleList(DoubleConv(2 * width, width, config) for width in widths[:-1])
         self.dropout = nn.Dropout(config.dropout)
-        self.head = nn.Conv2d(widths[0], config.num_classes * config.patch**2, 1)
+        self.head = nn.Conv2d(widths[0], self.out_channels, 1)
         initialise(self)
 
-    def forward(self, image_NCHW: Tensor) -> Tensor:
-        height, width = image_NCHW.shape[-2:]
-        step = 2**self.depth * self.patch
-        x = continue_edge(image_NCHW, -height % step, -width % step) if self.config.padding == "same" else image_NCHW
-        if self.patch > 1:
-            # Still uint8, where moving pixels is cheapest.
-            x = F.pixel_unshuffle(x, self.patch).contiguous(memory_format=torch.channels_last)
-        x = x.float() * self.pixel_scale + self.pixel_shift
+    def body(self, x: Tensor) -> Tensor:
+        skips = self.contract(self.down, x)
+        x = self.dropout(skips[-1])
+        for level in reversed(range(self.config.depth)):
+            up = self.up[level](x)
+            skip = crop_centre(skips[level], up)
+            if isinstance(self.gate[level], AttentionGate):
+                skip = self.gate[level](skip, x)
+            x = self.again(self.join[level], torch.cat([skip, up], dim=1))
+        return self.head(x)
 
-        skips = []
-        for level, block in enumerate(self.down):
-            if level > 0:
-                x = F.max_pool2d(x, 2)
-            x = block(x)
-            skips.append(x)
-        x = self.dropout(x)
-        for level in reversed(range(self.depth)):
-            x = self.up[level](x)
-            x = self.join[level](torch.cat([crop_centre(skips[level], x), x], dim=1))
-        logits = self.head(x)
 
-        if self.patch > 1:
-            logits = F.pixel_shuffle(logits, self.patch)
-        return logits[..., :height, :width] if self.config.padding == "same" else logits
+class UNetPlusPlus(SegmentationModel):
+    """U-Net with dense, nested skips: Zhou et al. 2018, https://arxiv.org/abs/1807.10165, without deep supervision.
+
+    Node (i, j) joins all nodes (i, <j) of its level with node (i+1, j-1) from below (equation 1).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config, multiple_of=2**config.depth)
+        widths, depth = config.channels, config.depth
+        self.down = contracting_path(config)
+        self.up, self.join = nn.ModuleDict(), nn.ModuleDict()
+        for j in range(1, depth + 1):
+            for i in range(depth + 1 - j):
+                self.up[f"{i}_{j}"] = Up(widths[i + 1], widths[i], config.up)
+                self.join[f"{i}_{j}"] = DoubleConv((j + 1) * widths[i], widths[i], config)
+        self.dropout = nn.Dropout(config.dropout)
+        self.head = nn.Conv2d(widths[0], self.out_channels, 1)
+        initialise(self)
+
+    def body(self, x: Tensor) -> Tensor:
+        levels = [[x] for x in self.contract(self.down, x)]
+        levels[-1] = [self.dropout(levels[-1][0])]
+        for j in range(1, self.config.depth + 1):
+            for i in range(self.config.depth + 1 - j):
+                up = self.up[f"{i}_{j}"](levels[i + 1][j - 1])
+                levels[i].append(self.again(self.join[f"{i}_{j}"], torch.cat([*levels[i], up], dim=1)))
+        return self.head(levels[0][-1])
+
+
+def contracting_path(config: ModelConfig) -> nn.ModuleList:
+    """One DoubleConv a level, the finest first."""
+    widths = config.channels
+    inputs = [config.in_channels * config.patch**2, *widths[:-1]]
+    return nn.ModuleList(DoubleConv(i, o, config) for i, o in zip(inputs, widths, strict=True))
+
+
+class AttentionGate(nn.Module):
+    """Weighs each position of a skip by what the coarser level below makes of it (Oktay et al. 2018, figure 2,
+    https://arxiv.org/abs/1804.03999).
+
+    Shape: skip [N,C,2H,2W], below [N,G,H,W] -> [N,C,2H,2W].
+    """
+
+    def __init__(self, channels: int, below_channels: int) -> None:
+        super().__init__()
+        between = max(1, channels // 2)
+        self.from_skip = nn.Conv2d(channels, between, 2, stride=2, bias=False)
+        self.from_below = nn.Conv2d(below_channels, between, 1)
+        self.to_weight = nn.Conv2d(between, 1, 1)
+
+    def forward(self, skip: Tensor, below: Tensor) -> Tensor:
+        weight = self.to_weight(F.relu(self.from_skip(skip) + self.from_below(below))).sigmoid()
+        return skip * F.interpolate(weight, skip.shape[-2:], mode="bilinear", align_corners=False)
 
 
 class DoubleConv(nn.Sequential):
@@ -105,15 +138,6 @@ def norm_layer(norm: str, channels: int) -> nn.Module:
     # Groups of at least 8 channels where they divide evenly: Wu & He 2018 found 16 best, and used at most 32 groups.
     groups = next(g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0 and (channels // g >= 8 or g == 1))
     return nn.GroupNorm(groups, channels) if norm == "group" else nn.InstanceNorm2d(channels, affine=True)
-
-
-def continue_edge(image_NCHW: Tensor, rows: int, columns: int) -> Tensor:
-    """The image with its last row and column repeated; of any dtype (F.pad knows no uint8), uncopied where it fits."""
-    if rows:
-        image_NCHW = torch.cat([image_NCHW, image_NCHW[:, :, -1:].expand(-1, -1, rows, -1)], dim=2)
-    if columns:
-        image_NCHW = torch.cat([image_NCHW, image_NCHW[..., -1:].expand(-1, -1, -1, columns)], dim=3)
-    return image_NCHW
 
 
 def crop_centre(skip: Tensor, like: Tensor) -> Tensor:

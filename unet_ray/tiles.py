@@ -1,0 +1,81 @@
+"""Parts of an image, and the whole from its parts: the overlap-tile strategy (Ronneberger et al. 2015, figure 2).
+
+Legend: N images, C channels, K classes, H, W pixels. *Margin*: the pixels that unpadded convolutions take from each
+side (`ModelConfig.margin`); an image is continued by as many, mirrored at its edges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unet_ray.config import ModelConfig
+
+
+def mirror_margin(image_NCHW: Tensor, margin: int) -> Tensor:
+    """The image continued by `margin` mirrored pixels on each side. Any dtype; a margin larger than the image is
+    mirrored again and again."""
+    if margin == 0:
+        return image_NCHW
+    height, width = image_NCHW.shape[-2:]
+    return _window(image_NCHW, (2, 3), (-margin, -margin), (height + 2 * margin, width + 2 * margin))
+
+
+def random_tiles(
+    arrays: dict[str, Tensor], indices: Iterable[int], tile: int, *, margin: int, seed: int, epoch: int
+) -> dict[str, Tensor]:
+    """A square of `tile` pixels from each image and its mask, where (seed, epoch, index) says; images with the margin.
+
+    Shapes: `image` [N,H,W,C] -> [N,tile+2*margin,tile+2*margin,C], all others [N,H,W] -> [N,tile,tile].
+    """
+    height, width = arrays["mask"].shape[1:]
+    corners = []
+    for index in indices:
+        generator = np.random.default_rng([seed, epoch, int(index), 1])  # other numbers than augment's
+        corners.append((int(generator.integers(height - tile + 1)), int(generator.integers(width - tile + 1))))
+
+    def cut(name: str, values: Tensor) -> Tensor:
+        more = margin if name == "image" else 0
+        side = tile + 2 * more
+        return torch.stack(
+            [
+                _window(picture, (0, 1), (top - more, left - more), (side, side))
+                for picture, (top, left) in zip(values, corners, strict=True)
+            ]
+        )
+
+    return {name: cut(name, values) for name, values in arrays.items()}
+
+
+def by_tiles(network: Callable[[Tensor], Tensor], image_NCHW: Tensor, tile: int, config: ModelConfig) -> Tensor:
+    """Logits [N,K,H,W] of whole images [N,C,H,W] from an unpadded network that sees one tile at a time.
+
+    The same as from the whole image at once: tiles stand at multiples of 2 ** depth, so that pooling meets the same
+    pixels in either.
+    """
+    height, width = image_NCHW.shape[-2:]
+    step = tile // 2**config.depth * 2**config.depth
+    side = tile + 2 * config.margin
+    rows = []
+    for top in range(0, height, step):
+        row = []
+        for left in range(0, width, step):
+            corner = (top - config.margin, left - config.margin)
+            logits = network(_window(image_NCHW, (2, 3), corner, (side, side)))
+            row.append(logits[..., : min(step, height - top), : min(step, width - left)])
+        rows.append(torch.cat(row, dim=-1))
+    return torch.cat(rows, dim=-2)
+
+
+def _window(values: Tensor, dims: tuple[int, int], corner: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """A rectangle of two dimensions that may lie beyond the edges, where positions are mirrored."""
+    for dim, start, length in zip(dims, corner, size, strict=True):
+        full = values.shape[dim]
+        position = torch.arange(start, start + length, device=values.device)
+        period = max(1, 2 * (full - 1))
+        position = position.remainder(period)
+        values = values.index_select(dim, torch.where(position < full, position, period - position))
+    return values
