@@ -1,5 +1,6 @@
 """The training loop without Ray: plans, schedules, the run directory, resuming."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -58,6 +59,29 @@ def test_one_cycle_goes_up_and_down_to_zero():
     assert rates[100] == pytest.approx(0, abs=1e-9)
     assert learning_rate_at(FitConfig(learning_rate=1.0, schedule="cosine"), 0.5) == pytest.approx(0.5)
     assert learning_rate_at(FitConfig(learning_rate=1.0), 0.7) == 1.0
+
+
+def test_warm_up_poly_and_plateau_by_hand():
+    warm = FitConfig(learning_rate=1.0, warm_up=0.2, schedule="cosine")
+    assert [learning_rate_at(warm, p) for p in (0, 0.1, 0.2, 0.6, 1)] == pytest.approx([0.04, 0.52, 1, 0.5, 0])
+    poly = FitConfig(learning_rate=2.0, schedule="poly")
+    assert [learning_rate_at(poly, p) for p in (0, 0.5, 1)] == pytest.approx([2, 2 * 0.5**0.9, 0])
+    assert learning_rate_at(FitConfig(learning_rate=2.0, schedule="plateau"), 0.5, factor=0.25) == 0.5
+
+
+def test_the_plateau_schedule_is_torchs():
+    config = FitConfig(schedule="plateau", plateau_factor=0.5, plateau_patience=2)
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
+        optimizer, mode="max", factor=0.5, patience=2, threshold=0, threshold_mode="abs"
+    )
+    dices = [0.1, 0.3, 0.2, 0.3, 0.3, 0.1, 0.1, 0.5, 0.4, 0.4, 0.4, 0.4, 0.4, 0.4]
+    for count in range(1, len(dices) + 1):
+        scheduler.step(dices[count - 1])
+        assert engine.plateau_factor(config, dices[:count]) == optimizer.param_groups[0]["lr"]
+    assert optimizer.param_groups[0]["lr"] == 1 / 8
+    assert engine.plateau_factor(FitConfig(), dices) == 1
 
 
 def test_biases_and_norms_do_not_decay():
@@ -197,8 +221,114 @@ def test_a_runs_config_runs_again_and_the_same_command_gives_the_same_figures(di
     assert weights(tmp_path / "one") == weights(tmp_path / "two")
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "rmsprop", "muon"])
-def test_resumed_is_uninterrupted(discs, tmp_path, optimizer):
+def test_early_stopping_waits_as_long_as_asked_and_resuming_does_not_wait_anew(discs, tmp_path):
+    config = config_for(discs, ("train.epochs", 30), ("train.patience", 3), ("train.learning_rate", 1e-9))
+    result = training.train(config, str(tmp_path / "run"), local=True)
+    assert result.epochs == result.best["epoch"] + 3 < 30
+    again = training.train(config, str(tmp_path / "run"), local=True, resume=True)
+    assert again.epochs == result.epochs
+
+
+def test_a_batch_in_parts_is_the_same_batch(discs, tmp_path):
+    for name, parts in (("whole", 1), ("parts", 3)):
+        config = config_for(
+            discs,
+            ("model.norm", "none"),
+            ("train.accumulate", parts),
+            ("train.clip_norm", 0.5),
+            ("train.loss", "focal"),
+        )
+        training.train(config, str(tmp_path / name), local=True)
+    for ours, theirs in zip(lines(tmp_path / "whole"), lines(tmp_path / "parts"), strict=True):
+        assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-4)
+        assert ours["val_loss"] == pytest.approx(theirs["val_loss"], rel=1e-4)
+
+
+def test_gradients_are_cut_to_the_norm_asked_for(discs):
+    config = config_for(discs, ("train.clip_norm", 1e-3), ("train.optimizer", "sgd"), ("train.momentum", 0))
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, learning_rate=1.0, weight_decay=0.0))
+    run = engine.prepare(config, torch.device("cpu"))
+    before = [p.detach().clone() for p in run.network.parameters()]
+    run.model.train()
+    batch = {
+        "image": np.full((2, 32, 32, 3), 9, np.uint8),
+        "mask": np.ones((2, 32, 32), np.uint8),
+        "index": np.arange(2),
+    }
+    run.step([(batch, engine.Part(np.arange(2), 1.0))], 1, epoch=1)
+    moved = sum(((p - q) ** 2).sum() for p, q in zip(run.network.parameters(), before, strict=True)).sqrt()
+    assert moved.item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_the_average_of_the_weights_by_hand():
+    network = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False), torch.nn.BatchNorm1d(1, affine=False))
+    average = engine.average_of(network, decay=0.9)
+    expected = None
+    for step in range(30):
+        torch.nn.init.constant_(network[0].weight, float(step))
+        network[1].running_mean.fill_(10.0 * step)
+        average.update_parameters(network)
+        decay = min(0.9, (1 + step) / (10 + step))
+        expected = float(step) if expected is None else decay * expected + (1 - decay) * step
+    assert average.module[0].weight.item() == pytest.approx(expected, rel=1e-5)
+    assert average.module[1].running_mean.item() == pytest.approx(10 * expected, rel=1e-5)
+
+
+def test_with_an_average_it_is_what_is_scored_and_saved(discs, tmp_path):
+    config = config_for(discs, ("train.ema", 0.99), ("train.epochs", 3))
+    training.train(config, str(tmp_path / "run"), local=True)
+    state = safetensors.torch.load_file(tmp_path / "run/last/state.safetensors")
+    model, card = checkpoint.load_model(str(tmp_path / "run/model"))
+    assert card.scores["epoch"] == 3 or lines(tmp_path / "run")[-1]["val_dice"] <= card.scores["val_dice"]
+    if card.scores["epoch"] == 3:
+        assert torch.equal(model.head.weight, state["ema.module.head.weight"])
+    assert not torch.equal(state["ema.module.head.weight"], state["model.head.weight"])
+
+
+def test_every_setting_of_training_at_once_trains(discs, tmp_path):
+    config = config_for(
+        discs,
+        ("model.name", "attention_unet"),
+        ("data.tile", 24),
+        ("augment.elastic", 3),
+        ("augment.rotation", 20),
+        ("augment.quarter_turns", "true"),
+        ("augment.brightness", 0.1),
+        ("train.loss", "bce+dice+focal+tversky"),
+        ("train.class_weights", "inverse"),
+        ("train.border_weight", 10),
+        ("train.optimizer", "muon"),
+        ("train.schedule", "poly"),
+        ("train.warm_up", 0.1),
+        ("train.clip_norm", 1),
+        ("train.accumulate", 2),
+        ("train.ema", 0.9),
+        ("train.checkpoint_activations", "true"),
+        ("train.epochs", 20),
+    )
+    result = training.train(config, str(tmp_path / "run"), local=True)
+    assert result.history[-1]["train_loss"] < 0.7 * result.history[0]["train_loss"]
+    written = load_train_config(config_file=(tmp_path / "run/config.yaml").read_text())
+    background, foreground = written.train.class_weights
+    assert background < 1 < foreground
+
+
+def test_fp16_on_a_cpu_is_refused(discs, tmp_path):
+    with pytest.raises(UserError, match="fp16 is for CUDA"):
+        training.train(config_for(discs, ("train.precision", "fp16")), str(tmp_path / "run"), local=True)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "more"),
+    [
+        ("adamw", [("train.ema", 0.9)]),
+        ("adam", [("train.schedule", "plateau"), ("train.plateau_patience", 0), ("augment.elastic", 2)]),
+        ("sgd", [("train.schedule", "poly")]),
+        ("rmsprop", []),
+        ("muon", []),
+    ],
+)
+def test_resumed_is_uninterrupted(discs, tmp_path, optimizer, more):
     config = config_for(
         discs,
         ("train.epochs", 4),
@@ -206,6 +336,7 @@ def test_resumed_is_uninterrupted(discs, tmp_path, optimizer):
         ("train.schedule", "cosine"),
         ("train.optimizer", optimizer),
         ("train.learning_rate", 1e-4 if optimizer == "sgd" else 3e-3),
+        *more,
     )
     training.train(config, str(tmp_path / "whole"), local=True)
 

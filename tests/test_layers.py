@@ -12,7 +12,7 @@ LAYERS = [
     {"config"},
     {"storage"},
     {"imaging", "records", "augment", "tiles", "losses", "metrics", "muon", "tracking"},
-    {"masks", "models.base"},
+    {"masks", "models.base", "volumes"},
     {"models.unet", "models.baselines"},
     {"models"},
     {"checkpoint", "rows"},

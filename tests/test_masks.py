@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from unet_ray.config import DataConfig, UserError
-from unet_ray.masks import encode_png, infer_values
+from unet_ray.masks import border_map, encode_png, infer_values, inverse_frequencies
 
 
 def stored(folder, *arrays):
@@ -56,3 +56,43 @@ def test_a_mask_of_classes_is_a_palette_png_whose_indices_are_the_ids():
         assert image.mode == "P"
         assert np.array_equal(np.asarray(image), mask)
         assert len({image.convert("RGB").getpixel((int(x), int(y))) for y, x in np.argwhere(mask >= 0)}) == 12
+
+
+def test_the_border_map_by_hand():
+    """Two objects, a gap of three pixels between them: equation 2 of the paper with d1 and d2 counted in pixels."""
+    mask = np.zeros((9, 11), np.uint8)
+    mask[:, :4] = 1
+    mask[:, 7:] = 1
+    weights = border_map(mask, sigma=5)
+    expected = round(255 * np.exp(-((1 + 3) ** 2) / 50))
+    assert weights[4, 4:7].tolist() == [expected, round(255 * np.exp(-((2 + 2) ** 2) / 50)), expected]
+    assert not weights[mask == 1].any()
+    assert not border_map(np.where(np.arange(11) < 4, mask, 0).astype(np.uint8), sigma=5).any()  # one object: no gap
+
+
+def test_the_border_map_is_that_of_distances_to_every_object():
+    """Against the plain way: a distance transform of the whole image for each object."""
+    from scipy import ndimage
+
+    generator = np.random.default_rng(0)
+    mask = (ndimage.gaussian_filter(generator.standard_normal((80, 70)), 3) > 0.02).astype(np.uint8)
+    labels, count = ndimage.label(mask)
+    assert count > 5
+    distances = np.sort([ndimage.distance_transform_edt(labels != n) for n in range(1, count + 1)], axis=0)
+    expected = np.where(mask == 0, np.rint(255 * np.exp(-((distances[0] + distances[1]) ** 2) / (2 * 3**2))), 0)
+    assert np.abs(border_map(mask, sigma=3).astype(int) - expected).max() <= 1
+
+
+def test_classes_of_different_ids_are_different_objects_and_ignored_pixels_none():
+    mask = np.array([[1, 1, 0, 2, 2, 0, 255]], np.uint8)
+    assert border_map(mask, sigma=2)[0, 2] == round(255 * np.exp(-((1 + 1) ** 2) / 8))
+    assert border_map(np.array([[1, 1, 0, 255, 255]], np.uint8), sigma=2).max() == 0
+
+
+def test_inverse_frequencies_by_hand(tmp_path):
+    paths = stored(tmp_path, [[0, 0, 0, 255]], [[0, 0, 0, 255]])
+    assert inverse_frequencies(paths, DataConfig(mask_values=(0, 255))) == pytest.approx(
+        (8 / (2 * 6), 8 / (2 * 2)), rel=1e-5
+    )
+    with pytest.raises(UserError, match="class 2 does not occur in a sample of 2 masks"):
+        inverse_frequencies(paths, DataConfig(mask_values=(0, 255, 7)))

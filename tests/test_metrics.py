@@ -89,3 +89,115 @@ def test_the_interval_is_the_same_every_time_and_holds_the_mean():
     first, second = (score(counts, [500] * 40) for _ in range(2))
     assert first.means["dice"] == second.means["dice"]
     assert first.dice.ci95[0] < first.dice.mean < first.dice.ci95[1]
+
+
+def square(top, left, side, size=12):
+    ids = np.zeros((size, size), np.uint8)
+    ids[top : top + side, left : left + side] = 1
+    return ids
+
+
+def test_surface_scores_by_hand():
+    # A 4x4 square moved by 3 to the right: its edge has 12 pixels, and so has the other.
+    [[hd95, pooled, surface_dice]] = metrics.surface_scores(square(2, 2, 4), square(2, 5, 4), 1, tolerance=1)
+    assert hd95 == pooled == 3
+    # Those at most 1 away on either side: the moved edge's left column (4) lies on the other's right column; two more
+    # pixels a side lie beside it, above and below.
+    near = sum(min(np.hypot(y - v, x - w) for v, w in edge_of(2, 5, 4)) <= 1 for y, x in edge_of(2, 2, 4))
+    assert surface_dice == pytest.approx(near / 12)
+    assert near == 6
+
+
+def edge_of(top, left, side):
+    cells = [(y, x) for y in range(top, top + side) for x in range(left, left + side)]
+    return [(y, x) for y, x in cells if y in (top, top + side - 1) or x in (left, left + side - 1)]
+
+
+def test_distances_to_nothing_are_not_defined_but_the_surface_dice_is():
+    empty = np.zeros((12, 12), np.uint8)
+    missed = metrics.surface_scores(empty, square(2, 2, 4), 1, tolerance=2)[0]
+    nothing = metrics.surface_scores(empty, empty, 1, tolerance=2)[0]
+    assert np.isnan(missed[:2]).all() and missed[2] == 0
+    assert np.isnan(nothing).all()
+
+
+MASKS = {
+    "random": lambda g: (g.random((20, 17)) < 0.4).astype(np.uint8),
+    "square": lambda _: square(3, 5, 6, 20)[:, :17],
+    "at the border": lambda _: square(0, 0, 7, 20)[:, :17],
+    "full": lambda _: np.ones((20, 17), np.uint8),
+    "single pixel": lambda _: square(9, 9, 1, 20)[:, :17],
+}
+
+
+@pytest.mark.parametrize("predicted", MASKS)
+@pytest.mark.parametrize("truth", MASKS)
+def test_scores_are_monais(predicted, truth):
+    from monai import metrics as monai
+
+    generator = np.random.default_rng(0)
+    ours = [MASKS[kind](generator) for kind in (predicted, truth)]
+    one_hot = [torch.from_numpy(np.stack([ids == 0, ids == 1]))[None].float() for ids in ours]
+    counts = metrics.count(*(torch.from_numpy(ids)[None] for ids in ours), 1).numpy()
+    assert metrics.dice(counts).item() == pytest.approx(monai.compute_dice(*one_hot, include_background=False).item())
+    assert metrics.iou(counts).item() == pytest.approx(monai.compute_iou(*one_hot, include_background=False).item())
+    tp, fp, tn, fn = monai.get_confusion_matrix(*one_hot, include_background=False).flatten().tolist()
+    assert counts.tolist() == [[[tp, fp, fn]]]
+    assert metrics.precision(counts).item() == pytest.approx(tp / (tp + fp))
+    assert metrics.recall(counts).item() == pytest.approx(tp / (tp + fn))
+    assert metrics.pixel_accuracy(counts, np.array([20 * 17])).item() == pytest.approx((tp + tn) / (20 * 17))
+    [[hd95, _, surface_dice]] = metrics.surface_scores(*ours, 1, tolerance=1.5)
+    assert hd95 == pytest.approx(monai.compute_hausdorff_distance(*one_hot, percentile=95).item(), abs=1e-4)
+    assert surface_dice == pytest.approx(monai.compute_surface_dice(*one_hot, [1.5]).item(), abs=1e-6)
+
+
+def test_the_largest_distance_is_scipys_directed_hausdorff():
+    from scipy.spatial.distance import directed_hausdorff
+
+    generator = np.random.default_rng(1)
+    one, other = (generator.random((30, 30)) < 0.05 for _ in range(2))
+    there, back = metrics.surface_distances(one, other)
+    assert there.max() == pytest.approx(directed_hausdorff(np.argwhere(one), np.argwhere(other))[0])
+    assert back.max() == pytest.approx(directed_hausdorff(np.argwhere(other), np.argwhere(one))[0])
+
+
+def test_ignored_pixels_have_no_surface():
+    truth, predicted = square(2, 2, 4), square(2, 2, 4)
+    predicted[2:6, 8:11] = 1
+    truth[:, 7:] = IGNORE
+    assert metrics.surface_scores(predicted, truth, 1, tolerance=0)[0].tolist() == [0, 0, 1]
+
+
+def images(dices):
+    """ImageScores of images with 100 true pixels, of which some are hit."""
+    counts = np.array([[[round(100 * dice), 100 - round(100 * dice), 100 - round(100 * dice)]] for dice in dices])
+    paths = tuple(f"{n}.png" for n in range(len(dices)))
+    return metrics.ImageScores(paths, counts, np.full(len(dices), 500), np.full((len(dices), 1, 3), np.nan), ("car",))
+
+
+def test_two_models_are_compared_image_by_image():
+    from scipy.stats import wilcoxon
+
+    generator = np.random.default_rng(0)
+    one = generator.uniform(0.7, 0.9, 30).round(2)
+    other = (one - generator.uniform(-0.02, 0.06, 30)).round(2)
+    result = metrics.compare(images(one), images(other))
+    assert result.difference == pytest.approx((one - other).mean())
+    assert result.ci95[0] < result.difference < result.ci95[1]
+    assert result.p_value == pytest.approx(wilcoxon(one, other).pvalue, rel=0.05)
+    assert result.p_value < 0.01
+    assert (result.better, result.worse) == ((one > other).sum(), (one < other).sum())
+    assert metrics.compare(images(one), images(one)).p_value == 1
+
+
+def test_the_table_has_a_row_for_each_image_and_class():
+    counts = np.array([[[5, 1, 0], [2, 0, 1]], [[8, 0, 0], [0, 0, 0]]])
+    each = metrics.ImageScores(("a", "b"), counts, np.array([9, 8]), np.full((2, 2, 3), np.nan), ("sky", "road"))
+    table = each.columns()
+    assert list(zip(table["path"], table["class"], strict=True)) == [
+        (path, name) for path in "ab" for name in ("sky", "road", "all")
+    ]
+    assert table["dice"][:3] == pytest.approx([10 / 11, 4 / 5, (10 / 11 + 4 / 5) / 2])
+    assert table["dice"][3:] == [1, None, 1]
+    assert table["true_positives"] == [5, 2, None, 8, 0, None]
+    assert len({len(column) for column in table.values()}) == 1

@@ -8,7 +8,16 @@ import pytest
 
 from unet_ray.config import DataConfig, UserError
 from unet_ray.masks import infer_values
-from unet_ray.records import Pair, find_images, find_pairs, group_of, split
+from unet_ray.records import (
+    Pair,
+    find_images,
+    find_pairs,
+    group_of,
+    leak_report,
+    read_split,
+    split,
+    write_split,
+)
 from unet_ray.rows import Decoder
 
 
@@ -136,3 +145,55 @@ def test_a_fraction_takes_that_many_pairs():
 def test_a_group_that_is_not_in_a_name_is_an_error():
     with pytest.raises(UserError, match="finds nothing in 'nogroup'"):
         split(["nogroup", "a_1"], DataConfig(group_by="^[^_]+_"), seed=1)
+
+
+def test_folds_hold_out_each_group_once():
+    held_out = []
+    for fold in range(3):
+        config = DataConfig(group_by="^[^_]+", folds=3, fold=fold)
+        train, val = split(KEYS, config, seed=0)
+        assert sorted(train + val) == list(range(len(KEYS)))
+        cars = {group_of(KEYS[i], "^[^_]+") for i in val}
+        assert not cars & {group_of(KEYS[i], "^[^_]+") for i in train}
+        held_out += sorted(cars)
+    assert sorted(held_out) == [f"car{car:02d}" for car in range(20)]
+    with pytest.raises(UserError, match="21 folds of 20 groups: use --folds 20 or fewer"):
+        split(KEYS, DataConfig(group_by="^[^_]+", folds=21), seed=0)
+
+
+def test_in_the_order_of_names_neighbours_stay_together():
+    slices = [f"{n:02d}" for n in range(30)]
+    blocks = [split(slices, DataConfig(split_order="name", folds=5, fold=k), seed=9)[1] for k in range(5)]
+    assert blocks == [list(range(6 * k, 6 * k + 6)) for k in range(5)]
+    assert split(slices, DataConfig(split_order="name", val_fraction=0.1), seed=9)[1] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("keys", "pattern"),
+    [
+        (KEYS, "^[^_]+(?=_)"),
+        ([f"patient{p}/{z}" for p in range(4) for z in range(5)], "^.+(?=/)"),
+        ([f"scan_{p:02d}_slice_{z}" for p in range(4) for z in range(5)], "^.+(?=[_-])"),
+        ([f"{n:03d}" for n in range(20)], None),
+        ([f"img_{n}" for n in range(20)], None),
+    ],
+)
+def test_groups_are_seen_in_the_names(keys, pattern):
+    report = leak_report(keys[::2], keys[1::2], None)
+    assert (report.pattern, report.named) == (pattern, False)
+    assert (report.shared > 0) == (pattern is not None)
+
+
+def test_a_leak_is_counted_and_grouping_ends_it():
+    for group_by, shared in ((None, 20), ("^[^_]+", 0)):
+        train, val = split(KEYS, DataConfig(group_by=group_by, val_fraction=0.5), seed=1)
+        report = leak_report([KEYS[i] for i in train], [KEYS[i] for i in val], group_by)
+        assert report.groups == 20
+        assert report.shared == shared if group_by else report.shared > 15
+
+
+def test_a_split_is_written_and_read(tmp_path):
+    rows = [("a,b", "train"), ('q"uote', "val"), ("new\nline", "val")]
+    write_split(str(tmp_path / "split.csv"), rows)
+    assert read_split(str(tmp_path / "split.csv")) == dict(rows)
+    assert read_split(str(tmp_path / "none.csv")) == {}

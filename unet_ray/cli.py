@@ -339,6 +339,34 @@ def _say_scores(scores: Scores) -> None:
 
 
 @main.command()
+@click.argument("folder")
+@click.option("--out", required=True, metavar="DIR", help="New folder for images/ and masks/.")
+@click.option("--channels", default="flair,t1,t1ce,t2", show_default=True, metavar="LIST", help="Ends of file names.")
+@click.option("--labels", default="seg", show_default=True, metavar="NAME", help="End of the masks' names; none: none.")
+@click.option("--every", default=1, show_default=True, type=click.IntRange(min=1), metavar="N", help="Each Nth slice.")
+def slices(folder: str, out: str, channels: str, labels: str, every: int) -> None:
+    """Write the slices of NIfTI volumes (BraTS) as images and masks: one folder a patient, one channel a volume.
+
+    \b
+    Example:
+      unet-ray slices BraTS2020_TrainingData --out slices
+      unet-ray train --images slices/images --masks slices/masks --out RUN --recipe brats
+    """
+    from unet_ray.volumes import write_slices
+
+    summary = write_slices(
+        folder,
+        out,
+        [name.strip() for name in channels.split(",") if name.strip()],
+        None if labels == "none" else labels,
+        every=every,
+        on_volume=lambda name, count: click.echo(f"{name}: {count} slices", err=True),
+    )
+    values = ", ".join(map(str, summary.labels))
+    click.echo(f"{summary.slices} slices of {summary.volumes} patients: {out}" + (f"; labels {values}" * bool(values)))
+
+
+@main.command()
 @click.argument("name", required=False)
 def recipes(name: str | None) -> None:
     """List the recipes, or print one as YAML, ready for --config.

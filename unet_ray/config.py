@@ -86,8 +86,11 @@ class ModelConfig:
             raise UserError(f"model.pixel_std is {self.pixel_std}: must be above 0")
         if self.padding == "valid" and self.patch != 1:
             raise UserError("model.patch must be 1 with model.padding=valid")
-        if self.padding == "valid" and self.name not in ("unet", "attention_unet"):
+        if self.padding == "valid" and self.name != "unet":
             raise UserError(f"model.padding must be same with model.name={self.name}")
+        if self.padding == "valid" and self.up == "bilinear":
+            # Interpolation looks beyond a tile's edge, where there is nothing: tiles would not equal the whole.
+            raise UserError("model.up must be transpose with model.padding=valid")
         if self.pretrained and self.name not in ("fcn", "deeplabv3", "smp"):
             raise UserError(f"model.pretrained is for fcn, deeplabv3 and smp, not for {self.name}")
 

@@ -74,9 +74,12 @@ def decode_image(data: bytes, channels: int, size_hw: tuple[int, int] | None) ->
             raise ImageError("floating-point pixels: store 8 or 16 bits")
         if seen.mode != mode:
             seen = seen.convert(mode)
+        # Where a fourth channel is data (MRI), Pillow's resize must not take it for transparency, which weighs the
+        # others with it: each channel by itself.
+        bands = seen.split() if mode in ("LA", "RGBA") else (seen,)
         if size_hw is not None and seen.size != size_hw[::-1]:
-            seen = seen.resize(size_hw[::-1], Image.Resampling.BILINEAR, reducing_gap=2.0)
-        array = np.asarray(seen)
+            bands = tuple(b.resize(size_hw[::-1], Image.Resampling.BILINEAR, reducing_gap=2.0) for b in bands)
+        array = np.asarray(bands[0]) if len(bands) == 1 else np.dstack([np.asarray(band) for band in bands])
         return (array[..., None] if array.ndim == 2 else array), own_size
 
 

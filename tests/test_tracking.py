@@ -1,0 +1,64 @@
+"""Metrics for TensorBoard and MLflow."""
+
+import struct
+
+import pytest
+from conftest import TINY
+
+from unet_ray import training
+from unet_ray.config import UserError, load_train_config
+from unet_ray.tracking import scalars
+
+
+def events(folder):
+    """(tag, step, value) of every scalar in the folder's event files: TFRecords of protocol buffers."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found = []
+    for path in sorted(folder.iterdir()):
+        data = path.read_bytes()
+        while data:
+            (length,) = struct.unpack("<Q", data[:8])
+            event = Event.FromString(data[12 : 12 + length])
+            data = data[12 + length + 4 :]
+            found += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
+    return found
+
+
+def config_for(discs, *settings):
+    images, masks = discs
+    return load_train_config(settings=[("data.images", str(images)), ("data.masks", str(masks)), *TINY, *settings])
+
+
+def test_tensorboard_gets_what_metrics_jsonl_says(discs, tmp_path):
+    result = training.train(config_for(discs), str(tmp_path / "run"), local=True)
+    found = {(tag, step): value for tag, step, value in events(tmp_path / "run/tensorboard")}
+    for line in result.history:
+        assert found["val/dice", line["epoch"]] == pytest.approx(line["val_dice"], rel=1e-5)
+        assert found["train/loss", line["epoch"]] == pytest.approx(line["train_loss"], rel=1e-5)
+        assert found["learning_rate", line["epoch"]] == pytest.approx(line["learning_rate"], rel=1e-5)
+
+
+def test_what_is_a_number_is_plotted():
+    assert scalars({"epoch": 3, "val_dice": 0.5, "val_counts": [[1, 2, 3]]}) == {"val_dice": 0.5}
+
+
+def test_mlflow_gets_settings_and_metrics(discs, tmp_path):
+    mlflow = pytest.importorskip("mlflow")
+    uri = (tmp_path / "mlruns").as_uri()
+    result = training.train(config_for(discs, ("compute.mlflow", uri)), str(tmp_path / "run"), local=True)
+    client = mlflow.MlflowClient(uri)
+    [experiment] = [e for e in client.search_experiments() if e.name == "unet_ray"]
+    [run] = client.search_runs([experiment.experiment_id])
+    assert run.info.run_name == "run"
+    assert run.data.params["model.base_channels"] == "4"
+    history = client.get_metric_history(run.info.run_id, "val_dice")
+    assert [m.value for m in history] == pytest.approx([line["val_dice"] for line in result.history])
+
+
+def test_mlflow_that_is_not_installed_is_an_error_with_the_remedy(discs, tmp_path, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    with pytest.raises(UserError, match="pip install 'unet_ray\\[mlflow\\]'"):
+        training.train(config_for(discs, ("compute.mlflow", "file:///x")), str(tmp_path / "run"), local=True)
