@@ -16,6 +16,7 @@ from PIL import Image
 
 from unet_ray import checkpoint
 from unet_ray.cli import main
+from unet_ray.config import ModelConfig, load_train_config, recipe_names, recipe_text
 
 QUICK = [argument for name, value in TINY for argument in ("--set", f"{name}={value}")]
 
@@ -331,3 +332,108 @@ def test_ctrl_c_ends_a_local_training_that_can_be_resumed(discs, tmp_path):
 
 def test_the_environment_is_left_alone():
     assert "RAY_ADDRESS" not in os.environ
+
+
+def test_evaluate_writes_a_table_and_tests_the_difference_to_another_model(trained, tmp_path):
+    images, masks = make_discs(tmp_path / "unseen", 9, seed=5)
+    train((images, masks), tmp_path / "other", "--epochs", 1)
+    pairs = ["--images", images, "--masks", masks, "--local"]
+    result = run("evaluate", trained, *pairs, "--table", tmp_path / "t.parquet", "--against", tmp_path / "other")
+    assert re.search(
+        r"against .*other \(Dice 0\.\d+\): [+-]0\.\d+ \(95 % .* of 9 images, p = .* \(Wilcoxon\)", result.stdout
+    )
+    assert f"{tmp_path / 'other'} was trained on 7 of these 9 images" in result.stderr
+    assert "was trained on" not in result.stderr.replace("other was trained on", "")
+    table = pq.read_table(tmp_path / "t.parquet").to_pydict()
+    assert len(table["path"]) == 9 and set(table["class"]) == {"foreground"}
+    scores = json.loads(run("evaluate", trained, *pairs, "--json", "--against", tmp_path / "other").stdout)
+    assert scores["dice"]["mean"] == pytest.approx(np.mean(table["dice"]))
+    assert scores["surface_dice"]["mean"] == pytest.approx(np.mean(table["surface_dice"]))
+    comparison = scores["against"]["comparison"]
+    assert comparison["difference"] == pytest.approx(scores["dice"]["mean"] - scores["against"]["dice"]["mean"])
+    assert comparison["better"] + comparison["worse"] <= comparison["images"] == 9
+
+
+def test_evaluate_keeps_to_the_images_that_were_held_out_when_the_folder_grows(discs, tmp_path):
+    images, masks = discs
+    train(discs, tmp_path / "run", "--epochs", 1)
+    before = json.loads(run("evaluate", tmp_path / "run", "--local", "--json").stdout)
+    for name in ("x_new", "y_new", "z_new"):
+        for folder in (images, masks):
+            (folder / f"{name}.png").write_bytes((folder / "a_000.png").read_bytes())
+    after = json.loads(run("evaluate", tmp_path / "run", "--local", "--json").stdout)
+    assert before["images"] == after["images"] == 2 and before["dice"] == after["dice"]
+    held_out = [
+        row.split(",")[0] for row in (tmp_path / "run/split.csv").read_text().splitlines() if row.endswith(",val")
+    ]
+    (images / f"{held_out[0]}.png").unlink()
+    (masks / f"{held_out[0]}.png").unlink()
+    assert "1 of the 2 validation images" in run("evaluate", tmp_path / "run", "--local", code=2).stderr
+
+
+def test_folds_train_and_score_every_part_and_resume_only_what_is_missing(discs, tmp_path):
+    group = ["--folds", "3", "--group-by", "^[abc]"]
+    output = train(discs, tmp_path / "cv", *group).output
+    assert re.search(r"Dice +0\.\d{4} ± 0\.\d{4} \(mean and sd of 3 folds\)", output)
+    assert output.count("groups by '^[abc]': 3, 0 shared by training and validation") == 3
+    folds = json.loads((tmp_path / "cv/folds.json").read_text())
+    dice = [scores["dice"]["mean"] for scores in folds["folds"]]
+    assert [scores["images"] for scores in folds["folds"]] == [4, 4, 4]
+    assert folds["dice"]["mean"] == pytest.approx(np.mean(dice))
+    assert folds["dice"]["sd"] == pytest.approx(np.std(dice, ddof=1))
+    held_out = set()
+    for number in (1, 2, 3):
+        rows = (tmp_path / f"cv/fold-{number}/split.csv").read_text().splitlines()
+        held_out |= {row for row in rows if row.endswith(",val")}
+    assert len(held_out) == 12
+    (tmp_path / "cv/fold-2/scores.json").unlink()
+    (tmp_path / "cv/fold-2/last/state.safetensors").unlink()
+    again = train(discs, tmp_path / "cv", *group, "--resume").output
+    assert again.count("training on") == 1
+    assert json.loads((tmp_path / "cv/folds.json").read_text())["dice"] == folds["dice"]
+
+
+def test_groups_that_the_names_show_are_pointed_out(discs, tmp_path):
+    output = train(discs, tmp_path / "run").output
+    assert "note: the names look like 3 groups, and 2 of them are shared by training and validation" in output
+    assert "use --group-by '^[^_]+(?=_)'" in output
+    grouped = train(discs, tmp_path / "grouped", "--group-by", "^[^_]+(?=_)").output
+    assert "note:" not in grouped and "3, 0 shared" in grouped
+
+
+@pytest.mark.parametrize("name", sorted(recipe_names()))
+def test_every_recipe_prints_names_its_source_and_trains(discs, tmp_path, name):
+    """With a small network, small images and one epoch; all else as it stands."""
+    text = run("recipes", name).output
+    assert text == recipe_text(name) and "# Source: " in text
+    config = load_train_config(config_file=text)
+    (tmp_path / "c.yaml").write_text(text)
+    images, masks = discs
+    for path in [*images.iterdir(), *masks.iterdir()]:
+        image = Image.open(path)
+        if path.parent == masks:
+            values = np.asarray(image) // 255
+            stored = config.data.mask_values or (0, 255)
+            image = Image.fromarray(np.array(stored, np.uint8)[values])
+        image.resize((96, 96), Image.Resampling.NEAREST).save(path)
+    small = {"model.base_channels": 4, "model.depth": 2, "train.epochs": 1, "data.fraction": 1.0, "train.batch_size": 4}
+    small["data.image_size"] = 96
+    if config.data.tile:
+        small["data.tile"] = next(s for s in range(40, 96) if ModelConfig(padding="valid", depth=2)._valid_fits(s))
+    if config.data.group_by:
+        small["data.group_by"] = "^[^_]+"
+    settings = [part for key, value in small.items() for part in ("--set", f"{key}={value}")]
+    output = run(
+        "train",
+        "--images",
+        images,
+        "--masks",
+        masks,
+        "--out",
+        tmp_path / "r",
+        "--config",
+        tmp_path / "c.yaml",
+        "--local",
+        *settings,
+    ).output
+    assert "best: epoch 1" in output

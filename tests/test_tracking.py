@@ -43,7 +43,8 @@ def test_what_is_a_number_is_plotted():
     assert scalars({"epoch": 3, "val_dice": 0.5, "val_counts": [[1, 2, 3]]}) == {"val_dice": 0.5}
 
 
-def test_mlflow_gets_settings_and_metrics(discs, tmp_path):
+def test_mlflow_gets_settings_and_metrics(discs, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # a server needs none; the small client has no other store
     mlflow = pytest.importorskip("mlflow")
     uri = (tmp_path / "mlruns").as_uri()
     result = training.train(config_for(discs, ("compute.mlflow", uri)), str(tmp_path / "run"), local=True)

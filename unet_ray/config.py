@@ -326,7 +326,7 @@ class ComputeConfig:
     """How often in a row, without an epoch finished in between, training starts again from the last finished epoch
     after a worker or a node was lost (through Ray)."""
     mlflow: str | None = None
-    """Tracking URI, such as `file:///data/mlruns`, to which the metrics are also written (the extra `mlflow`)."""
+    """Tracking URI, such as `http://127.0.0.1:5000`, to which the metrics are also written (the extra `mlflow`)."""
 
     def __post_init__(self) -> None:
         _check_choices(self, "compute")
