@@ -456,6 +456,7 @@ def fit(
                 "train_loss": float(train_loss),
                 **scores,
                 "learning_rate": training.optimizer.param_groups[-1]["lr"],
+                "workers": world,
                 "images_per_second": len(train_rows) / train_seconds,
                 "train_seconds": train_seconds,
                 "seconds": time.perf_counter() - started,

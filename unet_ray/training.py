@@ -190,11 +190,11 @@ def _train_on_ray(
     device = datasets.pick_device(config.compute.device)
     engine.check_precision(config.train.precision, device)
     _write_start(config, parts, out)
-    told, failures = _epochs_done(out), 0
+    follower, failures = _Follower(out, on_epoch), 0
     while True:
         before = _epochs_done(out)
         try:
-            told = _fit_once(config, parts, out, device, on_epoch, told)
+            _fit_once(config, parts, out, device, follower)
             break
         except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
             _raise_what_repeats(error)
@@ -211,8 +211,21 @@ def _epochs_done(out: str) -> int:
     return state.epoch if state else 0
 
 
-def _fit_once(config: TrainConfig, parts: Split, out: str, device: str, on_epoch: OnEpoch, told: int) -> int:
-    """One TorchTrainer fit, with what the cluster has now. Returns the last epoch that `on_epoch` was told of."""
+class _Follower:
+    """Tells the driver of each epoch once, by reading the metrics.jsonl that a worker, on whatever machine, writes."""
+
+    def __init__(self, out: str, on_epoch: OnEpoch) -> None:
+        self.out, self.on_epoch, self.told = out, on_epoch, _epochs_done(out)
+
+    def look(self) -> None:
+        for line in engine.read_metrics(self.out):
+            if line["epoch"] > self.told:
+                self.told = line["epoch"]
+                self.on_epoch(line)
+
+
+def _fit_once(config: TrainConfig, parts: Split, out: str, device: str, follower: _Follower) -> None:
+    """One TorchTrainer fit, with what the cluster has now."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
@@ -257,14 +270,11 @@ def _fit_once(config: TrainConfig, parts: Split, out: str, device: str, on_epoch
     )
     # What an interrupted run left would make Ray take this one for finished and train nothing.
     storage.delete_folder(storage.join(out, RAY_FOLDER))
-    return _fit_and_follow(trainer, out, on_epoch, told)
+    _fit_and_follow(trainer, follower)
 
 
-def _fit_and_follow(trainer: TorchTrainer, out: str, on_epoch: OnEpoch, told: int) -> int:
-    """Fits, and tells the driver of each epoch by reading the metrics.jsonl that a worker, on whatever machine, writes.
-
-    On a thread: on the main one Ray Train takes Ctrl-C for itself and ends with exit code 0.
-    """
+def _fit_and_follow(trainer: TorchTrainer, follower: _Follower) -> None:
+    """Fits on a thread: on the main one Ray Train takes Ctrl-C for itself and ends with exit code 0."""
     failures: list[BaseException] = []
 
     def fit() -> None:
@@ -279,13 +289,9 @@ def _fit_and_follow(trainer: TorchTrainer, out: str, on_epoch: OnEpoch, told: in
     while not ended:
         thread.join(POLL_SECONDS)
         ended = not thread.is_alive()  # before the last look, so that nothing is missed
-        for line in engine.read_metrics(out):
-            if line["epoch"] > told:
-                told = line["epoch"]
-                on_epoch(line)
+        follower.look()
     for failure in failures:
         raise failure
-    return told
 
 
 def _train_worker(loop: dict[str, Any]) -> None:
@@ -326,13 +332,19 @@ def _raise_what_repeats(error: BaseException) -> None:
         raise error
 
 
-def _chain(failure: BaseException | None) -> list[BaseException]:
+_CAUSES = ("_base_exc", "health_check_failure", "controller_failure", "cause", "__cause__")
+"""Where Ray Train's, Ray's and Python's exceptions keep what they came of."""
+
+
+def _chain(failure: BaseException) -> list[BaseException]:
     """An exception and what caused it, the first cause last."""
-    chain: list[BaseException] = []
-    while failure is not None and failure not in chain:
-        chain.append(failure)
-        failure = getattr(failure, "cause", None) or failure.__cause__
-    return chain
+    chain = [failure]
+    while True:
+        causes = (getattr(chain[-1], name, None) for name in _CAUSES)
+        cause = next((c for c in causes if isinstance(c, BaseException) and c not in chain), None)
+        if cause is None:
+            return chain
+        chain.append(cause)
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,0 +1,251 @@
+"""What can befall a training: processes and nodes killed, a full disk. It ends as one that was left alone.
+
+The figures are compared to rounding where the number of workers changed on the way, and exactly where it did not.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import ray.train
+from conftest import TINY, make_discs
+
+from unet_ray import checkpoint, training
+from unet_ray.config import UserError, load_train_config
+
+pytestmark = pytest.mark.slow
+TIMES = {"seconds", "train_seconds", "images_per_second"}
+SETTINGS = [
+    *TINY,
+    ("model.norm", "none"),
+    ("model.dropout", 0.1),
+    ("data.val_fraction", 0.33),
+    ("augment.elastic", 2),
+    ("train.schedule", "cosine"),
+    ("train.ema", 0.9),
+    ("train.epochs", 12),
+    ("train.learning_rate", 1e-3),
+    ("compute.cpus_per_worker", 1),
+]
+
+
+@pytest.fixture(scope="module")
+def discs(tmp_path_factory) -> tuple[Path, Path]:
+    return make_discs(tmp_path_factory.mktemp("discs"), 21)
+
+
+def settings(discs, *more):
+    images, masks = discs
+    return [("data.images", str(images)), ("data.masks", str(masks)), *SETTINGS, *more]
+
+
+def config_for(discs, *more):
+    return load_train_config(settings=settings(discs, *more))
+
+
+def lines(run: Path) -> list[dict]:
+    text = (run / "metrics.jsonl").read_text()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in text.splitlines()]
+
+
+def epochs_done(run: Path) -> int:
+    state = checkpoint.read_state(str(run / "last"))
+    return state.epoch if state else 0
+
+
+def when_epoch_is_done(run: Path, epoch: int, act) -> threading.Thread:
+    """Does `act` in the middle of the epoch after `epoch`."""
+
+    def wait():
+        deadline = time.monotonic() + 240
+        while epochs_done(run) < epoch:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        act()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    return thread
+
+
+def assert_close(run: Path, other: Path) -> None:
+    ours, theirs = lines(run), lines(other)
+    assert [line["epoch"] for line in ours] == [line["epoch"] for line in theirs]
+    for one, two in zip(ours, theirs, strict=True):
+        assert one["val_pixels"] == two["val_pixels"]
+        for name in ("train_loss", "val_loss", "learning_rate"):
+            assert one[name] == pytest.approx(two[name], rel=2e-3), (one["epoch"], name)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(discs, tmp_path_factory) -> Path:
+    """The same training in one process, left alone."""
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    training.train(config_for(discs), str(run), local=True)
+    return run
+
+
+def ray_workers() -> list[psutil.Process]:
+    """The processes of the trainings that this one runs through Ray."""
+    return [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
+
+
+def test_a_killed_worker_costs_its_epoch_and_nothing_else(ray_cluster, discs, undisturbed, tmp_path):
+    run, told, retried = tmp_path / "run", [], []
+    killer = when_epoch_is_done(run, 3, lambda: ray_workers()[0].send_signal(signal.SIGKILL))
+    watch = training.Watch(
+        on_epoch=lambda line: told.append(line["epoch"]), on_retry=lambda why, epoch: retried.append((why, epoch))
+    )
+    training.train(config_for(discs, ("compute.workers", 2)), str(run), watch=watch)
+    killer.join()
+    assert len(retried) == 1 and 3 <= retried[0][1] < 12, retried
+    assert told == list(range(1, 13))
+    assert_close(run, undisturbed)
+    assert {line["workers"] for line in lines(run)} == {2}
+    assert not (run / ".ray").exists()
+
+
+def is_at_work(process: psutil.Process) -> bool:
+    """Neither ended nor a zombie that nobody has asked about."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_a_killed_driver_is_resumed(discs, undisturbed, tmp_path):
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "unet_ray", "train", "--out", str(run)]
+    command += [part for name, value in settings(discs) for part in ("--set", f"{name}={value}")]
+    with tempfile.TemporaryDirectory(prefix="ur-", ignore_cleanup_errors=True) as temporary:
+        # Short, for Ray's sockets; of its own, so that what the killed one leaves is cleaned up.
+        process = subprocess.Popen(command, env={**os.environ, "TMPDIR": temporary}, stdout=subprocess.DEVNULL)
+        started: list[psutil.Process] = []
+        try:
+            deadline = time.monotonic() + 240
+            while epochs_done(run) < 2 and process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.02)
+            started = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        finally:
+            process.kill()
+            process.wait()
+            # Ray's own processes see that the driver is gone and end, all by themselves.
+            deadline = time.monotonic() + 60
+            while (alive := [p for p in started[1:] if is_at_work(p)]) and time.monotonic() < deadline:
+                time.sleep(0.2)
+            for left in alive:
+                left.kill()
+    assert not alive
+    done = epochs_done(run)
+    assert 2 <= done < 12
+    ran = []
+    watch = training.Watch(on_epoch=lambda line: ran.append(line["epoch"]))
+    training.train(config_for(discs), str(run), local=True, resume=True, watch=watch)
+    assert ran == list(range(done + 1, 13))
+    assert_close(run, undisturbed)
+
+
+NODE_LOST = """
+import json, sys
+from ray.cluster_utils import Cluster
+import ray
+from unet_ray import training
+from unet_ray.config import load_train_config
+
+settings, out, kill_after = json.loads(sys.argv[1])
+local = {"node_ip_address": "127.0.0.1", "object_store_memory": 200 * 2**20}
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False, **local})
+second = cluster.add_node(num_cpus=2, **local)
+ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+assert ray.cluster_resources()["CPU"] == 4
+
+def on_epoch(line):
+    print("epoch", line["epoch"], "workers", line["workers"], flush=True)
+    if line["epoch"] == kill_after:
+        cluster.remove_node(second, allow_graceful=False)  # SIGKILL to its raylet
+
+watch = training.Watch(on_epoch=on_epoch, on_retry=lambda why, epoch: print("retry after", epoch, why, flush=True))
+config = load_train_config(settings=settings)
+training.train(config, out, watch=watch)
+ray.shutdown()
+cluster.shutdown()
+"""
+
+
+def test_with_a_node_lost_training_goes_on_where_there_is_room(discs, tmp_path):
+    # Without dropout, whose draws are each rank's own: the number of workers changes on the way.
+    same = [("model.dropout", 0), ("compute.cpus_per_worker", 2), ("train.epochs", 30)]
+    local = config_for(discs, *same, ("compute.cpus_per_worker", 0))
+    training.train(local, str(tmp_path / "undisturbed"), local=True)
+    run = tmp_path / "run"
+    arguments = json.dumps([settings(discs, *same, ("compute.workers", [1, 2])), str(run), 3])
+    result = subprocess.run(
+        [sys.executable, "-c", NODE_LOST, arguments], capture_output=True, text=True, timeout=500, check=False
+    )
+    assert result.returncode == 0, result.stdout + result.stderr[-3000:]
+    assert "retry after" in result.stdout, result.stdout
+    workers = [line["workers"] for line in lines(run)]
+    assert workers[0] == 2 and workers[-1] == 1 and workers == sorted(workers, reverse=True)
+    assert_close(run, tmp_path / "undisturbed")
+
+
+FULL_DISK = """
+import json, resource, sys
+from unet_ray import training
+from unet_ray.config import load_train_config, UserError
+
+settings, out = json.loads(sys.argv[1])
+
+def on_epoch(line):
+    if line["epoch"] == 3:  # from now on the system writes no file beyond 10,000 bytes
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+
+try:
+    training.train(load_train_config(settings=settings), out, local=True, watch=training.Watch(on_epoch=on_epoch))
+except UserError as error:
+    print(error)
+    sys.exit(2)
+"""
+
+
+def test_a_disk_that_is_full_leaves_the_last_checkpoint_whole(discs, undisturbed, tmp_path):
+    run = tmp_path / "run"
+    arguments = json.dumps([settings(discs), str(run)])
+    result = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, arguments], capture_output=True, text=True, timeout=200, check=False
+    )
+    assert result.returncode == 2, result.stderr[-3000:]
+    assert f"{run}: File too large: free some space, then go on with --resume" in result.stdout
+    assert epochs_done(run) == 3
+    assert not list(run.rglob("*.tmp"))
+    checkpoint.load_model(str(run / "model"))
+    training.train(config_for(discs), str(run), local=True, resume=True)
+    assert_close(run, undisturbed)
+
+
+def failed_workers(*failures: BaseException) -> ray.train.WorkerGroupError:
+    return ray.train.WorkerGroupError("text", dict(enumerate(failures)))
+
+
+def test_what_would_come_again_is_raised_and_what_was_lost_is_not():
+    from ray.exceptions import ActorDiedError
+    from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerHealthCheckFailedError
+
+    died = WorkerHealthCheckFailedError("A worker health check failed.", ActorDiedError())
+    broken = UserExceptionWithTraceback(RuntimeError("Connection closed by peer"), "Traceback …")
+    training._raise_what_repeats(failed_workers(died))
+    training._raise_what_repeats(failed_workers(broken, died))
+    mine = UserExceptionWithTraceback(UserError("a.png: mend or remove it"), "Traceback …")
+    with pytest.raises(UserError, match="mend or remove it"):
+        training._raise_what_repeats(failed_workers(broken, mine))
+    bug = UserExceptionWithTraceback(TypeError("a bug"), "Traceback …")
+    with pytest.raises(ray.train.WorkerGroupError):
+        training._raise_what_repeats(failed_workers(broken, bug))
