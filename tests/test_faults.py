@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 import ray.train
+import torch
 from conftest import TINY, make_discs
 
 from unet_ray import checkpoint, training
@@ -235,6 +236,12 @@ def test_a_disk_that_is_full_leaves_the_last_checkpoint_whole(discs, undisturbed
     checkpoint.load_model(str(run / "model"))
     training.train(config_for(discs), str(run), local=True, resume=True)
     assert_close(run, undisturbed)
+
+
+def test_a_full_gpu_is_one_line_with_the_remedy():
+    with pytest.raises(UserError, match="raise train.accumulate") as error, training._shortages_are_said("run"):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore")
+    assert "\n" not in str(error.value)
 
 
 def failed_workers(*failures: BaseException) -> ray.train.WorkerGroupError:

@@ -93,12 +93,16 @@ _pairs = _options(
         "--masks", metavar="DIR", help="Folder of the masks: same relative path and stem, with or without _mask."
     ),
 )
+_workers = click.option(
+    "--workers", type=int, metavar="N", help="Processes that hold the network, each on a GPU or on CPUs."
+)
+_workers_range = click.option(
+    "--workers",
+    type=_Workers(),
+    metavar="N|FEWEST-MOST",
+    help="Processes that train, each on a GPU or on CPUs; 1-4: as many as there is room for.",
+)
 _machine = _options(
-    click.option(
-        "--workers",
-        type=_Workers(),
-        help="Processes that hold the network, each on a GPU or on CPUs; train: or FEWEST-MOST, as there is room.",
-    ),
     click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="auto: CUDA where there is one."),
     click.option(
         "--precision",
@@ -129,6 +133,7 @@ _as_json = click.option("--json", "as_json", is_flag=True, help="One JSON object
     "--folds", type=int, metavar="K", help="Cross-validation: K runs in RUN/fold-1 …, each part held out once."
 )
 @click.option("--resume", is_flag=True, help="Go on from the last finished epoch in RUN.")
+@_workers_range
 @_machine
 def train(
     images: str | None,
@@ -195,6 +200,7 @@ def train(
     "--allow-failures", metavar="N|P%", default="0", show_default=True, help="Images that may fail with exit 0."
 )
 @_as_json
+@_workers
 @_machine
 def predict(
     model: str,
@@ -250,6 +256,7 @@ def predict(
 @click.option("--table", metavar="FILE", help="Also write the scores of each image and class, as Parquet.")
 @click.option("--against", metavar="OTHER", help="Score OTHER on the same images too, and test the difference.")
 @_as_json
+@_workers
 @_machine
 def evaluate(
     model: str,

@@ -169,7 +169,7 @@ def _train_here(config: TrainConfig, parts: Split, out: str, on_epoch: OnEpoch) 
     kind = rows.MemoryRows if fits else rows.StreamedRows
     train_rows, val_rows = parts.rows(kind(parts.pairs, decoder))
     _write_start(config, parts, out)
-    with _disk_full_is_said(out):
+    with _shortages_are_said(out):
         engine.fit(config, train_rows, val_rows, out, device=device, report=on_epoch)
 
 
@@ -304,7 +304,7 @@ def _train_worker(loop: dict[str, Any]) -> None:
         torch.set_num_threads(loop["threads"])
     # Ray moves workers to a folder of its own, and its report is a barrier, so every rank calls it.
     train_rows, val_rows = loop["rows"]
-    with _disk_full_is_said(loop["out"]):
+    with _shortages_are_said(loop["out"]):
         engine.fit(
             loop["config"],
             train_rows,
@@ -354,7 +354,10 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def _disk_full_is_said(out: str) -> Iterator[None]:
+def _shortages_are_said(out: str) -> Iterator[None]:
+    """A full disk and a full GPU as UserError."""
+    import torch
+
     try:
         yield
     except OSError as error:
@@ -362,4 +365,9 @@ def _disk_full_is_said(out: str) -> Iterator[None]:
             raise
         raise UserError(
             f"{out}: {error.strerror}: free some space, then go on with --resume from the last finished epoch"
+        ) from None
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"out of memory ({str(error).splitlines()[0][:120]}): raise train.accumulate, set "
+            "train.checkpoint_activations=true, or lower --batch-size or --image-size"
         ) from None
