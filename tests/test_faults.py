@@ -239,7 +239,7 @@ def test_a_disk_that_is_full_leaves_the_last_checkpoint_whole(discs, undisturbed
 
 
 def test_a_full_gpu_is_one_line_with_the_remedy():
-    with pytest.raises(UserError, match="raise train.accumulate") as error, training._shortages_are_said("run"):
+    with pytest.raises(UserError, match=r"raise train\.accumulate") as error, training._shortages_are_said("run"):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore")
     assert "\n" not in str(error.value)
 

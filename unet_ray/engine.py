@@ -219,9 +219,14 @@ class Training:
     device: torch.device
 
     @property
+    def networks(self) -> list[nn.Module]:
+        """The network and, where there is one, its average; in the same order on every rank."""
+        return [self.network] if self.ema is None else [self.network, self.ema.module]
+
+    @property
     def scored(self) -> nn.Module:
         """What is validated and saved."""
-        return self.network if self.ema is None else self.ema.module
+        return self.networks[-1]
 
     def prepare(self, batch: Batch, epoch: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Image uint8 [N,C,H,W] as the network takes it, mask and border, on the device, augmented."""
@@ -444,7 +449,7 @@ def fit(
         sum_over_ranks(train_loss, device)
         if not math.isfinite(train_loss):
             raise UserError(f"the loss became {float(train_loss)} in epoch {epoch}: lower --lr, or --precision fp32")
-        for model in {training.network, training.scored}:
+        for model in training.networks:
             average_buffers(model, device)
         train_seconds = time.perf_counter() - started
         val_plan = _in_batches(np.arange(len(val_rows))[rank::world], max(1, fit_config.batch_size // world))
