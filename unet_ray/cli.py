@@ -386,7 +386,7 @@ def recipes(name: str | None) -> None:
         click.echo(recipe_text(name), nl=False)
         return
     for recipe in recipe_names():
-        click.echo(f"{recipe:<14} {recipe_text(recipe).splitlines()[0].removeprefix('# ')}")
+        click.echo(f"{recipe:<16} {recipe_text(recipe).splitlines()[0].removeprefix('# ')}")
 
 
 @main.command()
