@@ -390,6 +390,10 @@ def test_an_out_that_holds_something_is_refused(discs, tmp_path):
         training.train(
             config_for(discs, ("train.epochs", 2), ("model.norm", "none")), str(run), local=True, resume=True
         )
+    for folder in discs:
+        (folder / "z_new.png").write_bytes((folder / "a_000.png").read_bytes())
+    with pytest.raises(UserError, match="images have come, gone or changed sides"):
+        training.train(config_for(discs, ("train.epochs", 2)), str(run), local=True, resume=True)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("keep")
     with pytest.raises(UserError, match="holds other files"):

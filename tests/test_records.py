@@ -193,7 +193,7 @@ def test_a_leak_is_counted_and_grouping_ends_it():
 
 
 def test_a_split_is_written_and_read(tmp_path):
-    rows = [("a,b", "train"), ('q"uote', "val"), ("new\nline", "val")]
-    write_split(str(tmp_path / "split.csv"), rows)
-    assert read_split(str(tmp_path / "split.csv")) == dict(rows)
+    sides = {"a,b": "train", 'q"uote': "val", "new\nline": "val"}
+    write_split(str(tmp_path / "split.csv"), sides)
+    assert read_split(str(tmp_path / "split.csv")) == sides
     assert read_split(str(tmp_path / "none.csv")) == {}

@@ -12,7 +12,7 @@ import hashlib
 import io
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -206,10 +206,10 @@ def _groups_them(keys: Sequence[str], pattern: str) -> bool:
     return len(sizes) > 1 and in_groups >= 0.9 * len(keys) and all(matches)
 
 
-def write_split(location: str, rows: Iterable[tuple[str, str]]) -> None:
-    """Writes `key,part` with part `train` or `val`."""
+def write_split(location: str, sides: Mapping[str, str]) -> None:
+    """Writes `key,part` with part `train` or `val`, sorted by key."""
     stream = io.StringIO()
-    csv.writer(stream, lineterminator="\n").writerows([("key", "part"), *rows])
+    csv.writer(stream, lineterminator="\n").writerows([("key", "part"), *sorted(sides.items())])
     storage.write_bytes(location, stream.getvalue().encode())
 
 

@@ -43,6 +43,10 @@ class Split(NamedTuple):
     def val_keys(self) -> list[str]:
         return [self.pairs[index].key for index in self.val]
 
+    def sides(self) -> dict[str, str]:
+        """Key -> `train` or `val`."""
+        return dict.fromkeys(self.train_keys, "train") | dict.fromkeys(self.val_keys, "val")
+
     def rows(self, decoded: Rows) -> tuple[Subset, Subset]:
         """Rows to train on and rows to validate on, of rows decoded from `pairs`."""
         return Subset(decoded, self.train), Subset(decoded, self.val)
@@ -94,7 +98,7 @@ def train(
     number = {index: row for row, index in enumerate(used)}
     parts = Split([pairs[i] for i in used], [number[i] for i in train_indices], [number[i] for i in val_indices])
     config = _resolved(config, images, masks_folder, [pair.mask for pair in pairs])
-    _check_out(config, out, resume)
+    _check_out(config, parts, out, resume)
     watch.on_start(parts)
 
     with tracking.trackers(config, out, PurePosixPath(out).name) as track, nullcontext() if local else cluster:
@@ -120,7 +124,7 @@ def _resolved(config: TrainConfig, images: str, masks_folder: str, mask_paths: l
     return dataclasses.replace(config, data=data, train=fit)
 
 
-def _check_out(config: TrainConfig, out: str, resume: bool) -> None:
+def _check_out(config: TrainConfig, parts: Split, out: str, resume: bool) -> None:
     """Raises UserError if `out` holds something that this training would overwrite, or can't go on from."""
     there = storage.names_in(out)
     if not there:
@@ -139,6 +143,13 @@ def _check_out(config: TrainConfig, out: str, resume: bool) -> None:
             f"{out} was trained with other settings, so --resume can't go on: "
             f"`--config {storage.join(out, engine.CONFIG)}` has the old ones, or choose another --out"
         )
+    before_split = records.read_split(storage.join(out, records.SPLIT))
+    if before_split and before_split != parts.sides():
+        other = len(set(before_split.items()) ^ set(parts.sides().items()))
+        raise UserError(
+            f"{config.data.images}: {other} images have come, gone or changed sides since {out} was begun, so --resume "
+            "can't go on: put them back, or choose another --out"
+        )
     if state.epoch >= config.train.epochs:
         raise UserError(f"{out} is finished ({state.epoch} epochs): raise --epochs, or choose another --out")
 
@@ -152,8 +163,7 @@ def _resumable(config: TrainConfig) -> TrainConfig:
 
 def _write_start(config: TrainConfig, parts: Split, out: str) -> None:
     """What stands before the first epoch: the settings, and which images are trained and validated on."""
-    lines = [(key, "train") for key in parts.train_keys] + [(key, "val") for key in parts.val_keys]
-    records.write_split(storage.join(out, records.SPLIT), sorted(lines))
+    records.write_split(storage.join(out, records.SPLIT), parts.sides())
     storage.write_bytes(storage.join(out, engine.CONFIG), config.to_yaml().encode())
 
 
