@@ -143,11 +143,11 @@ def _check_out(config: TrainConfig, parts: Split, out: str, resume: bool) -> Non
             f"{out} was trained with other settings, so --resume can't go on: "
             f"`--config {storage.join(out, engine.CONFIG)}` has the old ones, or choose another --out"
         )
-    before_split = records.read_split(storage.join(out, records.SPLIT))
-    if before_split and before_split != parts.sides():
-        other = len(set(before_split.items()) ^ set(parts.sides().items()))
+    sides, sides_before = parts.sides(), records.read_split(storage.join(out, records.SPLIT))
+    changed = {key for key in sides.keys() | sides_before.keys() if sides.get(key) != sides_before.get(key)}
+    if sides_before and changed:
         raise UserError(
-            f"{config.data.images}: {other} images have come, gone or changed sides since {out} was begun, so --resume "
+            f"{config.data.images}: {len(changed)} images have come, gone or changed sides since {out} was begun, so --resume "
             "can't go on: put them back, or choose another --out"
         )
     if state.epoch >= config.train.epochs:
@@ -199,7 +199,6 @@ def _train_on_ray(
     datasets.configure()
     device = datasets.pick_device(config.compute.device)
     engine.check_precision(config.train.precision, device)
-    _write_start(config, parts, out)
     follower, failures = _Follower(out, on_epoch), 0
     while True:
         before = _epochs_done(out)
@@ -256,6 +255,7 @@ def _fit_once(config: TrainConfig, parts: Split, out: str, device: str, follower
     kind: type[MaterialisedRows] | type[RayStreamedRows]
     kind = datasets.MaterialisedRows if fits else datasets.RayStreamedRows
     train_rows, val_rows = parts.rows(kind(parts.pairs, decoder))
+    _write_start(config, parts, out)
 
     on_gpu = device == "cuda"
     trainer = TorchTrainer(
@@ -331,6 +331,11 @@ def _raise_what_repeats(error: BaseException) -> None:
     import ray.exceptions
     import ray.train
 
+    if isinstance(error, ray.train.ControllerError):
+        raise UserError(
+            f"the cluster did not start the workers ({_first_line(error)[:300]}): use fewer --workers, or lower "
+            "compute.cpus_per_worker; --resume goes on from the last finished epoch"
+        ) from error
     if not isinstance(error, ray.train.WorkerGroupError):
         return
     chains = [_chain(failure) for failure in error.worker_failures.values()]
