@@ -260,7 +260,7 @@ def test_what_would_come_again_is_raised_and_what_was_lost_is_not():
     with pytest.raises(UserError, match="mend or remove it"):
         training._raise_what_repeats(failed_workers(broken, mine))
     placement = ray.train.ControllerError(TimeoutError("The worker group startup timed out after 60 seconds"))
-    with pytest.raises(UserError, match="did not start the workers .*timed out.*: use fewer --workers"):
+    with pytest.raises(UserError, match=r"did not start the workers .*timed out.*: use fewer --workers"):
         training._raise_what_repeats(placement)
     bug = UserExceptionWithTraceback(TypeError("a bug"), "Traceback …")
     with pytest.raises(ray.train.WorkerGroupError):

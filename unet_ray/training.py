@@ -147,8 +147,8 @@ def _check_out(config: TrainConfig, parts: Split, out: str, resume: bool) -> Non
     changed = {key for key in sides.keys() | sides_before.keys() if sides.get(key) != sides_before.get(key)}
     if sides_before and changed:
         raise UserError(
-            f"{config.data.images}: {len(changed)} images have come, gone or changed sides since {out} was begun, so --resume "
-            "can't go on: put them back, or choose another --out"
+            f"{config.data.images}: {len(changed)} images have come, gone or changed sides since {out} was begun, so "
+            "--resume can't go on: put them back, or choose another --out"
         )
     if state.epoch >= config.train.epochs:
         raise UserError(f"{out} is finished ({state.epoch} epochs): raise --epochs, or choose another --out")
