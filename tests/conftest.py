@@ -56,6 +56,17 @@ TINY = [
 """Settings of a network that trains in a second."""
 
 
+RUN_FILES = [
+    "config.yaml",
+    "last/state.safetensors",
+    "metrics.jsonl",
+    "model/model.json",
+    "model/model.safetensors",
+    "split.csv",
+]
+"""What a run directory holds, but for TensorBoard's files."""
+
+
 @pytest.fixture(scope="session")
 def ray_cluster():
     """One Ray with 4 CPUs for all tests that need one (started where the first of them runs, ended at the end)."""

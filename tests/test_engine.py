@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import TINY
+from conftest import RUN_FILES, TINY
 
 from unet_ray import checkpoint, engine, muon, rows, training
 from unet_ray.augment import augment
@@ -158,14 +158,6 @@ def files(folder):
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
 
 
-RUN_FILES = [
-    "config.yaml",
-    "last/state.safetensors",
-    "metrics.jsonl",
-    "model/model.json",
-    "model/model.safetensors",
-    "split.csv",
-]
 TIMES = {"seconds", "train_seconds", "images_per_second"}
 
 

@@ -128,11 +128,10 @@ def load_model(location: str) -> tuple[SegmentationModel, ModelCard]:
     path = storage.join(location, WEIGHTS)
     data = storage.read_bytes(path)
     try:
-        header, body = _split(data)
-        card = _card(json.loads(header)["__metadata__"]["card"], path)
+        card = _card(_metadata(data)["card"], path)
     except (KeyError, ValueError) as error:
         raise UserError(f"{path}: not a model's weights ({error!r}): copy the folder again, whole") from None
-    if hashlib.sha256(body).hexdigest() != card.weights_sha256:
+    if hashlib.sha256(_split(data)[1]).hexdigest() != card.weights_sha256:
         raise UserError(f"{path}: damaged (its checksum is another): copy the folder again, whole")
     # A training that was killed between the two files leaves the older model.json, of the same network.
     beside = read_card(location)

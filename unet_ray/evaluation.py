@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from unet_ray import checkpoint, engine, metrics, records, stages, storage
-from unet_ray.config import EvaluateConfig, UserError, load_train_config
+from unet_ray.config import DataConfig, EvaluateConfig, UserError, load_train_config
 from unet_ray.metrics import ImageScores, Scores
 from unet_ray.prediction import OnProgress, decoder_of, row_bytes, run_stages
 from unet_ray.records import Pair
@@ -70,11 +70,10 @@ def pairs_of(config: EvaluateConfig) -> list[Pair]:
         return records.find_pairs(config.images, config.masks)
     location = storage.absolute(config.model)
     checkpoint.model_directory(location)
-    path = storage.join(location, engine.CONFIG)
-    if not storage.exists(path):
+    trained = _trained(location)
+    if trained is None:
         raise UserError(f"{location} is not a run directory, so it has no validation set: give --images and --masks")
-    data = load_train_config(config_file=storage.read_bytes(path).decode()).data
-    parts = records.read_split(storage.join(location, records.SPLIT))
+    data, parts = trained
     pairs = [pair for pair in records.find_pairs(data.images, data.masks) if parts.get(pair.key) == "val"]
     wanted = sum(part == "val" for part in parts.values())
     if len(pairs) != wanted:
@@ -82,15 +81,22 @@ def pairs_of(config: EvaluateConfig) -> list[Pair]:
     return pairs
 
 
-def trained_on(model: str, pairs: list[Pair]) -> int:
-    """How many of the images a run was trained on, as far as its directory says."""
-    location = storage.absolute(model)
+def _trained(location: str) -> tuple[DataConfig, dict[str, str]] | None:
+    """What a run was trained on, and which image was on which side; None for what is no run directory."""
     path = storage.join(location, engine.CONFIG)
     if not storage.exists(path):
+        return None
+    data = load_train_config(config_file=storage.read_bytes(path).decode()).data
+    return data, records.read_split(storage.join(location, records.SPLIT))
+
+
+def trained_on(model: str, pairs: list[Pair]) -> int:
+    """How many of the images a run was trained on, as far as its directory says."""
+    trained = _trained(storage.absolute(model))
+    if trained is None:
         return 0
-    images = load_train_config(config_file=storage.read_bytes(path).decode()).data.images
-    parts = records.read_split(storage.join(location, records.SPLIT))
-    used = {storage.join(images, key) for key, part in parts.items() if part == "train"}
+    data, parts = trained
+    used = {storage.join(data.images, key) for key, part in parts.items() if part == "train"}
     return sum(pair.image.rpartition(".")[0] in used for pair in pairs)
 
 

@@ -40,7 +40,7 @@ def scalars(line: dict[str, Any]) -> dict[str, float]:
 
 @contextmanager
 def _tensorboard(folder: str) -> Iterator[Track]:
-    from tensorboardX import SummaryWriter  # comes with ray[train]
+    from tensorboardX import SummaryWriter
 
     writers: list[SummaryWriter] = []
 
