@@ -27,9 +27,9 @@ def run(*arguments: object, code: int = 0):
     return result
 
 
-def train(discs, out, *more, code=0):
+def train(discs, out, *more, settings=QUICK, code=0):
     images, masks = discs
-    return run("train", "--images", images, "--masks", masks, "--out", out, "--local", *QUICK, *more, code=code)
+    return run("train", "--images", images, "--masks", masks, "--out", out, "--local", *settings, *more, code=code)
 
 
 @pytest.fixture(scope="module")
@@ -265,21 +265,8 @@ def test_a_model_that_is_not_there_is_an_error(discs, tmp_path):
 
 def test_a_printed_recipe_runs_as_a_config(discs, tmp_path):
     (tmp_path / "mine.yaml").write_text(run("recipes", "carvana-fast").output)
-    images, masks = discs
     more = ["--set", "model.base_channels=4", "--set", "model.depth=2", "--epochs", 1, "--image-size", 32]
-    run(
-        "train",
-        "--images",
-        images,
-        "--masks",
-        masks,
-        "--out",
-        tmp_path / "run",
-        "--config",
-        tmp_path / "mine.yaml",
-        "--local",
-        *more,
-    )
+    train(discs, tmp_path / "run", "--config", tmp_path / "mine.yaml", settings=more)
     listing = run("recipes").output
     assert all(name in listing for name in ("carvana ", "carvana-cpu", "carvana-fast"))
 
@@ -430,17 +417,5 @@ def test_every_recipe_prints_names_its_source_and_trains(discs, tmp_path, name):
     if config.data.group_by:
         small["data.group_by"] = "^[^_]+"
     settings = [part for key, value in small.items() for part in ("--set", f"{key}={value}")]
-    output = run(
-        "train",
-        "--images",
-        images,
-        "--masks",
-        masks,
-        "--out",
-        tmp_path / "r",
-        "--config",
-        tmp_path / "c.yaml",
-        "--local",
-        *settings,
-    ).output
+    output = train(discs, tmp_path / "r", "--config", tmp_path / "c.yaml", settings=settings).output
     assert "best: epoch 1" in output
