@@ -2,6 +2,7 @@
 
 model/model.safetensors  the weights, and in its header the card: one file, so the best model is whole or absent
 model/model.json         the card, all else that predict needs, for people and other programs
+model/cleanup.json       the clean-up of masks that validation has chosen, if it was asked
 last/state.safetensors   weights, their average, optimizer, scaler and place of the last finished epoch, in one file
 """
 
@@ -19,12 +20,12 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from unet_ray import __version__, storage
-from unet_ray.config import DataConfig, ModelConfig, UserError, from_mapping
+from unet_ray.config import DataConfig, ModelConfig, TrainConfig, UserError, ValueRange, from_mapping
 from unet_ray.models import SegmentationModel, build
 
 FORMAT = 1
 """Raised when an older package could not read a newer directory."""
-WEIGHTS, CARD, STATE = "model.safetensors", "model.json", "state.safetensors"
+WEIGHTS, CARD, STATE, CLEANUP = "model.safetensors", "model.json", "state.safetensors", "cleanup.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,10 @@ class ModelCard:
     """See `DataConfig.tile`."""
     mask_values: tuple[int, ...]
     ignore_index: int | None
+    value_range: ValueRange
     classes: tuple[str, ...]
+    flips: str
+    """What test-time flips may be used: `h`, `v` or both, as in training."""
     threshold: float
     """Sigmoid above which a pixel is the foreground (one class only)."""
     scores: dict[str, Any]
@@ -54,6 +58,7 @@ class ModelCard:
             tile=self.tile,
             mask_values=self.mask_values,
             ignore_index=self.ignore_index,
+            value_range=self.value_range,
             classes=self.classes,
         )
 
@@ -61,23 +66,25 @@ class ModelCard:
 def save_model(
     location: str,
     model: nn.Module,
-    config: ModelConfig,
-    data: DataConfig,
+    config: TrainConfig,
     scores: dict[str, Any],
     threshold: float = 0.5,
 ) -> None:
     """Writes a model directory; an older one there is replaced."""
+    data, augment = config.data, config.augment
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
     assert data.mask_values is not None
     card = {
         "format": FORMAT,
         "package_version": __version__,
-        "model": dataclasses.asdict(config),
+        "model": dataclasses.asdict(config.model),
         "image_size": list(data.size_hw),
         "tile": data.tile,
         "mask_values": list(data.mask_values),
         "ignore_index": data.ignore_index,
+        "value_range": data.value_range,
         "classes": list(data.classes),
+        "flips": "h" * bool(augment.hflip) + "v" * bool(augment.vflip or augment.quarter_turns),
         "threshold": threshold,
         "scores": scores,
         "weights_sha256": hashlib.sha256(_split(safetensors.torch.save(tensors))[1]).hexdigest(),
@@ -103,7 +110,8 @@ def read_card(location: str) -> ModelCard:
 
 def _card(data: bytes | str, where: str) -> ModelCard:
     try:
-        values = json.loads(data)
+        # Cards of before there were these say nothing of them.
+        values = {"value_range": None, "flips": "h", **json.loads(data)}
         if values["format"] > FORMAT:
             raise UserError(
                 f"{where}: written by unet_ray {values['package_version']}, newer than this {__version__}: upgrade"
@@ -114,7 +122,11 @@ def _card(data: bytes | str, where: str) -> ModelCard:
             tile=values["tile"],
             mask_values=tuple(values["mask_values"]),
             ignore_index=values["ignore_index"],
+            value_range=tuple(values["value_range"])
+            if isinstance(values["value_range"], list)
+            else values["value_range"],
             classes=tuple(values["classes"]),
+            flips=values["flips"],
             threshold=values["threshold"],
             scores=values["scores"],
             weights_sha256=values["weights_sha256"],
@@ -140,6 +152,21 @@ def load_model(location: str) -> tuple[SegmentationModel, ModelCard]:
     model = build(dataclasses.replace(card.model, pretrained=False))
     model.load_state_dict(safetensors.torch.load(data))
     return model, card
+
+
+def read_cleanup(location: str, card: ModelCard) -> str:
+    """The clean-up that was chosen for the model in this directory; `none` if none was, or for other weights."""
+    path = storage.join(location, CLEANUP)
+    if not storage.exists(path):
+        return "none"
+    chosen = json.loads(storage.read_bytes(path))
+    return chosen["cleanup"] if chosen["weights_sha256"] == card.weights_sha256 else "none"
+
+
+def save_cleanup(location: str, card: ModelCard, cleanup: str, dice: dict[str, float]) -> None:
+    """Keeps a choice for `read_cleanup`, with the mean Dice of each candidate."""
+    chosen = {"cleanup": cleanup, "dice": dice, "weights_sha256": card.weights_sha256}
+    storage.write_bytes(storage.join(location, CLEANUP), (json.dumps(chosen, indent=2) + "\n").encode())
 
 
 @dataclass(slots=True)

@@ -112,6 +112,16 @@ _machine = _options(
     click.option("--local", is_flag=True, help="In this process: no Ray is started."),
     click.option("--verbose", is_flag=True, help="Also show what Ray says."),
 )
+_mask_options = _options(
+    click.option("--tile", type=int, metavar="N", help="Segment at the image's own size, in squares of N pixels."),
+    click.option("--overlap", type=float, metavar="X", help="Share of a tile in common with the next.  [default: 0.5]"),
+    click.option("--tta", is_flag=True, help="Average over mirrored images, as the network was trained with them."),
+    click.option("--ensemble", multiple=True, metavar="MODEL", help="Average in another model; may be repeated."),
+    click.option(
+        "--cleanup", metavar="RULE", help="area=64, area=0.1%, largest, holes, joined by +; none.  [default: as chosen]"
+    ),
+    click.option("--max-pixels", type=int, metavar="N", help="Larger images fail undecoded.  [default: 200000000]"),
+)
 _as_json = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, nothing else.")
 
 
@@ -195,10 +205,22 @@ def train(
 @click.argument("model")
 @click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
 @click.option("--out", required=True, metavar="OUT", help="Folder to write; on a cluster, where all nodes see it.")
-@click.option("--format", "formats", default="png", show_default=True, metavar="LIST", help="png, parquet or both.")
+@click.option(
+    "--format",
+    "formats",
+    default="png",
+    show_default=True,
+    metavar="LIST",
+    help="Of png, parquet, rle, kaggle, coco, prob, overlay; several with commas.",
+)
+@click.option("--overlay", is_flag=True, help="Also small pictures with the mask drawn in: --format …,overlay.")
+@click.option("--name", metavar="PATH", help="Path of a mask below OUT/masks.  [default: {relpath}/{stem}.png]")
+@click.option("--overwrite", is_flag=True, help="Remove an earlier prediction in OUT first.")
+@click.option("--retry-failed", is_flag=True, help="Try images again that failed in an earlier run.")
 @click.option(
     "--allow-failures", metavar="N|P%", default="0", show_default=True, help="Images that may fail with exit 0."
 )
+@_mask_options
 @_as_json
 @_workers
 @_machine
@@ -207,29 +229,33 @@ def predict(
     inputs: tuple[str, ...],
     out: str,
     formats: str,
+    overlay: bool,
     allow_failures: str,
     as_json: bool,
     local: bool,
     verbose: bool,
-    **machine: Any,
+    **options: Any,
 ) -> None:
-    """Segment every image of folders, files, globs or buckets.
+    """Segment every image of folders, files, globs, lists or buckets.
 
-    MODEL is a run directory (then its best model) or a model directory.
+    MODEL is a run directory (then its best model) or a model directory. INPUT is a folder, an image, a glob, a .txt
+    with a path on each line, a .parquet with paths or with the images themselves, here or on s3://, gs://.
 
     \b
     Example:
       unet-ray predict RUN photos --out MASKS --format png,parquet
 
-    Writes OUT/masks/<path below the input>.png, OUT/masks.parquet, OUT/manifest.parquet with one row an image, and
-    OUT/summary.json. Started again after a stop, it does only what is missing. Exit code 1: some images failed.
+    Writes OUT/masks/<path below the input>.png, OUT/manifest.parquet with one row an image, and OUT/summary.json.
+    Started again after a stop, it does only what is missing. Exit code 1: some images failed.
     """
     config = PredictConfig(
         model=model,
         inputs=inputs,
         out=out,
-        formats=tuple(dict.fromkeys(name.strip() for name in formats.split(",") if name.strip())),
-        **_given(machine),
+        formats=tuple(
+            dict.fromkeys([name.strip() for name in formats.split(",") if name.strip()] + ["overlay"] * overlay)
+        ),
+        **_given(options),
     )
     allowed = _allowance(allow_failures)
     from unet_ray.prediction import predict as run
@@ -255,6 +281,8 @@ def predict(
 )
 @click.option("--table", metavar="FILE", help="Also write the scores of each image and class, as Parquet.")
 @click.option("--against", metavar="OTHER", help="Score OTHER on the same images too, and test the difference.")
+@click.option("--choose-cleanup", is_flag=True, help="Find the clean-up with the best Dice; predict then uses it.")
+@_mask_options
 @_as_json
 @_workers
 @_machine
@@ -263,6 +291,7 @@ def evaluate(
     mask_values: str | None,
     table: str | None,
     against: str | None,
+    choose_cleanup: bool,
     as_json: bool,
     local: bool,
     verbose: bool,
@@ -290,6 +319,19 @@ def evaluate(
         known = evaluation.trained_on(name, pairs)
         if known:
             click.echo(f"warning: {name} was trained on {known} of these {len(pairs)} images", err=True)
+    if choose_cleanup:
+        if against is not None or table is not None:
+            raise UserError("--choose-cleanup goes without --against and --table")
+        choice = evaluation.choose_cleanup(
+            config, pairs=pairs, local=local, cluster=_ray(verbose), on_progress=_ProgressPrinter("scored")
+        )
+        if as_json:
+            click.echo(json.dumps(dataclasses.asdict(choice)))
+            return
+        click.echo(f"{choice.images} images       mean Dice")
+        for name, dice in choice.dice.items():
+            click.echo(f"{name:<20} {dice:.4f}" + ("  <- kept for predict" if name == choice.chosen else ""))
+        return
     comparison = None
     with nullcontext() if local or against is None else _ray(verbose):
         score = functools.partial(evaluation.evaluate, pairs=pairs, local=local, cluster=_ray(verbose))
@@ -578,6 +620,14 @@ class _ProgressPrinter:
 
     def __call__(self, done: int, failed: int, total: int) -> None:
         now = time.monotonic()
+        if not total:
+            text = f"{done} images found"
+            if self.live:
+                click.echo(f"\r{text:<78}", nl=False, err=True)
+            elif now - self.said >= LOG_EVERY_SECONDS:
+                self.said = now
+                click.echo(text, err=True)
+            return
         if self.first is None:
             self.first, self.started, self.said = done, now, now
         speed = (done - self.first) / max(1e-9, now - self.started)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
+import string
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -72,8 +73,6 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _check_choices(self, "model")
         _at_least(self, "model", in_channels=1, num_classes=1, base_channels=1, depth=1, growth=1, patch=1)
-        if self.in_channels > 4:
-            raise UserError(f"model.in_channels is {self.in_channels}: 1 (gray) to 4 (RGBA) can be decoded")
         if self.num_classes > MAX_CLASSES:
             raise UserError(f"model.num_classes is {self.num_classes}: at most {MAX_CLASSES}, class ids are 8-bit")
         if not 0 <= self.dropout < 1:
@@ -134,6 +133,9 @@ class ModelConfig:
         return side > 4
 
 
+ValueRange = tuple[float, float] | Literal["percentiles"] | None
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
     """What it is trained on (`data.`)."""
@@ -167,6 +169,9 @@ class DataConfig:
     starts, and from then on part of config.yaml and of the model."""
     ignore_index: int | None = None
     """Stored mask value of pixels that neither train nor score (255 in many sets, CamVid's 11); or None."""
+    value_range: ValueRange = None
+    """[lowest, highest] stored value of an image's pixels, which become 0 and 255; `percentiles`: the 0.5th and the
+    99.5th of each image by itself (fluorescence, CT); None: 8 bits as they are, of 16 bits the upper 8."""
     classes: tuple[str, ...] = ()
     """Names of the classes, in order. A class 0 called `background` is left out of mean scores."""
 
@@ -191,6 +196,8 @@ class DataConfig:
                 raise UserError(f"--group-by {self.group_by!r} is not a regular expression: {error}") from None
         if self.val_groups and self.group_by is None:
             raise UserError("data.val_groups needs data.group_by, which says what a group is")
+        if isinstance(self.value_range, tuple) and not self.value_range[0] < self.value_range[1]:
+            raise UserError(f"data.value_range is {[*self.value_range]}: [lowest, highest] stored value")
         if self.mask_values is not None and len(set(self.mask_values)) != len(self.mask_values):
             raise UserError(f"data.mask_values names a value twice: {list(self.mask_values)}")
 
@@ -395,17 +402,51 @@ class TrainConfig:
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PredictConfig:
-    """A whole prediction."""
+@dataclass(frozen=True, slots=True)
+class Cleanup:
+    """What is done to a decided mask at its own size. Class 0 is the background that removed pixels go to."""
 
-    model: str
-    """Model directory, or run directory (then its best model)."""
-    inputs: tuple[str, ...]
-    """Folders, files, globs or URIs."""
-    out: str
-    formats: tuple[str, ...] = ("png",)
-    """`png`: masks/<path below the input>.png; `parquet`: masks.parquet/ with the PNG bytes of each mask."""
+    min_area: float = 0.0
+    """Connected regions of a class (edges, not corners) with fewer pixels are removed."""
+    min_share: float = 0.0
+    """The same, as a share of the image's pixels."""
+    largest: bool = False
+    """Of each class, only the largest region stays."""
+    holes: bool = False
+    """Background that a class encloses becomes that class."""
+
+    @classmethod
+    def parse(cls, text: str) -> Cleanup:
+        """From `area=64`, `area=0.1%`, `largest`, `holes`, several joined by `+`, or `none`. Raises UserError."""
+        values: dict[str, Any] = {}
+        for part in (part.strip() for part in text.split("+")):
+            name, _, amount = part.partition("=")
+            if part in ("largest", "holes"):
+                values[part] = True
+            elif name == "area" and re.fullmatch(r"\d*\.?\d+%?", amount):
+                share = amount.endswith("%")
+                values["min_share" if share else "min_area"] = float(amount.rstrip("%")) / (100 if share else 1)
+            elif part != "none" or "+" in text:
+                raise UserError(f"--cleanup {text!r}: area=PIXELS, area=SHARE%, largest, holes, joined by +, or none")
+        return cls(**values)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MaskOptions:
+    """How masks are made, in prediction and evaluation alike."""
+
+    tile: int = 0
+    """Side in pixels of the squares that an image is segmented in at its own size; 0: resized whole, as in training."""
+    overlap: float = 0.5
+    """Share of a tile's side that it has in common with the next; there, scores are blended with Gaussian weights."""
+    tta: bool = False
+    """Average over the flips that the network was trained with (test-time augmentation)."""
+    ensemble: tuple[str, ...] = ()
+    """Further models whose probabilities are averaged with those of the first."""
+    cleanup: str | None = None
+    """See `Cleanup.parse`; None: what `evaluate --choose-cleanup` has chosen for this model, or nothing."""
+    max_pixels: int = 200_000_000
+    """An image with more is not decoded: a few kilobytes can claim gigabytes."""
     workers: int = 0
     """Copies of the model; 0: one a GPU, or one for every 8 CPUs."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -413,17 +454,56 @@ class PredictConfig:
 
     def __post_init__(self) -> None:
         _check_choices(self, "predict")
-        _at_least(self, "predict", workers=0)
-        known = ("png", "parquet")
-        for name in self.formats:
-            if name not in known:
-                raise UserError(f"--format {name!r} is not one{_nearest(name, known)}")
-        if not self.formats:
-            raise UserError(f"--format is empty: one or more of {', '.join(known)}")
+        _at_least(self, "predict", workers=0, tile=0, max_pixels=1)
+        if not 0 <= self.overlap <= 0.9:
+            raise UserError(f"--overlap {self.overlap}: from 0 to 0.9")
+        if self.cleanup is not None:
+            Cleanup.parse(self.cleanup)
+
+
+FORMATS = ("png", "parquet", "rle", "kaggle", "coco", "prob", "overlay")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EvaluateConfig:
+class PredictConfig(MaskOptions):
+    """A whole prediction."""
+
+    model: str
+    """Model directory, or run directory (then its best model)."""
+    inputs: tuple[str, ...]
+    """Folders, files, globs, lists (.txt, .parquet) or URIs."""
+    out: str
+    formats: tuple[str, ...] = ("png",)
+    """`png`: masks/<path below the input>.png; `parquet`: masks.parquet/ with the PNG bytes of each mask; `rle`:
+    rle.parquet/ with COCO run lengths of each class; `kaggle`: submission.csv; `coco`: coco.json; `prob`:
+    probabilities/ as 8-bit PNG; `overlay`: overlays/, small pictures with the mask drawn in."""
+    name: str = "{relpath}/{stem}.png"
+    """Path of a mask below OUT/masks, from {relpath} (the folder below the input), {stem}, {name} and {ext}."""
+    overwrite: bool = False
+    """Remove an earlier prediction in `out` first."""
+    retry_failed: bool = False
+    """Try images again that failed in an earlier run."""
+
+    def __post_init__(self) -> None:
+        MaskOptions.__post_init__(self)
+        for name in self.formats:
+            if name not in FORMATS:
+                raise UserError(f"--format {name!r} is not one{_nearest(name, FORMATS)}")
+        if not self.formats:
+            raise UserError(f"--format is empty: one or more of {', '.join(FORMATS)}")
+        fields = {"relpath", "stem", "name", "ext"}
+        try:
+            used = {field for _, field, _, _ in string.Formatter().parse(self.name) if field is not None}
+        except ValueError:
+            used = {""}
+        if not used <= fields or not used & {"stem", "name"} or ".." in self.name.split("/"):
+            raise UserError(
+                f"--name {self.name!r}: a path of {{relpath}}, {{stem}}, {{name}}, {{ext}}, with stem or name"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateConfig(MaskOptions):
     """A whole evaluation."""
 
     model: str
@@ -434,13 +514,10 @@ class EvaluateConfig:
     """Stored value of each class in these masks; None: as in training."""
     tolerance: float = 2.0
     """Of the surface Dice: how far apart two edges may lie and still agree, pixels."""
-    workers: int = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
 
     def __post_init__(self) -> None:
-        _check_choices(self, "evaluate")
-        _at_least(self, "evaluate", workers=0, tolerance=0)
+        MaskOptions.__post_init__(self)
+        _at_least(self, "evaluate", tolerance=0)
         if (self.images is None) != (self.masks is None):
             raise UserError("--images and --masks go together: give both, or neither for the run's own validation set")
 

@@ -22,6 +22,9 @@ from unet_ray.stages import Chunk, Stage
 ROWS_A_BLOCK = 16
 """Decoded rows a block: 16 MB at 512²; small enough to spread over many CPUs, large enough to be worth a task."""
 
+NUMBERS_A_BLOCK = 4096
+"""Chunks of which a task makes blocks of one."""
+
 THREADS_A_MODEL = 8
 """CPUs a copy of the model: more threads than this gain little on one image."""
 
@@ -191,7 +194,13 @@ def cpus_for_each(workers: int, spare: int) -> int:
 
 
 def run_on_cluster(
-    chunks: Sequence[Chunk], before: Stage, model: Callable[..., Stage], after: Stage, *, workers: int, device: str
+    numbers: Sequence[int],
+    before: Callable[[int], Chunk],
+    model: Callable[..., Stage],
+    after: Stage,
+    *,
+    workers: int,
+    device: str,
 ) -> Iterator[Chunk]:
     """The stages of `stages.run_here` through Ray Data: `model(device=, threads=)` in a pool of actors that load it
     once, the other two in tasks. Yields what `after` returns, a chunk at a time, as chunks are finished.
@@ -213,12 +222,17 @@ def run_on_cluster(
         # One CPU of each model's share stays free: with all of them held by actors, no task could ever decode. The
         # threads are the whole share: decoding is short beside the model, and idle CPUs would cost more.
         resources = {"num_cpus": float(max(1, threads - 1))}
-    tables = [pa.table({name: pa.array(column) for name, column in chunk.items()}) for chunk in chunks]
+    tables = [
+        pa.table({"number": pa.array(numbers[start : start + NUMBERS_A_BLOCK], pa.int64())})
+        for start in range(0, len(numbers), NUMBERS_A_BLOCK)
+    ]
     dataset = (
         ray.data.from_arrow(tables)
+        # A block a chunk, made as they are wanted: a hundred million images are not a million objects at once.
+        .repartition(target_num_rows_per_block=1)
         # Half a CPU: reading is in part waiting. And a share of its own keeps Ray Data from fusing the stage into the
         # model's actors, where decoding would not overlap with the model.
-        .map_batches(before, batch_size=None, batch_format="numpy", num_cpus=0.5)
+        .map_batches(_FromNumber(before), batch_size=None, batch_format="numpy", num_cpus=0.5)
         .map_batches(
             _ModelActor,
             fn_constructor_kwargs={"model": model, "device": device, "threads": threads},
@@ -227,16 +241,39 @@ def run_on_cluster(
             compute=ActorPoolStrategy(min_size=1, max_size=workers),
             **resources,
         )
-        .map_batches(after, batch_size=None, batch_format="numpy", num_cpus=0.5)
+        .map_batches(_UnlessEmpty(after), batch_size=None, batch_format="numpy", num_cpus=0.5)
     )
-    yield from dataset.iter_batches(batch_size=None, batch_format="numpy")
+    for chunk in dataset.iter_batches(batch_size=None, batch_format="numpy"):
+        if _rows(chunk):
+            yield chunk
+
+
+def _rows(chunk: Chunk) -> int:
+    return len(next(iter(chunk.values()), ()))
+
+
+@dataclass(frozen=True, slots=True)
+class _FromNumber:
+    before: Callable[[int], Chunk]
+
+    def __call__(self, table: Chunk) -> Chunk:
+        assert len(table["number"]) == 1, "a block holds one chunk"
+        return self.before(int(table["number"][0]))
+
+
+@dataclass(frozen=True, slots=True)
+class _UnlessEmpty:
+    stage: Stage
+
+    def __call__(self, chunk: Chunk) -> Chunk:
+        return self.stage(chunk) if _rows(chunk) else chunk
 
 
 class _ModelActor:
     """The model stage as Ray Data wants it: a class that is built once in each actor."""
 
     def __init__(self, model: Callable[..., Stage], device: str, threads: int | None) -> None:
-        self.stage = model(device=device, threads=threads)
+        self.stage = _UnlessEmpty(model(device=device, threads=threads))
 
     def __call__(self, chunk: Chunk) -> Chunk:
         return self.stage(chunk)

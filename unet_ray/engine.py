@@ -473,7 +473,7 @@ def fit(
         if rank == 0:
             # The state comes last: a stop before it repeats the epoch, and writes the same again.
             if better:
-                checkpoint.save_model(storage.join(out, MODEL), training.scored, config.model, config.data, line)
+                checkpoint.save_model(storage.join(out, MODEL), training.scored, config, line)
             write_metrics(out, history)
             checkpoint.save_state(last, state, training.network, training.optimizer, training.scaler, training.ema)
         report(line)

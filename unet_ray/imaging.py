@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from scipy import special
 
-from unet_ray.config import IGNORE, DataConfig
+from unet_ray.config import IGNORE, DataConfig, ValueRange
 
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+MAX_PIXELS = 200_000_000
+"""Of an image, unless --max-pixels says more: 0.8 GB while Pillow decodes it. Pillow's own limit is lifted for it."""
+Image.MAX_IMAGE_PIXELS = None
+PERCENTILES = (0.5, 99.5)
 _ROTATED = {5, 6, 7, 8}  # EXIF orientations that swap width and height
 _ORIENTATION = 0x0112
 
@@ -26,21 +31,34 @@ class ImageError(ValueError):
 
 
 @contextmanager
-def _opened(data: bytes) -> Iterator[Image.Image]:
-    """The image, its errors of all kinds as ImageError."""
-    if not data:
-        raise ImageError("the file is empty")
+def _reading() -> Iterator[None]:
+    """Errors of all kinds that reading an odd file raises, as ImageError."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of odd EXIF or large images; what it can't read it raises
-            with Image.open(io.BytesIO(data)) as image:
-                yield image
+            yield
     except ImageError:
         raise
     except UnidentifiedImageError:
         raise ImageError("not an image, or of a format that Pillow can't read") from None
+    except MemoryError:
+        raise ImageError("too large for the memory of this machine") from None
     except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error, … on bad files
         raise ImageError(f"cannot be decoded: {' '.join(str(error).split()) or type(error).__name__}") from None
+
+
+@contextmanager
+def _opened(data: bytes, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
+    if not data:
+        raise ImageError("the file is empty")
+    with _reading(), Image.open(io.BytesIO(data)) as image:
+        _check_pixels(image.width * image.height, max_pixels)
+        yield image
+
+
+def _check_pixels(pixels: int, max_pixels: int) -> None:
+    if pixels > max_pixels:
+        raise ImageError(f"{pixels} pixels, more than --max-pixels {max_pixels}")
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -48,39 +66,147 @@ def _upright(image: Image.Image) -> Image.Image:
     return ImageOps.exif_transpose(image) if image.getexif().get(_ORIENTATION, 1) != 1 else image
 
 
-def decode_image(data: bytes, channels: int, size_hw: tuple[int, int] | None) -> tuple[np.ndarray, tuple[int, int]]:
+def decode_image(
+    data: bytes,
+    channels: int,
+    size_hw: tuple[int, int] | None,
+    *,
+    value_range: ValueRange = None,
+    max_pixels: int = MAX_PIXELS,
+) -> tuple[np.ndarray, tuple[int, int]]:
     """An encoded image as uint8 [H,W,C], and the (height, width) it is meant to be seen at.
 
     EXIF orientation is applied; the first frame of an animation is taken; palettes are looked up, alpha is dropped (or
-    kept with 2 or 4 channels), 16-bit values keep their high byte. With `size_hw` the image is resized (bilinear over
-    all source pixels); a JPEG is then decoded at the smallest of its scales that is at least as large.
+    kept with 2 or 4 channels), what is not 8 bits is mapped to them as `DataConfig.value_range` says. Arrays (.npy of
+    [H,W] or [H,W,C], TIFF of more than four channels) must have as many channels as `channels`. With `size_hw` the
+    image is resized (bilinear over all source pixels); a JPEG is then decoded at the smallest of its scales that is at
+    least as large.
     Raises ImageError.
     """
-    with _opened(data) as image:
+    array = _array(data, channels, max_pixels)
+    if array is not None:
+        array = _to_8_bits(array, value_range)
+        own_size = array.shape[:2]
+        if size_hw is not None and own_size != size_hw:
+            array = np.dstack([_resized(Image.fromarray(plane), size_hw) for plane in np.moveaxis(array, -1, 0)])
+        return array, own_size
+    with _opened(data, max_pixels) as image:
         rotated = image.getexif().get(_ORIENTATION) in _ROTATED
         own_size = image.size if rotated else image.size[::-1]
-        mode = MODES[channels]
         if size_hw is not None and image.format == "JPEG":
             # No mode: a gray or CMYK JPEG keeps its own, converted below like every other format.
             image.draft(None, size_hw if rotated else size_hw[::-1])
-        image.load()
-        seen = _upright(image)
-        if seen.mode.startswith("I"):  # 16-bit (I;16) and Pillow's 32-bit reading of it
-            values = np.asarray(seen)
-            if values.max(initial=0) > 65535 or values.min(initial=0) < 0:
-                raise ImageError("its values are beyond 16 bits")
-            seen = Image.fromarray((values >> 8).astype(np.uint8))
-        elif seen.mode == "F":
-            raise ImageError("floating-point pixels: store 8 or 16 bits")
-        if seen.mode != mode:
-            seen = seen.convert(mode)
+        seen = _in_mode(image, channels, value_range)
         # Where a fourth channel is data (MRI), Pillow's resize must not take it for transparency, which weighs the
         # others with it: each channel by itself.
-        bands = seen.split() if mode in ("LA", "RGBA") else (seen,)
-        if size_hw is not None and seen.size != size_hw[::-1]:
-            bands = tuple(b.resize(size_hw[::-1], Image.Resampling.BILINEAR, reducing_gap=2.0) for b in bands)
-        array = np.asarray(bands[0]) if len(bands) == 1 else np.dstack([np.asarray(band) for band in bands])
+        bands = seen.split() if seen.mode in ("LA", "RGBA") else (seen,)
+        pixels = [np.asarray(band) if size_hw is None else _resized(band, size_hw) for band in bands]
+        array = pixels[0] if len(pixels) == 1 else np.dstack(pixels)
         return (array[..., None] if array.ndim == 2 else array), own_size
+
+
+def _resized(band: Image.Image, size_hw: tuple[int, int]) -> np.ndarray:
+    if band.size != size_hw[::-1]:
+        band = band.resize(size_hw[::-1], Image.Resampling.BILINEAR, reducing_gap=2.0)
+    return np.asarray(band)
+
+
+def _in_mode(image: Image.Image, channels: int, value_range: ValueRange) -> Image.Image:
+    """The image upright, 8 bits in each of `channels`."""
+    if channels not in MODES:
+        raise ImageError(f"{len(image.getbands())} channel(s), the model takes {channels}")
+    image.load()
+    seen = _upright(image)
+    if seen.mode.startswith("I") or seen.mode == "F":  # 16-bit (I;16), Pillow's 32-bit reading of it, floating point
+        seen = Image.fromarray(_to_8_bits(np.asarray(seen), value_range))
+    elif value_range is not None:
+        seen = Image.fromarray(_to_8_bits(np.asarray(seen.convert(MODES[channels])), value_range))
+    return seen if seen.mode == MODES[channels] else seen.convert(MODES[channels])
+
+
+def _to_8_bits(values: np.ndarray, value_range: ValueRange) -> np.ndarray:
+    """Stored values as uint8, see `DataConfig.value_range`."""
+    if value_range is None:
+        if values.dtype == np.uint8:
+            return values
+        if values.dtype == bool:
+            return values.astype(np.uint8) * np.uint8(255)
+        if values.dtype.kind not in "iu":
+            raise ImageError("floating-point pixels: train with --set data.value_range='[LOWEST, HIGHEST]'")
+        if values.max(initial=0) > 65535 or values.min(initial=0) < 0:
+            raise ImageError("its values are beyond 16 bits")
+        return (values >> 8).astype(np.uint8)
+    if value_range == "percentiles":
+        low, high = (float(v) for v in np.percentile(values[:: max(1, len(values) // 1024)], PERCENTILES))
+    else:
+        low, high = value_range
+    scaled = (values.astype(np.float32) - low) * (255 / max(high - low, 1e-12))
+    return np.rint(np.clip(np.nan_to_num(scaled), 0, 255)).astype(np.uint8)
+
+
+def _array(data: bytes, channels: int, max_pixels: int) -> np.ndarray | None:
+    """[H,W,C] of a .npy file, or of a TIFF with more channels than Pillow knows; None for all else."""
+    if data[:6] == b"\x93NUMPY":
+        with _reading():
+            values = np.load(io.BytesIO(data), allow_pickle=False)
+    elif data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+") and channels not in MODES:
+        with _reading():
+            values = _tiff_channels_last(data)
+    else:
+        return None
+    if values.ndim == 2:
+        values = values[..., None]
+    if values.ndim != 3 or not values.size or values.dtype.kind not in "biuf":
+        raise ImageError(f"an array {[*values.shape]} of {values.dtype}: numbers [height, width, channels] are needed")
+    _check_pixels(values.shape[0] * values.shape[1], max_pixels)
+    if values.shape[-1] != channels:
+        raise ImageError(f"{values.shape[-1]} channel(s), the model takes {channels}")
+    return values
+
+
+def _tiff_channels_last(data: bytes) -> np.ndarray:
+    try:
+        import tifffile
+    except ImportError:
+        raise ImageError("a TIFF with many channels: install tifffile (the extra `tiff`)") from None
+    with tifffile.TiffFile(io.BytesIO(data)) as file:
+        series = file.series[0]
+        values, axes = series.asarray(), series.axes
+    spatial = [axes.index("Y"), axes.index("X")]
+    others = [axis for axis in range(values.ndim) if axis not in spatial]
+    values = values.transpose(*spatial, *others)
+    return values.reshape(*values.shape[:2], -1)
+
+
+class Pixels:
+    """An image at its own size, from which windows are cut without a copy of the whole.
+
+    Raises ImageError, also from `window`.
+    """
+
+    def __init__(self, data: bytes, channels: int, value_range: ValueRange, max_pixels: int) -> None:
+        self.array = _array(data, channels, max_pixels)
+        if self.array is not None:
+            self.array = _to_8_bits(self.array, value_range)
+            self.size_hw: tuple[int, int] = self.array.shape[:2]
+        else:
+            with _opened(data, max_pixels) as image:
+                # Pillow's own memory; as an array it would be there twice.
+                self.image = _in_mode(image, channels, value_range)
+                if self.image is image:
+                    self.image = image.copy()
+            self.size_hw = self.image.size[::-1]
+
+    def window(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        """uint8 [len(rows),len(columns),C] at these positions, which lie close together and may repeat."""
+        top, left = int(rows.min()), int(columns.min())
+        bottom, right = int(rows.max()) + 1, int(columns.max()) + 1
+        if self.array is not None:
+            part = self.array[top:bottom, left:right]
+        else:
+            part = np.asarray(self.image.crop((left, top, right, bottom)))
+            part = part[..., None] if part.ndim == 2 else part
+        return part[rows - top][:, columns - left]
 
 
 def stored_values(data: bytes) -> np.ndarray:
@@ -88,6 +214,11 @@ def stored_values(data: bytes) -> np.ndarray:
 
     Colour with three equal channels is gray. EXIF orientation is applied. Raises ImageError.
     """
+    values = _array(data, 1, MAX_PIXELS)
+    if values is not None:
+        if values.dtype.kind == "f":
+            raise ImageError("a mask with floating-point values: store class ids, 0/255 or a palette")
+        return values[..., 0].astype(np.uint8) if values.dtype == bool else values[..., 0]
     with _opened(data) as image:
         image.load()
         mask = _upright(image)
@@ -134,22 +265,40 @@ def to_own_size(logits_KHW: np.ndarray, size_hw: tuple[int, int], threshold: flo
 
     K = 1: class 1 where the sigmoid is above `threshold`. K > 1: the class of the highest logit.
     """
-    height, width = size_hw
-
-    def resized(plane: np.ndarray) -> np.ndarray:
-        plane = np.ascontiguousarray(plane, np.float32)
-        if plane.shape == size_hw:
-            return plane
-        return np.asarray(Image.fromarray(plane).resize((width, height), Image.Resampling.BILINEAR))
-
-    if len(logits_KHW) == 1:
-        return (resized(logits_KHW[0]) > np.log(threshold / (1 - threshold))).view(np.uint8)
     # One class at a time: K planes at full size would be K times the memory.
-    best = resized(logits_KHW[0])
-    ids = np.zeros(size_hw, np.uint8)
-    for class_id, plane in enumerate(logits_KHW[1:], start=1):
-        candidate = resized(plane)
+    return decide((_plane(plane, size_hw) for plane in logits_KHW), len(logits_KHW), threshold)
+
+
+def decide(planes: Iterable[np.ndarray], count: int, threshold: float) -> np.ndarray:
+    """Class ids, uint8 [H,W], from `count` planes of float logits [H,W]."""
+    planes = iter(planes)
+    best = next(planes)
+    if count == 1:
+        return (best > np.log(threshold / (1 - threshold))).view(np.uint8)
+    ids = np.zeros(best.shape, np.uint8)
+    for class_id, candidate in enumerate(planes, start=1):
         better = candidate > best
         ids[better] = class_id
         best = np.where(better, candidate, best)
     return ids
+
+
+def probabilities(logits_KHW: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
+    """uint8 [K,H,W] at `size_hw` from float logits [K,H,W]: 255 is certain. K = 1: sigmoid, K > 1: softmax."""
+    return to_probabilities(np.stack([_plane(plane, size_hw) for plane in logits_KHW]))
+
+
+def to_probabilities(logits_KHW: np.ndarray) -> np.ndarray:
+    """uint8 [K,H,W] of float32 logits [K,H,W]."""
+    if len(logits_KHW) == 1:
+        share = special.expit(logits_KHW)
+    else:
+        share = special.softmax(logits_KHW, axis=0)
+    return np.rint(255 * share).astype(np.uint8)
+
+
+def _plane(plane: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
+    plane = np.ascontiguousarray(plane, np.float32)
+    if plane.shape == size_hw:
+        return plane
+    return np.asarray(Image.fromarray(plane).resize(size_hw[::-1], Image.Resampling.BILINEAR))

@@ -12,7 +12,7 @@ from PIL import Image
 from scipy import ndimage
 
 from unet_ray import storage
-from unet_ray.config import IGNORE, DataConfig, UserError
+from unet_ray.config import IGNORE, Cleanup, DataConfig, UserError
 from unet_ray.imaging import ImageError, decode_mask, stored_values
 
 SAMPLE = 32
@@ -107,6 +107,97 @@ def encode_png(mask: np.ndarray, num_classes: int) -> bytes:
         image.putpalette(_palette())
     stream = io.BytesIO()
     image.save(stream, "PNG")
+    return stream.getvalue()
+
+
+def encode_gray(values: np.ndarray) -> bytes:
+    """uint8 [H,W] as an 8-bit gray PNG."""
+    stream = io.BytesIO()
+    Image.fromarray(values).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def row_runs(mask: np.ndarray) -> str:
+    """Run lengths as Kaggle's Carvana challenge took them: `start length start length …` of the pixels that are not 0,
+    from left to right, then from top to bottom, the first pixel being 1. Empty for an empty mask."""
+    runs = _run_starts(mask.reshape(-1))
+    pairs = runs.copy()
+    pairs[0::2] += 1
+    pairs[1::2] = runs[1::2] - runs[0::2]
+    return " ".join(map(str, pairs.tolist()))
+
+
+def coco_runs(mask: np.ndarray) -> str:
+    """COCO's compressed run lengths of the pixels that are not 0, uint8 or bool [H,W]: what pycocotools calls `counts`.
+
+    Runs go down the columns and begin with one of zeros; from the fourth on each is told as the difference to the one
+    before the last; five bits a character, low ones first.
+    """
+    flat = np.ascontiguousarray(mask.T).reshape(-1)
+    counts = np.diff(np.concatenate([[0], _run_starts(flat), [flat.size]]))
+    if counts[-1] == 0 and len(counts) > 1:
+        counts = counts[:-1]
+    values = counts.copy()
+    values[3:] -= counts[1:-2]
+    shifts = 5 * np.arange(8)
+    digits = (values[:, None] >> shifts) & 31
+    # As many digits as hold the value and its sign.
+    limit = 16 << shifts
+    length = 1 + ((values[:, None] >= limit) | (values[:, None] < -limit)).sum(axis=1)
+    place = np.arange(8)
+    characters = digits + 48 + 32 * (place < length[:, None] - 1)
+    return characters[place < length[:, None]].astype(np.uint8).tobytes().decode("ascii")
+
+
+def box(region: np.ndarray) -> list[int]:
+    """[left, top, width, height] of the pixels that are True, of which there must be one at least."""
+    rows, columns = (np.flatnonzero(region.any(axis=axis)) for axis in (1, 0))
+    left, top = int(columns[0]), int(rows[0])
+    return [left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top]
+
+
+def _run_starts(flat: np.ndarray) -> np.ndarray:
+    """Positions where a run of non-zeros begins and where it ends, by turns, int64 of even length."""
+    inside = flat.view(bool) if flat.dtype == bool else flat != 0
+    edges = np.flatnonzero(inside[1:] != inside[:-1]) + 1
+    return np.concatenate([[0] * bool(inside[:1].any()), edges, [flat.size] * bool(inside[-1:].any())]).astype(np.int64)
+
+
+def clean(mask: np.ndarray, cleanup: Cleanup) -> np.ndarray:
+    """Class ids, uint8 [H,W], after clean-up; `mask` itself is left as it is."""
+    cleaned = mask.copy()
+    least = max(cleanup.min_area, cleanup.min_share * mask.size)
+    for class_id in set(np.unique(mask).tolist()) - {0}:
+        if least or cleanup.largest:
+            labels, count = ndimage.label(mask == class_id)
+            areas = np.bincount(labels.ravel(), minlength=count + 1)
+            stays = areas >= least
+            if cleanup.largest:
+                stays &= np.arange(count + 1) == 1 + areas[1:].argmax()
+            stays[0] = True
+            cleaned[~stays[labels]] = 0
+    if cleanup.holes:
+        for class_id in set(np.unique(cleaned).tolist()) - {0}:
+            filled = ndimage.binary_fill_holes(cleaned == class_id)
+            cleaned[filled & (cleaned == 0)] = class_id
+    return cleaned
+
+
+def overlay(picture: np.ndarray, mask: np.ndarray, num_classes: int) -> bytes:
+    """The picture, uint8 [H,W,3], with class ids [h,w] of any size drawn over it in colours, their edges in full."""
+    height, width = picture.shape[:2]
+    ids = np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
+    colours = np.frombuffer(_palette(), np.uint8).reshape(256, 3)
+    shown = ids > 0 if num_classes == 1 else np.ones_like(ids, bool)
+    edge = np.zeros_like(shown)
+    edge[:-1] |= ids[:-1] != ids[1:]
+    edge[:, :-1] |= ids[:, :-1] != ids[:, 1:]
+    strength = np.where(edge, 1.0, np.where(shown, 0.4, 0.0))[..., None]
+    # An edge belongs to the class above or left of it; where that is background, the colour is the other's.
+    colour_of = np.where(edge & (ids == 0), np.maximum(np.roll(ids, -1, 0), np.roll(ids, -1, 1)), ids)
+    blended = picture * (1 - strength) + colours[colour_of] * strength
+    stream = io.BytesIO()
+    Image.fromarray(np.rint(blended).astype(np.uint8)).save(stream, "JPEG", quality=85)
     return stream.getvalue()
 
 

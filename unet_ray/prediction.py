@@ -1,36 +1,51 @@
 """Prediction: masks for every image of folders and buckets, through Ray Data or in this process.
 
-The inputs are cut into chunks. A chunk's masks appear first and its part of the manifest last, each whole or not at
-all: a run that was stopped and is started again does the chunks that have no part yet, and ends with the same files.
+What there is to do and what is done is the ledger's (`ledger.py`); the stages (`stages.py`) do it, a chunk at a time.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import io
+import itertools
 import json
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from unet_ray import checkpoint, engine, records, stages, storage
+from unet_ray import checkpoint, engine, exports, ledger, records, stages, storage
 from unet_ray.checkpoint import ModelCard
-from unet_ray.config import EvaluateConfig, PredictConfig, UserError
+from unet_ray.config import Cleanup, MaskOptions, PredictConfig, UserError
+from unet_ray.ledger import PART_ROWS, Ledger
 from unet_ray.records import ImageFile
-from unet_ray.stages import Chunk, Stage
+from unet_ray.segmenter import Segmenter, check_ensemble
+from unet_ray.stages import Chunk, Finish, Load, Stage
 
 SETTINGS, SUMMARY = "settings.json", "summary.json"
+OUTPUTS = (
+    stages.MASKS,
+    stages.PROBABILITIES,
+    stages.OVERLAYS,
+    ledger.MANIFEST,
+    "masks.parquet",
+    "rle.parquet",
+    exports.SUBMISSION,
+    exports.COCO,
+    SUMMARY,
+    ledger.WORK,
+    SETTINGS,  # last: it says that the rest may be removed
+)
+"""All that prediction writes."""
 
 OnProgress = Callable[[int, int, int], None]
-"""(done, failed, all) images, after each chunk."""
+"""(done, failed, all) images; `all` is 0 as long as they are being listed, and `done` then what was found."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,18 +54,129 @@ class PredictSummary:
 
     out: str
     images: int
+    """Rows of the manifest."""
     ok: int
     failed: int
     failures: dict[str, int]
-    """Reason -> how many images."""
+    """Reason -> how many images, the most frequent hundred."""
     already_done: int
-    """Images that an earlier, stopped run had finished."""
+    """Images that an earlier run had finished."""
+    gone: int
+    """Images of an earlier run that the inputs no longer have; their rows and masks stay."""
+    cleanup: str
+    """What was done to the masks after they were decided; `none`."""
     seconds: float
     images_per_second: float
-    """Of the images done in this run."""
+    """Of the images done in this run, start included."""
+    stages: dict[str, float]
+    """Seconds: listing, starting (Ray, the model, up to the first image done), running, and the work of each stage
+    summed over all processes."""
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Pipeline:
+    """How masks are made: what prediction and evaluation share."""
+
+    model: str
+    card: ModelCard
+    cleanup: Cleanup
+    cleanup_text: str
+    options: MaskOptions
+
+    @classmethod
+    def of(cls, model: str, options: MaskOptions) -> Pipeline:
+        """Raises UserError if there is no such model or the options don't go with it."""
+        model = checkpoint.model_directory(storage.absolute(model))
+        card = checkpoint.read_card(model)
+        ensemble = tuple(checkpoint.model_directory(storage.absolute(other)) for other in options.ensemble)
+        check_ensemble([card, *map(checkpoint.read_card, ensemble)], [model, *ensemble])
+        if options.tile:
+            card.model.check_size(options.tile, "--tile")
+            if options.tile < 2**card.model.depth:
+                raise UserError(f"--tile {options.tile}: at least {2**card.model.depth} for this model")
+        if options.tta and card.model.padding == "valid" and options.tile:
+            raise UserError("--tta with --tile is for networks with padding=same")
+        if options.tta and not card.flips:
+            raise UserError(f"--tta: {model} was trained without flips, so it does not know mirrored images")
+        text = checkpoint.read_cleanup(model, card) if options.cleanup is None else options.cleanup
+        return cls(model, card, Cleanup.parse(text), text, dataclasses.replace(options, ensemble=ensemble))
+
+    def row_bytes(self) -> int:
+        """Bytes of the larger of a row's image (uint8) and its logits (float16) between the stages."""
+        if self.options.tile:
+            return 1
+        height, width = self.card.image_size
+        return height * width * max(self.card.model.in_channels, 2 * self.card.model.num_classes)
+
+    def reader(self) -> stages.Reader:
+        return stages.Reader.of(self.card, self.options.max_pixels)
+
+    def run(
+        self,
+        numbers: Sequence[int],
+        load: Load,
+        finish: Finish,
+        *,
+        probabilities: bool = False,
+        local: bool,
+        cluster: AbstractContextManager[None],
+    ) -> Iterator[Chunk]:
+        """Chunks through decode, model and `finish`; yields what that returns, as chunks are finished."""
+        if not numbers:
+            return
+        options, reader = self.options, self.reader()
+        model = _Model(self, finish, probabilities)
+        before = stages.Before(load, None if options.tile else stages.Decode(reader, self.card.image_size))
+        after: Stage = _unchanged if options.tile else stages.AtOwnSize(finish, self.card, self.cleanup, probabilities)
+        if local:
+            here = engine.device_here(options.device, options.workers).type
+            yield from stages.run_here(numbers, before, lambda: model(device=here, threads=None), after)
+            return
+        with cluster:
+            from unet_ray import datasets
+
+            datasets.configure()
+            yield from datasets.run_on_cluster(
+                numbers, before, model, after, workers=options.workers, device=options.device
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """Builds the model's stage where it is to run."""
+
+    pipeline: Pipeline
+    finish: Finish
+    probabilities: bool
+
+    def __call__(self, *, device: str, threads: int | None) -> Stage:
+        pipeline, options = self.pipeline, self.pipeline.options
+        segmenter = Segmenter(
+            pipeline.model,
+            ensemble=options.ensemble,
+            flips=pipeline.card.flips if options.tta else "",
+            device=device,
+            precision=options.precision,
+            threads=threads,
+        )
+        if not options.tile:
+            return stages.Segment(segmenter)
+        return stages.SegmentByTiles(
+            segmenter,
+            self.finish,
+            reader=pipeline.reader(),
+            cleanup=pipeline.cleanup,
+            tile=options.tile,
+            overlap=options.overlap,
+            probabilities=self.probabilities,
+        )
+
+
+def _unchanged(chunk: Chunk) -> Chunk:
+    return chunk
 
 
 def predict(
@@ -69,151 +195,189 @@ def predict(
     """
     started = time.perf_counter()
     out = storage.absolute(config.out)
-    model = checkpoint.model_directory(storage.absolute(config.model))
-    card = checkpoint.read_card(model)
-    _check_out(config, card, out)
-    images, outputs = _inputs(config.inputs)
-    chunks = stages.chunked(
-        {
-            "path": [image.path for image in images],
-            "output": outputs,
-            "size": [image.size for image in images],
-            "mtime_ns": [image.mtime_ns for image in images],
-        },
-        row_bytes(card),
-    )
-    parts = {part_name(chunk) for chunk in chunks}
-    for folder in (stages.PARQUET_MANIFEST, stages.PARQUET_MASKS):
-        for stale in set(storage.names_in(storage.join(out, folder))) - parts:
-            storage.delete_file(storage.join(out, folder, stale))
-    todo = [chunk for chunk in chunks if not _is_done(out, chunk)]
-    already_done = len(images) - sum(len(chunk["path"]) for chunk in todo)
+    pipeline = Pipeline.of(config.model, config)
+    classes = pipeline.card.model.num_classes
+    if "kaggle" in config.formats and classes > 1:
+        raise UserError(f"--format kaggle is for one class, the model has {classes}: use rle or coco")
+    settings = _settings(config, pipeline)
+    _check_out(settings, out, config.overwrite)
+    with ledger.held(out) as still_mine:
+        if config.overwrite:
+            _remove(out)
+        _check_out(settings, out, False)
+        storage.write_bytes(storage.join(out, SETTINGS), (json.dumps(settings, indent=2) + "\n").encode())
+        book = Ledger(out, _payloads(config.formats), config.retry_failed)
+        found = book.survey(
+            _images(config.inputs),
+            _Naming(config.name),
+            pipeline.row_bytes(),
+            lambda count: on_progress(count, 0, 0),
+        )
+        parts = book.parts()
+        states = list(book.states(parts))
+        images, already_done = sum(state.rows for state in states), sum(state.done for state in states)
+        done, failed = already_done, sum(state.failed for state in states)
+        listed = time.perf_counter()
+        on_progress(done, failed, images)
 
-    done, failed = already_done, 0
-    on_progress(done, failed, len(images))
-    write = stages.Write(out, config.formats, card)
-    for result in run_stages(todo, decoder_of(card), model, write, machine=config, local=local, cluster=cluster):
-        done += len(result["status"])
-        failed += int((result["status"] == "failed").sum())
-        on_progress(done, failed, len(images))
+        numbers = [number for state in states for number in state.todo]
+        remaining = {part: state.rows - state.done for part, state in zip(parts, states, strict=True) if state.todo}
+        seconds = dict.fromkeys(stages.TIMES, 0.0)
+        first_done = None
+        write = stages.Write(book, config.formats, pipeline.card, pipeline.reader())
+        with ThreadPoolExecutor(2) as aside:
+            # A part whose last chunk was written by a run that was then stopped.
+            finishing = [
+                aside.submit(book.finish, part)
+                for part, state in zip(parts, states, strict=True)
+                if not state.todo and not state.finished
+            ]
+            for result in pipeline.run(
+                numbers, book.load, write, probabilities="prob" in config.formats, local=local, cluster=cluster
+            ):
+                still_mine()
+                first_done = first_done or time.perf_counter()
+                done += len(result["status"])
+                failed += int((result["status"] == "failed").sum())
+                for name in stages.TIMES:
+                    seconds[name] += float(result[name].sum()) / 1e3
+                part = int(result["number"][0]) // PART_ROWS
+                remaining[part] -= len(result["number"])
+                if remaining[part] <= 0:
+                    finishing.append(aside.submit(book.finish, part))
+                    del remaining[part]
+                on_progress(done, failed, images)
+            finishing += [aside.submit(book.finish, part) for part in remaining]
+            for future in finishing:
+                future.result()
 
-    # Counted in the manifest, not on the way: it is what a stopped run and this one have written together.
-    failures: Counter[str] = Counter()
-    ok = 0
-    for part in sorted(parts):
-        manifest = _read_part(out, part, ["status", "error"])
-        ok += pc.sum(pc.equal(manifest["status"], "ok")).as_py()
-        failures.update(error for error in manifest["error"].to_pylist() if error)
-    seconds = time.perf_counter() - started
-    summary = PredictSummary(
-        out=out,
-        images=len(images),
-        ok=ok,
-        failed=len(images) - ok,
-        failures=dict(failures.most_common()),
-        already_done=already_done,
-        seconds=round(seconds, 3),
-        images_per_second=round((len(images) - already_done) / seconds, 3),
-    )
-    storage.write_bytes(storage.join(out, SUMMARY), (json.dumps(summary.to_json(), indent=2) + "\n").encode())
+        ran = time.perf_counter()
+        failures, ok, rows = _count(book)
+        exports.write(book, config.formats, pipeline.card)
+        total = time.perf_counter() - started
+        summary = PredictSummary(
+            out=out,
+            images=rows,
+            ok=ok,
+            failed=rows - ok,
+            failures=dict(failures.most_common(100)),
+            already_done=already_done,
+            gone=rows - found,
+            cleanup=pipeline.cleanup_text,
+            seconds=round(total, 3),
+            images_per_second=round((rows - already_done) / total, 3),
+            stages={
+                "listing": round(listed - started, 3),
+                "starting": round((first_done or listed) - listed, 3),
+                "running": round(ran - (first_done or listed), 3),
+                **{name.removesuffix("_ms"): round(value, 3) for name, value in seconds.items()},
+            },
+        )
+        storage.write_bytes(storage.join(out, SUMMARY), (json.dumps(summary.to_json(), indent=2) + "\n").encode())
     return summary
 
 
-def run_stages(
-    chunks: Sequence[Chunk],
-    before: Stage,
-    model: str,
-    after: Stage,
-    *,
-    machine: PredictConfig | EvaluateConfig,
-    local: bool,
-    cluster: AbstractContextManager[None],
-) -> Iterator[Chunk]:
-    """Chunks through decode, model and `after`: the one way that prediction and evaluation share."""
-    if not chunks:
-        return
-    segment = functools.partial(stages.Segment, model, machine.precision)
-    if local:
-        here = engine.device_here(machine.device, machine.workers).type
-        yield from stages.run_here(chunks, before, functools.partial(segment, device=here), after)
-        return
-    with cluster:
-        from unet_ray import datasets
-
-        datasets.configure()
-        yield from datasets.run_on_cluster(
-            chunks, before, segment, after, workers=machine.workers, device=machine.device
-        )
+def _count(book: Ledger) -> tuple[Counter[str], int, int]:
+    """(failures by reason, images segmented, rows): counted in the manifest, which stopped runs and this one wrote."""
+    failures: Counter[str] = Counter()
+    ok = rows = 0
+    for table in book.manifest(["status", "error"]):
+        rows += len(table)
+        ok += pc.sum(pc.equal(table["status"], "ok")).as_py()
+        failures.update(error for error in table["error"].to_pylist() if error)
+    return failures, ok, rows
 
 
-def decoder_of(card: ModelCard) -> stages.Decode:
-    return stages.Decode(card.model.in_channels, card.image_size)
+def _payloads(formats: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """What the ledger keeps beside the manifest, and where."""
+    found = []
+    if "parquet" in formats:
+        found.append(("mask", "masks.parquet"))
+    if "rle" in formats:
+        found.append(("rle", "rle.parquet"))
+    elif "coco" in formats:
+        found.append(("rle", f"{ledger.WORK}/rle"))
+    if "kaggle" in formats:
+        found.append(("runs", f"{ledger.WORK}/runs"))
+    return tuple(found)
 
 
-def row_bytes(card: ModelCard) -> int:
-    """Bytes of the larger of a row's image (uint8) and its logits (float16)."""
-    height, width = card.image_size
-    return height * width * max(card.model.in_channels, 2 * card.model.num_classes)
-
-
-def part_name(chunk: Chunk) -> str:
-    return stages.PART.format(int(chunk["chunk"][0]))
-
-
-def _inputs(locations: Sequence[str]) -> tuple[list[ImageFile], list[str]]:
-    """All images of all inputs, and the path below OUT of each one's mask: the image's own relative path.
-
-    Several inputs are told apart by their folder's name, equal stems by keeping the extension.
-    """
-    found = [(location, records.find_images(location)) for location in locations]
-    images, stems, names = [], [], []
+def _images(locations: Sequence[str]) -> Iterator[ImageFile]:
+    """All images of all inputs. Where there are several inputs, names begin with their folder's name."""
     used: Counter[str] = Counter()
-    for location, listing in found:
+    for location in locations:
         prefix = ""
-        if len(found) > 1:
+        if len(locations) > 1:
             base = PurePosixPath(location.partition("?")[0]).name or "input"
             used[base] += 1
             prefix = f"{base}/" if used[base] == 1 else f"{base}-{used[base]}/"
-        images += listing
-        stems += [prefix + image.key for image in listing]
-        names += [prefix + image.name for image in listing]
-    count = Counter(stems)
-    outputs = [
-        f"{stages.PNG_MASKS}/{stem if count[stem] == 1 else name}.png" for stem, name in zip(stems, names, strict=True)
-    ]
-    return images, outputs
+        for image in records.iter_images(location):
+            yield dataclasses.replace(image, name=prefix + image.name) if prefix else image
 
 
-def _check_out(config: PredictConfig, card: ModelCard, out: str) -> None:
-    """Raises UserError if `out` holds something else than this very prediction, stopped half-way or finished."""
-    settings = {
-        "weights_sha256": card.weights_sha256,
+@dataclass(frozen=True, slots=True)
+class _Naming:
+    """Image -> paths that its mask may have, the first that is free being taken."""
+
+    template: str
+
+    def __call__(self, image: ImageFile) -> Iterator[str]:
+        relpath, _, name = image.name.rpartition("/")
+        stem, ext = os.path.splitext(name)  # noqa: PTH122 - by the million
+        path = self._path(relpath, stem, name, ext)
+        yield path
+        # Of images that differ in the extension alone, the later ones keep it.
+        yield self._path(relpath, name, name, ext)
+        start, dot, end = path.rpartition(".")
+        for number in itertools.count(2):
+            yield f"{start}-{number}{dot}{end}"
+
+    def _path(self, relpath: str, stem: str, name: str, ext: str) -> str:
+        path = self.template.format(relpath=relpath, stem=stem, name=name, ext=ext.lstrip("."))
+        # `..` only from an odd listing; below OUT/masks everything must stay.
+        parts = [part for part in path.split("/") if part not in ("", ".", "..")]
+        return "/".join(parts) + ("" if path.endswith(".png") else ".png")
+
+
+def _settings(config: PredictConfig, pipeline: Pipeline) -> dict[str, Any]:
+    """What makes two runs the same: what decides over the bytes of the output."""
+    options = pipeline.options
+    return {
+        "weights_sha256": pipeline.card.weights_sha256,
+        "ensemble": [checkpoint.read_card(model).weights_sha256 for model in options.ensemble],
         "inputs": [storage.absolute(location) for location in config.inputs],
         "formats": sorted(config.formats),
+        "name": config.name,
         "precision": config.precision,
+        "tile": config.tile,
+        "overlap": config.overlap if config.tile else None,
+        "tta": config.tta,
+        "cleanup": pipeline.cleanup_text,
     }
+
+
+def _check_out(settings: dict[str, Any], out: str, overwrite: bool) -> None:
+    """Raises UserError if `out` holds something else than this very prediction, stopped half-way or finished."""
     path = storage.join(out, SETTINGS)
     if storage.exists(path):
         before = json.loads(storage.read_bytes(path))
         changed = [name for name in settings if settings[name] != before.get(name)]
-        if changed:
-            raise UserError(f"{out} holds another run (other {', '.join(changed)}): choose another --out")
-    elif storage.names_in(out):
+        if changed and not overwrite:
+            raise UserError(
+                f"{out} holds another run (other {', '.join(changed)}): choose another --out, or --overwrite removes it"
+            )
+    elif set(storage.names_in(out)) - {ledger.WORK}:
         raise UserError(f"{out} holds other files, no prediction: choose another --out")
-    else:
-        storage.write_bytes(path, (json.dumps(settings, indent=2) + "\n").encode())
 
 
-def _is_done(out: str, chunk: Chunk) -> bool:
-    """Whether the manifest has a part for exactly these files, as they are now."""
-    part = part_name(chunk)
-    if not storage.exists(storage.join(out, stages.PARQUET_MANIFEST, part)):
-        return False
-    columns = ["path", "size", "mtime_ns"]
-    manifest = _read_part(out, part, columns)
-    return all(manifest[name].to_pylist() == chunk[name].tolist() for name in columns)
-
-
-def _read_part(out: str, part: str, columns: list[str]) -> Any:
-    data = storage.read_bytes(storage.join(out, stages.PARQUET_MANIFEST, part))
-    return pq.read_table(io.BytesIO(data), columns=columns)
+def _remove(out: str) -> None:
+    """Removes an earlier prediction, but for the lock that is held."""
+    for name in OUTPUTS:
+        location = storage.join(out, name)
+        if name == ledger.WORK:
+            for inner in set(storage.names_in(location)) - {ledger.LOCK}:
+                storage.delete_folder(storage.join(location, inner))
+        elif storage.is_folder(location):
+            storage.delete_folder(location)
+        else:
+            storage.delete_file(location)

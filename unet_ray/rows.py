@@ -57,7 +57,9 @@ class Decoder:
         """Raises UserError that names the file."""
         size = self.data.size_hw
         try:
-            image, image_size = imaging.decode_image(storage.read_bytes(image_path), self.in_channels, size)
+            image, image_size = imaging.decode_image(
+                storage.read_bytes(image_path), self.in_channels, size, value_range=self.data.value_range
+            )
         except (ImageError, OSError) as error:
             raise UserError(f"{image_path}: {error}; mend or remove it") from None
         try:

@@ -1,20 +1,27 @@
-"""A model directory as a callable on a batch of images.
+"""Model directories as a callable on a batch of images, or on one image of any size, a tile at a time.
 
-Legend: N images, C channels, K classes (1 for a single logit), H, W the model's own image size.
+Legend: N images, C channels, K classes (1 for a single logit), H, W pixels.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from unet_ray import checkpoint
+from unet_ray import checkpoint, imaging
+from unet_ray.checkpoint import ModelCard
+from unet_ray.config import UserError
 from unet_ray.engine import autocast, check_precision, keep_freed_memory, run_network
+from unet_ray.imaging import Pixels
 
 IMAGES_AT_ONCE = {"cpu": 1, "cuda": 8}
 """On a CPU one image at a time keeps the activations in the caches, and was fastest."""
+SIGMA = 1 / 8
+"""Of the weights with which tiles are blended, as a share of their side: nnU-Net's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,14 +34,34 @@ class Segmentation:
     """float32 [N]: probability of the decided class, mean over the pixels."""
 
 
+@dataclass(frozen=True, slots=True)
+class WholeImage:
+    """What the network says of one image at its own size."""
+
+    mask: np.ndarray
+    """Class ids, uint8 [H,W]."""
+    confidence: float
+    probabilities: np.ndarray | None
+    """uint8 [K,H,W], if they were asked for."""
+
+
 class Segmenter:
     """Loads a model once, then segments batch after batch: uint8 [N,H,W,C] at the model's image size -> Segmentation.
 
-    `threads`: torch threads on a CPU; None leaves torch's own choice. Raises UserError if there is no such model.
+    `ensemble`: further models of the same channels, image size and classes; probabilities are averaged. `flips`: axes
+    (`h`, `v` or both) over which they are averaged too. `threads`: torch threads on a CPU; None leaves torch's own
+    choice. Raises UserError if there is no such model, or where models do not go together.
     """
 
     def __init__(
-        self, location: str, *, device: str = "cpu", precision: str = "auto", threads: int | None = None
+        self,
+        location: str,
+        *,
+        ensemble: Sequence[str] = (),
+        flips: str = "",
+        device: str = "cpu",
+        precision: str = "auto",
+        threads: int | None = None,
     ) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
@@ -42,8 +69,18 @@ class Segmenter:
         if device == "cpu":
             keep_freed_memory()
         self.device, self.precision = torch.device(device), precision
-        model, self.card = checkpoint.load_model(location)
-        self.model = model.eval().to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.models = []
+        for path in (location, *ensemble):
+            model, card = checkpoint.load_model(path)
+            self.models.append(
+                (model.eval().to(self.device, memory_format=torch.channels_last), card)  # type: ignore[call-overload]
+            )
+        self.card = self.models[0][1]
+        check_ensemble([card for _, card in self.models], [location, *ensemble])
+        # Axes of NCHW for each way that an image is looked at.
+        self.views: list[tuple[int, ...]] = [()]
+        for axis in (3 * ("h" in flips), 2 * ("v" in flips)):
+            self.views += [(*view, axis) for view in self.views if axis]
 
     @torch.inference_mode()
     def __call__(self, image_NHWC: np.ndarray) -> Segmentation:
@@ -51,14 +88,147 @@ class Segmenter:
         logits, confidence = [], []
         for start in range(0, len(image_NHWC), step):
             # A copy: Ray's batches are read-only views of shared memory, which torch must not be given.
-            image = torch.from_numpy(image_NHWC[start : start + step].copy()).to(self.device, non_blocking=True)
-            with autocast(self.device, self.precision):
-                output = run_network(self.model, image, self.card.model, self.card.data).float()
-            if output.shape[1] == 1:
-                probability = output.sigmoid()
-                decided = torch.maximum(probability, 1 - probability)
-            else:
-                decided = output.softmax(dim=1).amax(dim=1, keepdim=True)
+            output = self._logits(image_NHWC[start : start + step].copy())
             logits.append(output.half().cpu().numpy())
-            confidence.append(decided.mean(dim=(1, 2, 3)).cpu().numpy())
+            confidence.append(_certainty(output).mean(dim=(1, 2)).cpu().numpy())
         return Segmentation(np.concatenate(logits), np.concatenate(confidence))
+
+    def _logits(self, image_NHWC: np.ndarray) -> Tensor:
+        """float32 [N,K,H,W] on the device; of several models and views, the logits of their mean probability."""
+        image = torch.from_numpy(image_NHWC).to(self.device, non_blocking=True)
+        outputs = []
+        for model, card in self.models:
+            for view in self.views:
+                # Flipped in memory order, so that what the network sees stays channels_last.
+                seen = image.flip([axis - 1 for axis in view]) if view else image
+                with autocast(self.device, self.precision):
+                    output = run_network(model, seen, card.model, card.data).float()
+                outputs.append(output.flip(view) if view else output)
+        if len(outputs) == 1:
+            return outputs[0]
+        if self.card.model.num_classes == 1:
+            return torch.stack([output.sigmoid() for output in outputs]).mean(dim=0).logit(eps=1e-6)
+        return torch.stack([output.softmax(dim=1) for output in outputs]).mean(dim=0).clamp_min(1e-6).log()
+
+    @torch.inference_mode()
+    def by_tiles(self, pixels: Pixels, tile: int, overlap: float, *, probabilities: bool) -> WholeImage:
+        """One image at its own size, in tiles of `tile` pixels a side that have `overlap` of it in common.
+
+        Mirrored at the edges; where tiles overlap, their logits are averaged with Gaussian weights (as nnU-Net does).
+        An unpadded network needs no overlap: its tiles are exact. Beside the image and its mask, one band of
+        tiles is in memory at a time.
+        """
+        height, width = pixels.size_hw
+        classes, threshold = self.card.model.num_classes, self.card.threshold
+        mask = np.empty((height, width), np.uint8)
+        maps = np.empty((classes, height, width), np.uint8) if probabilities else None
+        certain = 0.0
+        for top, logits in self._bands(pixels, tile, overlap):
+            bottom = top + logits.shape[1]
+            planes = logits.cpu().numpy()
+            mask[top:bottom] = imaging.decide(planes, classes, threshold)
+            certain += float(_certainty(logits[None]).double().sum())
+            if maps is not None:
+                maps[:, top:bottom] = imaging.to_probabilities(planes)
+        return WholeImage(mask, certain / (height * width), maps)
+
+    def _bands(self, pixels: Pixels, tile: int, overlap: float) -> Iterator[tuple[int, Tensor]]:
+        """(first row, logits float32 [K,h,W]) of the image's rows from top to bottom."""
+        height, width = pixels.size_hw
+        config = self.card.model
+        if config.padding == "valid":
+            step, weight = tile // 2**config.depth * 2**config.depth, torch.ones(tile, device=self.device)
+        else:
+            step, weight = max(1, round(tile * (1 - overlap))), self._weights(tile)
+        rows, columns = (_Axis.of(length, tile, step) for length in (height, width))
+        rows_total, columns_total = (axis.total(weight) for axis in (rows, columns))
+        at_once = IMAGES_AT_ONCE[self.device.type]
+        # The rows that further tiles can still change: `tile` of them, from `rows.starts[n]` on.
+        band = torch.zeros((config.num_classes, tile, columns.padded), device=self.device)
+        for number, top in enumerate(rows.starts):
+            places = [_mirrored(top - config.margin, tile + 2 * config.margin, height)]
+            for first in range(0, len(columns.starts), at_once):
+                lefts = columns.starts[first : first + at_once]
+                windows = [
+                    pixels.window(places[0], _mirrored(left - config.margin, tile + 2 * config.margin, width))
+                    for left in lefts
+                ]
+                for left, logits in zip(lefts, self._tile_logits(np.stack(windows)), strict=True):
+                    start = left - columns.starts[0]
+                    band[:, :, start : start + tile] += logits * weight[:, None] * weight
+            # Rows up to the next tile's first are finished; after the last tile, all.
+            finished = step if number + 1 < len(rows.starts) else tile
+            inside = slice(max(0, -top), min(finished, height - top))
+            if inside.start < inside.stop:
+                share = rows_total[top - rows.starts[0] :][inside, None] * columns_total
+                left = -columns.starts[0]
+                yield top + inside.start, (band[:, inside] / share)[..., left : left + width]
+            band = torch.cat([band[:, finished:], torch.zeros_like(band[:, :finished])], dim=1)
+
+    def _tile_logits(self, image_NHWC: np.ndarray) -> Tensor:
+        """Logits [N,K,tile,tile] of windows that have the network's margin around them."""
+        image_NHWC = np.ascontiguousarray(image_NHWC)
+        if self.card.model.margin == 0:
+            return self._logits(image_NHWC)
+        image = torch.from_numpy(image_NHWC).to(self.device).permute(0, 3, 1, 2)
+        with autocast(self.device, self.precision):
+            outputs = [model(image).float() for model, _ in self.models]
+        return torch.stack(outputs).mean(dim=0)
+
+    def _weights(self, tile: int) -> Tensor:
+        place = torch.arange(tile, device=self.device, dtype=torch.float32) - (tile - 1) / 2
+        return torch.exp(-(place**2) / (2 * (SIGMA * tile) ** 2)).clamp_min(1e-3)
+
+
+@dataclass(frozen=True, slots=True)
+class _Axis:
+    """Where tiles begin along one side of an image: every `step`, first and last reaching equally far beyond it."""
+
+    starts: list[int]
+    tile: int
+
+    @classmethod
+    def of(cls, length: int, tile: int, step: int) -> _Axis:
+        # Far enough beyond the edges that its pixels, too, lie in the middle part of some tile.
+        beyond = (tile - step) // 2
+        count = max(1, -(-(length + 2 * beyond - tile) // step) + 1)
+        return cls([number * step - beyond for number in range(count)], tile)
+
+    @property
+    def padded(self) -> int:
+        return self.starts[-1] - self.starts[0] + self.tile
+
+    def total(self, weight: Tensor) -> Tensor:
+        """Sum of the weights of all tiles at each position, counted from the first tile's start."""
+        total = torch.zeros(self.padded, device=weight.device)
+        for start in self.starts:
+            total[start - self.starts[0] :][: self.tile] += weight
+        return total
+
+
+def _mirrored(start: int, length: int, size: int) -> np.ndarray:
+    """Positions start .. start+length-1 of a side of `size` pixels that is mirrored at its ends."""
+    period = max(1, 2 * (size - 1))
+    position = np.arange(start, start + length) % period
+    return np.where(position < size, position, period - position)
+
+
+def _certainty(logits_NKHW: Tensor) -> Tensor:
+    """Probability of the class that is decided for, [N,H,W]."""
+    if logits_NKHW.shape[1] == 1:
+        probability = logits_NKHW[:, 0].sigmoid()
+        return torch.maximum(probability, 1 - probability)
+    return logits_NKHW.softmax(dim=1).amax(dim=1)
+
+
+def check_ensemble(cards: Sequence[ModelCard], names: Sequence[str]) -> None:
+    """Raises UserError unless all models take the same images and tell the same classes."""
+    for card, name in zip(cards[1:], names[1:], strict=True):
+        for what, one, other in (
+            ("channels", card.model.in_channels, cards[0].model.in_channels),
+            ("image size", card.image_size, cards[0].image_size),
+            ("number of classes", card.model.num_classes, cards[0].model.num_classes),
+            ("value range", card.value_range, cards[0].value_range),
+        ):
+            if one != other:
+                raise UserError(f"--ensemble {name}: its {what} is {one}, that of {names[0]} {other}")

@@ -2,101 +2,156 @@
 
 A *chunk* is a dict of equally long columns, one row an image, that travels through the stages as one block. A row that
 fails carries its reason in `error` from then on, and the later stages pass it by.
+
+    number ─► before: read, decode ─► model ─► after: own size, clean-up ─► write, or compare
+    number ─► before: rows only ─► model: read, decode, tiles, clean-up ─► write, or compare       (with tiles)
 """
 
 from __future__ import annotations
 
-import io
+import errno
+import os
+import stat
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
-from unet_ray import imaging, masks, metrics, storage
+from unet_ray import imaging, masks, metrics, records, storage
 from unet_ray.checkpoint import ModelCard
-from unet_ray.config import IGNORE
-from unet_ray.imaging import ImageError
-from unet_ray.segmenter import Segmenter
+from unet_ray.config import IGNORE, Cleanup
+from unet_ray.imaging import ImageError, Pixels
+from unet_ray.ledger import Ledger, objects, readable
+from unet_ray.segmenter import Segmenter, WholeImage
 
 Chunk = dict[str, np.ndarray]
+Load = Callable[[int], Chunk]
+"""The rows of the chunk of that number: at least `path` (bytes) of each."""
 Stage = Callable[[Chunk], Chunk]
+Prediction = WholeImage | str
+"""Of one image; or why there is none."""
+Finish = Callable[[Chunk, Iterator[Prediction]], Chunk]
+"""What is done with the masks of a chunk, which are made one at a time."""
 
-MANIFEST_SCHEMA = pa.schema(
-    [
-        ("path", pa.string()),
-        ("status", pa.string()),
-        ("error", pa.string()),
-        ("height", pa.int32()),
-        ("width", pa.int32()),
-        ("output", pa.string()),
-        ("pixels", pa.list_(pa.int64())),
-        ("confidence", pa.float32()),
-        ("milliseconds", pa.float32()),
-        ("size", pa.int64()),
-        ("mtime_ns", pa.int64()),
-    ]
-)
-MASKS_SCHEMA = pa.schema([("path", pa.string()), ("height", pa.int32()), ("width", pa.int32()), ("mask", pa.binary())])
-PARTS, MIN_ROWS, MAX_ROWS, MAX_BYTES = 1024, 8, 64, 64 * 2**20
-"""How prediction is cut into chunks: about `PARTS` of them. `MAX_BYTES` stays below the 128 MiB at which Ray Data
-splits a block in two."""
-
-PART = "part-{:06d}.parquet"
-PARQUET_MANIFEST, PARQUET_MASKS, PNG_MASKS = "manifest.parquet", "masks.parquet", "masks"
+MASKS, PROBABILITIES, OVERLAYS = "masks", "probabilities", "overlays"
+OVERLAY_SIDE = 1024
+"""Pixels of an overlay's longer side at most."""
+DECODE_AHEAD_PIXELS = 50_000_000
+"""With tiles, the next image is decoded meanwhile if neither has more pixels."""
+TIMES = ("decode_ms", "model_ms", "write_ms")
 
 
-def objects(values: Sequence[Any]) -> np.ndarray:
-    """A column of Python objects (NumPy would make a matrix of equally long lists)."""
-    column = np.empty(len(values), dtype=object)
-    column[:] = values
-    return column
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """Where an image's bytes come from and how they are decoded."""
+
+    channels: int
+    value_range: Any
+    max_pixels: int
+
+    @classmethod
+    def of(cls, card: ModelCard, max_pixels: int) -> Reader:
+        return cls(card.model.in_channels, card.value_range, max_pixels)
+
+    def encoded(self, chunk: Chunk) -> Iterator[bytes | str]:
+        """The file of each row, or why there is none."""
+        inside = "source" in chunk and any(chunk["source"])
+        stored = _from_parquet(chunk) if inside else {}
+        for row, path in enumerate(chunk["path"]):
+            try:
+                if row in stored:
+                    yield stored[row]
+                else:
+                    yield self._file(os.fsdecode(path))
+            except (ImageError, OSError, ValueError) as error:
+                yield _reason(error)
+
+    def _file(self, path: str) -> bytes:
+        if not storage.is_uri(path):
+            status = Path(path).stat()
+            if stat.S_ISDIR(status.st_mode):
+                raise ImageError("a folder that cannot be listed")
+            if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
+                raise ImageError("not a regular file")
+            if status.st_size > 16 * self.max_pixels:
+                raise ImageError(f"{status.st_size} bytes, more than --max-pixels {self.max_pixels} can be")
+        return storage.read_bytes(path)
+
+    def resized(self, data: bytes | str, size_hw: tuple[int, int] | None) -> tuple[np.ndarray, tuple[int, int]]:
+        """See `imaging.decode_image`. Raises ImageError."""
+        if isinstance(data, str):
+            raise ImageError(data)
+        return imaging.decode_image(
+            data, self.channels, size_hw, value_range=self.value_range, max_pixels=self.max_pixels
+        )
+
+    def pixels(self, data: bytes | str) -> Pixels:
+        """The image at its own size. Raises ImageError."""
+        if isinstance(data, str):
+            raise ImageError(data)
+        return Pixels(data, self.channels, self.value_range, self.max_pixels)
+
+
+def _from_parquet(chunk: Chunk) -> dict[int, bytes | str]:
+    """Row of the chunk -> encoded image, for rows that lie in Parquet files."""
+    found: dict[int, bytes | str] = {}
+    for source in sorted(set(chunk["source"]) - {b""}):
+        mine = np.flatnonzero(chunk["source"] == source)
+        wanted = {int(chunk["source_row"][row]): int(row) for row in mine}
+        try:
+            data = records.encoded_images(os.fsdecode(source), sorted(wanted))
+            found |= {wanted[number]: image for number, image in data.items()}
+        except (OSError, ValueError) as error:
+            found |= dict.fromkeys(wanted.values(), _reason(error))
+    return found
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, ImageError):
+        return str(error)
+    return f"cannot be read: {getattr(error, 'strerror', None) or error}"
 
 
 @dataclass(frozen=True, slots=True)
 class Decode:
-    """`path` -> `image` uint8 [N,H,W,C] at the model's size (zeros where it failed), `height`, `width`, `error`."""
+    """Adds `image` uint8 [N,H,W,C] at the model's size (zeros where it failed), `height`, `width`, `error`."""
 
-    channels: int
+    reader: Reader
     size_hw: tuple[int, int]
 
     def __call__(self, chunk: Chunk) -> Chunk:
         count = len(chunk["path"])
-        image = np.zeros((count, *self.size_hw, self.channels), np.uint8)
+        image = np.zeros((count, *self.size_hw, self.reader.channels), np.uint8)
         own_size = np.zeros((count, 2), np.int32)
-        errors, milliseconds = [], np.zeros(count, np.float32)
-        for row, path in enumerate(chunk["path"]):
-            started = time.perf_counter()
+        errors, milliseconds = [""] * count, np.zeros(count, np.float32)
+        started = time.perf_counter()
+        for row, data in enumerate(self.reader.encoded(chunk)):
             try:
-                image[row], own_size[row] = imaging.decode_image(
-                    storage.read_bytes(str(path)), self.channels, self.size_hw
-                )
-                errors.append("")
+                image[row], own_size[row] = self.reader.resized(data, self.size_hw)
             except ImageError as error:
-                errors.append(str(error))
-            except OSError as error:
-                errors.append(f"cannot be read: {error.strerror or error}")
-            milliseconds[row] = 1e3 * (time.perf_counter() - started)
+                errors[row] = str(error)
+            now = time.perf_counter()
+            milliseconds[row], started = 1e3 * (now - started), now
         return {
             **chunk,
             "image": image,
             "height": own_size[:, 0],
             "width": own_size[:, 1],
             "error": objects(errors),
-            "milliseconds": milliseconds,
+            "decode_ms": milliseconds,
         }
 
 
 class Segment:
-    """`image` -> `logits` float16 [N,K,H,W], `confidence` float32 [N]. Loads the model when it is built."""
+    """`image` -> `logits` float16 [N,K,H,W], `confidence` float32 [N]."""
 
-    def __init__(self, model: str, precision: str, *, device: str, threads: int | None = None) -> None:
-        self.segmenter = Segmenter(model, device=device, precision=precision, threads=threads)
+    def __init__(self, segmenter: Segmenter) -> None:
+        self.segmenter = segmenter
 
     def __call__(self, chunk: Chunk) -> Chunk:
         chunk = dict(chunk)
@@ -110,107 +165,251 @@ class Segment:
             result = self.segmenter(image[good])
             logits[good], confidence[good] = result.logits, result.confidence
         each = 1e3 * (time.perf_counter() - started) / max(1, len(good))
-        milliseconds = chunk["milliseconds"] + np.where(chunk["error"] == "", each, 0).astype(np.float32)
-        return {**chunk, "logits": logits, "confidence": confidence, "milliseconds": milliseconds}
+        milliseconds = np.where(chunk["error"] == "", each, 0).astype(np.float32)
+        return {**chunk, "logits": logits, "confidence": confidence, "model_ms": milliseconds}
+
+
+@dataclass(frozen=True, slots=True)
+class AtOwnSize:
+    """`logits` -> masks at each image's own size, cleaned up, given to `finish`."""
+
+    finish: Finish
+    card: ModelCard
+    cleanup: Cleanup
+    probabilities: bool
+
+    def __call__(self, chunk: Chunk) -> Chunk:
+        chunk = dict(chunk)
+        return self.finish(chunk, self._predictions(chunk, chunk.pop("logits")))
+
+    def _predictions(self, chunk: Chunk, logits: np.ndarray) -> Iterator[Prediction]:
+        for row, error in enumerate(chunk["error"]):
+            if error:
+                yield str(error)
+                continue
+            size = (int(chunk["height"][row]), int(chunk["width"][row]))
+            mask = imaging.to_own_size(logits[row], size, self.card.threshold)
+            maps = imaging.probabilities(logits[row], size) if self.probabilities else None
+            yield WholeImage(_cleaned(mask, self.cleanup), float(chunk["confidence"][row]), maps)
+
+
+def _cleaned(mask: np.ndarray, cleanup: Cleanup) -> np.ndarray:
+    return mask if cleanup == Cleanup() else masks.clean(mask, cleanup)
+
+
+class SegmentByTiles:
+    """Rows -> what `finish` returns: reads, decodes and segments each image at its own size, a tile at a time.
+
+    One stage, as an image of any size need then never leave the process; the next image of ordinary size is read and
+    decoded meanwhile.
+    """
+
+    def __init__(
+        self,
+        segmenter: Segmenter,
+        finish: Finish,
+        *,
+        reader: Reader,
+        cleanup: Cleanup,
+        tile: int,
+        overlap: float,
+        probabilities: bool,
+    ) -> None:
+        self.segmenter, self.finish, self.reader, self.cleanup = segmenter, finish, reader, cleanup
+        self.tile, self.overlap, self.probabilities = tile, overlap, probabilities
+
+    def __call__(self, chunk: Chunk) -> Chunk:
+        count = len(chunk["path"])
+        chunk = {**chunk, "decode_ms": np.zeros(count, np.float32), "model_ms": np.zeros(count, np.float32)}
+        return self.finish(chunk, self._predictions(chunk))
+
+    def _predictions(self, chunk: Chunk) -> Iterator[Prediction]:
+        with ThreadPoolExecutor(1) as ahead:
+            encoded = self.reader.encoded(chunk)
+            upcoming = ahead.submit(self._decoded, encoded)
+            for row in range(len(chunk["path"])):
+                pixels, milliseconds = upcoming.result()
+                chunk["decode_ms"][row] = milliseconds
+                small = isinstance(pixels, str) or np.prod(pixels.size_hw) <= DECODE_AHEAD_PIXELS
+                if small:
+                    upcoming = ahead.submit(self._decoded, encoded)
+                if isinstance(pixels, str):
+                    yield pixels
+                else:
+                    started = time.perf_counter()
+                    whole = self.segmenter.by_tiles(pixels, self.tile, self.overlap, probabilities=self.probabilities)
+                    chunk["model_ms"][row] = 1e3 * (time.perf_counter() - started)
+                    del pixels
+                    yield WholeImage(_cleaned(whole.mask, self.cleanup), whole.confidence, whole.probabilities)
+                    del whole
+                if not small:
+                    upcoming = ahead.submit(self._decoded, encoded)
+
+    def _decoded(self, encoded: Iterator[bytes | str]) -> tuple[Pixels | str, float]:
+        started = time.perf_counter()
+        data = next(encoded, "")
+        if data == "":  # beyond the last row
+            return "", 0
+        try:
+            pixels: Pixels | str = self.reader.pixels(data)
+        except ImageError as error:
+            pixels = str(error)
+        return pixels, 1e3 * (time.perf_counter() - started)
 
 
 @dataclass(frozen=True, slots=True)
 class Write:
-    """`logits` -> mask files at each image's own size; returns the rows of the manifest and writes them last.
+    """Writes the masks in each format, then what was found of each row into the ledger.
 
-    A part of the manifest holds whole chunks only and appears after their masks: what it names is done.
+    Returns `status` and `error` of each row, and its times. A row of the ledger is written after the row's files: what
+    it names is done.
     """
 
-    out: str
+    ledger: Ledger
     formats: tuple[str, ...]
     card: ModelCard
+    reader: Reader
 
-    def __call__(self, chunk: Chunk) -> Chunk:
+    def __call__(self, chunk: Chunk, predictions: Iterator[Prediction]) -> Chunk:
         count = len(chunk["path"])
-        status, outputs, pixels, encoded = [], [], [], []
-        errors, milliseconds = list(chunk["error"]), chunk["milliseconds"].copy()
-        for row in range(count):
+        if not count:
+            return {}
+        rows: list[dict[str, Any]] = []
+        milliseconds = np.zeros(count, np.float32)
+        for row, prediction in enumerate(predictions):
             started = time.perf_counter()
-            output, counted, png = "", None, None
-            if not errors[row]:
-                size = (int(chunk["height"][row]), int(chunk["width"][row]))
-                mask = imaging.to_own_size(chunk["logits"][row], size, self.card.threshold)
-                counted = np.bincount(mask.ravel(), minlength=max(2, self.card.model.num_classes)).tolist()
-                png = masks.encode_png(mask, self.card.model.num_classes)
-                if "png" in self.formats:
-                    output = str(chunk["output"][row])
-                    storage.write_bytes(storage.join(self.out, *output.split("/")), png)
-            status.append("failed" if errors[row] else "ok")
-            outputs.append(output)
-            pixels.append(counted)
-            encoded.append(png)
-            milliseconds[row] += 1e3 * (time.perf_counter() - started)
-        good = [row for row in range(count) if not errors[row]]
-        assert count == chunk["rows"][0], "Ray split a chunk: a part would lose rows"
-        part = PART.format(int(chunk["chunk"][0]))
-        if "parquet" in self.formats:
-            table = pa.table(
-                {
-                    "path": [str(chunk["path"][row]) for row in good],
-                    "height": chunk["height"][good],
-                    "width": chunk["width"][good],
-                    "mask": [encoded[row] for row in good],
-                },
-                MASKS_SCHEMA,
-            )
-            # Masks are PNG already: compressing them again costs time and saves nothing.
-            storage.write_bytes(storage.join(self.out, PARQUET_MASKS, part), to_parquet(table, compression="none"))
-        manifest = pa.table(
-            {
-                "path": [str(path) for path in chunk["path"]],
-                "status": status,
-                "error": errors,
-                "height": chunk["height"],
-                "width": chunk["width"],
-                "output": outputs,
-                "pixels": pixels,
-                "confidence": chunk["confidence"],
-                "milliseconds": milliseconds,
-                "size": chunk["size"],
-                "mtime_ns": chunk["mtime_ns"],
-            },
-            MANIFEST_SCHEMA,
-        )
-        storage.write_bytes(storage.join(self.out, PARQUET_MANIFEST, part), to_parquet(manifest))
-        return {"path": chunk["path"], "status": objects(status), "error": objects(errors)}
+            result = self._failed(chunk, row, prediction) if isinstance(prediction, str) else {}
+            if isinstance(prediction, WholeImage):
+                try:
+                    result = self._written(chunk, row, prediction)
+                except OSError as error:
+                    # Of this name alone; a full disk, say, is everybody's trouble.
+                    if error.errno not in (errno.ENAMETOOLONG, errno.EILSEQ, errno.EISDIR, errno.ENOTDIR):
+                        raise
+                    result = self._failed(chunk, row, f"its mask cannot be written: {error.strerror}")
+            rows.append(result)
+            milliseconds[row] = 1e3 * (time.perf_counter() - started)
+        times = {"decode_ms": chunk["decode_ms"], "model_ms": chunk["model_ms"], "write_ms": milliseconds}
+        told = ("status", "error", "height", "width", "output", "pixels", "confidence", "mask", "rle", "runs")
+        results: dict[str, Any] = {name: [row.get(name) for row in rows] for name in told}
+        results |= {
+            "path": [readable(path) for path in chunk["path"]],
+            "name": [readable(name) for name in chunk["name"]],
+            "size": chunk["size"],
+            "mtime_ns": chunk["mtime_ns"],
+            "milliseconds": sum(times.values()),
+        }
+        self.ledger.record(int(chunk["number"][0]), chunk["row"], results)
+        return {
+            "number": chunk["number"],
+            "status": objects(results["status"]),
+            "error": objects(results["error"]),
+            **times,
+        }
+
+    def _failed(self, chunk: Chunk, row: int, error: str) -> dict[str, Any]:
+        if chunk["redone"][row]:  # what an earlier version of the image has left
+            for location in self._files(os.fsdecode(chunk["output"][row])):
+                storage.delete_file(location)
+        nothing = {"height": 0, "width": 0, "output": "", "pixels": None, "confidence": 0}
+        return {"status": "failed", "error": error, **nothing}
+
+    def _files(self, output: str) -> list[str]:
+        """All files that an image can have."""
+        stem = output.rpartition(".")[0]
+        found = [self._at(MASKS, output), self._at(OVERLAYS, f"{stem}.jpg")]
+        return found + [self._at(PROBABILITIES, name) for name in self._map_names(output)]
+
+    def _at(self, folder: str, name: str) -> str:
+        return storage.join(self.ledger.out, folder, *name.split("/"))
+
+    def _map_names(self, output: str) -> list[str]:
+        classes = self.card.model.num_classes
+        stem = output.rpartition(".")[0]
+        return [output] if classes == 1 else [f"{stem}.{class_id}.png" for class_id in range(classes)]
+
+    def _written(self, chunk: Chunk, row: int, whole: WholeImage) -> dict[str, Any]:
+        mask, classes = whole.mask, self.card.model.num_classes
+        output = os.fsdecode(chunk["output"][row])
+        counted = np.bincount(mask.ravel(), minlength=max(2, classes)).tolist()
+        result = {
+            "status": "ok",
+            "error": "",
+            "height": mask.shape[0],
+            "width": mask.shape[1],
+            "output": f"{MASKS}/{readable(chunk['output'][row])}" if "png" in self.formats else "",
+            "pixels": counted,
+            "confidence": whole.confidence,
+        }
+        if {"png", "parquet"} & set(self.formats):
+            result["mask"] = masks.encode_png(mask, classes)
+        if "png" in self.formats:
+            storage.write_bytes(self._at(MASKS, output), result["mask"])
+        if {"rle", "coco"} & set(self.formats):
+            # One class is the foreground alone; of several, each that occurs.
+            ids = [class_id for class_id in range(int(classes == 1), len(counted)) if counted[class_id]]
+            result["rle"] = [
+                {"class_id": i, "area": counted[i], "bbox": masks.box(mask == i), "counts": masks.coco_runs(mask == i)}
+                for i in ids
+            ]
+        if "kaggle" in self.formats:
+            result["runs"] = masks.row_runs(mask)
+        if whole.probabilities is not None:
+            for name, values in zip(self._map_names(output), whole.probabilities, strict=True):
+                storage.write_bytes(self._at(PROBABILITIES, name), masks.encode_gray(values))
+        if "overlay" in self.formats:
+            self._write_overlay(chunk, row, mask, f"{output.rpartition('.')[0]}.jpg")
+        return result
+
+    def _write_overlay(self, chunk: Chunk, row: int, mask: np.ndarray, name: str) -> None:
+        # Read again, small: at its own size the picture is nowhere else on the way.
+        scale = min(1.0, OVERLAY_SIDE / max(mask.shape))
+        size = (max(1, round(mask.shape[0] * scale)), max(1, round(mask.shape[1] * scale)))
+        one = {key: values[row : row + 1] for key, values in chunk.items()}
+        try:
+            picture, _ = self.reader.resized(next(self.reader.encoded(one)), size)
+        except ImageError:  # gone or changed meanwhile: the mask is what counts
+            return
+        colours = picture[..., [0, 1, 2] if picture.shape[-1] in (3, 4) else [0, 0, 0]]
+        storage.write_bytes(self._at(OVERLAYS, name), masks.overlay(colours, mask, self.card.model.num_classes))
 
 
 @dataclass(frozen=True, slots=True)
 class Compare:
-    """`logits` and the true mask at `mask_path` -> `counts` int64 [N,K*3], `valid` pixels int64 [N] and `surface`
-    float64 [N,K*3] (`metrics.surface_scores`), at the mask's own size."""
+    """Masks and the true ones at `mask_path` -> `counts` int64 [N,V,K*3], `valid` pixels int64 [N] and `surface`
+    float64 [N,K*3] (`metrics.surface_scores`), at the mask's own size. V: as it is, then each of `cleanups`."""
 
     card: ModelCard
     tolerance: float
     """Of the surface Dice, pixels."""
+    cleanups: tuple[Cleanup, ...] = ()
 
-    def __call__(self, chunk: Chunk) -> Chunk:
+    def __call__(self, chunk: Chunk, predictions: Iterator[Prediction]) -> Chunk:
         count, classes = len(chunk["path"]), self.card.model.num_classes
-        counts, valid = np.zeros((count, classes * 3), np.int64), np.zeros(count, np.int64)
+        counts = np.zeros((count, 1 + len(self.cleanups), classes * 3), np.int64)
+        valid = np.zeros(count, np.int64)
         surface = np.zeros((count, classes * len(metrics.SURFACE)))
-        errors = list(chunk["error"])
-        for row, path in enumerate(chunk["mask_path"]):
-            if errors[row]:
+        errors = [""] * count
+        for row, prediction in enumerate(predictions):
+            if isinstance(prediction, str):
+                errors[row] = prediction
                 continue
-            size = (int(chunk["height"][row]), int(chunk["width"][row]))
+            path = os.fsdecode(chunk["mask_path"][row])
+            size = prediction.mask.shape
             try:
-                truth, own_size = imaging.decode_mask(storage.read_bytes(str(path)), self.card.data, None)
+                truth, own_size = imaging.decode_mask(storage.read_bytes(path), self.card.data, None)
             except (ImageError, OSError) as error:
                 errors[row] = f"mask {path}: {error}"
                 continue
             if own_size != size:
                 errors[row] = f"mask {path}: {own_size[1]}x{own_size[0]} pixels, the image {size[1]}x{size[0]}"
                 continue
-            predicted = imaging.to_own_size(chunk["logits"][row], size, self.card.threshold)
-            pair = torch.from_numpy(predicted)[None], torch.from_numpy(truth)[None]
-            counts[row] = metrics.count(*pair, classes).numpy().reshape(-1)
+            versions = [prediction.mask, *(masks.clean(prediction.mask, cleanup) for cleanup in self.cleanups)]
+            for number, predicted in enumerate(versions):
+                pair = torch.from_numpy(predicted)[None], torch.from_numpy(truth)[None]
+                counts[row, number] = metrics.count(*pair, classes).numpy().reshape(-1)
             valid[row] = (truth != IGNORE).sum()
-            surface[row] = metrics.surface_scores(predicted, truth, classes, self.tolerance).reshape(-1)
+            surface[row] = metrics.surface_scores(prediction.mask, truth, classes, self.tolerance).reshape(-1)
         return {
             "path": chunk["path"],
             "error": objects(errors),
@@ -220,41 +419,50 @@ class Compare:
         }
 
 
-def chunked(columns: dict[str, Sequence[Any]], row_bytes: int) -> list[Chunk]:
-    """Cuts columns into chunks, numbered by the columns `chunk` and `rows` (how many rows the chunk has).
+@dataclass(frozen=True, slots=True)
+class Chunks:
+    """Chunks that are in memory: columns cut into pieces of `size` rows."""
 
-    The cut depends on the number of rows and on `row_bytes`, the largest a row gets on its way, and on nothing else:
-    every machine and every repetition makes the same parts.
-    """
-    count = len(next(iter(columns.values())))
-    size = min(max(count // PARTS, MIN_ROWS), MAX_ROWS, max(1, MAX_BYTES // row_bytes))
-    chunks = []
-    for number, start in enumerate(range(0, count, size)):
-        chunk = {name: np.asarray(values[start : start + size]) for name, values in columns.items()}
-        rows = min(size, count - start)
-        chunks.append({**chunk, "chunk": np.full(rows, number), "rows": np.full(rows, rows)})
-    return chunks
+    columns: Mapping[str, Sequence[Any]]
+    size: int
 
+    def __len__(self) -> int:
+        return -(-len(next(iter(self.columns.values()))) // self.size)
 
-def to_parquet(table: pa.Table, compression: str = "zstd") -> bytes:
-    stream = io.BytesIO()
-    pq.write_table(table, stream, compression=compression)
-    return stream.getvalue()
+    def __call__(self, number: int) -> Chunk:
+        start = number * self.size
+        return {name: objects(values[start : start + self.size]) for name, values in self.columns.items()}
 
 
-def run_here(chunks: Sequence[Chunk], before: Stage, model: Callable[[], Stage], after: Stage) -> Iterator[Chunk]:
+@dataclass(frozen=True, slots=True)
+class Before:
+    """Number of a chunk -> its rows, decoded unless that is left to the model's stage."""
+
+    load: Load
+    decode: Decode | None
+
+    def __call__(self, number: int) -> Chunk:
+        chunk = self.load(number)
+        return chunk if self.decode is None or not len(chunk["path"]) else self.decode(chunk)
+
+
+def run_here(
+    numbers: Sequence[int], before: Callable[[int], Chunk], model: Callable[[], Stage], after: Stage
+) -> Iterator[Chunk]:
     """The stages in this process: the model on this thread, decoding one chunk ahead and writing one behind on others.
 
-    Yields what `after` returns, in the order of `chunks`.
+    Yields what `after` returns, in the order of `numbers`; nothing for a chunk with no rows.
     """
     segment = model()
     with ThreadPoolExecutor(1) as decoding, ThreadPoolExecutor(1) as writing:
-        upcoming = [decoding.submit(before, chunk) for chunk in chunks[:1]]
+        upcoming = [decoding.submit(before, number) for number in numbers[:1]]
         written = None
         try:
-            for number in range(len(chunks)):
+            for place in range(len(numbers)):
                 decoded = upcoming.pop().result()
-                upcoming = [decoding.submit(before, chunk) for chunk in chunks[number + 1 : number + 2]]
+                upcoming = [decoding.submit(before, number) for number in numbers[place + 1 : place + 2]]
+                if not len(decoded["path"]):
+                    continue
                 segmented = segment(decoded)
                 if written is not None:
                     yield written.result()

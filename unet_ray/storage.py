@@ -8,9 +8,14 @@ from __future__ import annotations
 import functools
 import os
 import re
+import shutil
+import tempfile
 import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from unet_ray.config import UserError
 
@@ -101,6 +106,29 @@ def write_bytes(location: str, data: bytes, *, durable: bool = False) -> None:
         raise
 
 
+@contextmanager
+def writing(location: str) -> Iterator[IO[bytes]]:
+    """A stream for a file too large to hold in memory, which appears whole when the block ends without an error."""
+    if is_uri(location):
+        # By way of a local file: pyarrow completes an upload that is dropped half-way.
+        with tempfile.TemporaryFile() as stream:
+            yield stream
+            stream.seek(0)
+            filesystem, path = resolve(location)
+            with filesystem.open_output_stream(path) as target:
+                shutil.copyfileobj(stream, target, 2**23)
+        return
+    target_path = Path(location)
+    temporary = target_path.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("wb") as stream:
+            yield stream
+        temporary.replace(target_path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 def exists(location: str) -> bool:
     return info(location) is not None
 
@@ -133,6 +161,52 @@ def list_files(location: str) -> list[FileInfo]:
     return [entry for entry in found if entry.type == FileType.File]
 
 
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What a folder of a bucket holds."""
+
+    base_name: str
+    is_file: bool
+    size: int
+    mtime_ns: int | None
+
+
+def entries(location: str) -> list[Entry]:
+    """What is directly inside a folder, sorted by name. Raises UserError."""
+    from pyarrow.fs import FileSelector, FileType
+
+    filesystem, path = resolve(location)
+    try:
+        found = filesystem.get_file_info(FileSelector(path))
+    except OSError as error:
+        raise UserError(f"{location}: cannot be listed: {error}") from None
+    listing = [Entry(e.base_name, e.type == FileType.File, e.size, e.mtime_ns) for e in found]
+    return sorted(listing, key=lambda entry: entry.base_name)
+
+
+def sizes_and_times(locations: Sequence[str]) -> list[tuple[int, int]]:
+    """(bytes, modification time in ns) of each file; (-1, 0) of what is not there. Raises UserError."""
+    found: list[tuple[int, int]] = []
+    for location in locations:
+        if is_uri(location):
+            entry = info(location)
+            found.append((-1, 0) if entry is None else (entry.size, entry.mtime_ns or 0))
+        else:
+            try:
+                status = os.stat(location)  # noqa: PTH116 - by the million, and of names that are no UTF-8
+            except OSError:
+                found.append((-1, 0))
+            else:
+                found.append((status.st_size, status.st_mtime_ns))
+    return found
+
+
+def parent(location: str) -> str:
+    """The folder that a file is in."""
+    base, mark, query = location.partition("?") if is_uri(location) else (location, "", "")
+    return (base.rpartition("/")[0] or "/") + mark + query
+
+
 def names_in(location: str) -> list[str]:
     """Names of what is directly inside a folder, sorted; empty if there is no such folder."""
     from pyarrow.fs import FileSelector
@@ -149,5 +223,7 @@ def delete_folder(location: str) -> None:
 
 
 def delete_file(location: str) -> None:
+    """Removes a file, if it is there."""
     filesystem, path = resolve(location)
-    filesystem.delete_file(path)
+    if exists(location):
+        filesystem.delete_file(path)
