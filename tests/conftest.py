@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -100,3 +101,64 @@ def real_data() -> Path:
 def _no_foreign_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests never join a Ray that happens to run on this machine."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
+def make_model(folder: Path, *settings: tuple[str, object], seed: int = 0) -> Path:
+    """A model directory of a small network with random weights."""
+    import torch
+
+    from unet_ray import checkpoint, models
+    from unet_ray.config import load_train_config
+
+    names = {name for name, _ in settings}
+    defaults = [("data.mask_values", [0, 255]), *TINY]
+    config = load_train_config(settings=[*(pair for pair in defaults if pair[0] not in names), *settings])
+    torch.manual_seed(seed)
+    checkpoint.save_model(str(folder), models.build(config.model), config, {})
+    return folder
+
+
+def make_photos(folder: Path, count: int, *, seed: int = 0) -> Path:
+    """Smooth noise of many sizes, JPEG and PNG by turns, in three subfolders."""
+    generator = np.random.default_rng(seed)
+    for number in range(count):
+        below = folder / f"sub {number % 3}"
+        below.mkdir(parents=True, exist_ok=True)
+        height, width = (int(side) for side in generator.integers(10, 90, 2))
+        small = Image.fromarray(generator.integers(0, 255, (4, 5, 3)).astype(np.uint8))
+        small.resize((width, height)).save(below / f"{number:04d}.{'png' if number % 2 else 'jpg'}")
+    return folder
+
+
+def make_bad(folder: Path) -> dict[Path, str]:
+    """Ten kinds of files that are no usable RGB image -> what must be said of each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    picture = Image.fromarray(np.random.default_rng(1).integers(0, 255, (64, 64, 3)).astype(np.uint8))
+    for kind in ("jpg", "png", "gif", "tif"):
+        picture.save(folder / f"cut.{kind}")
+        data = (folder / f"cut.{kind}").read_bytes()
+        (folder / f"cut.{kind}").write_bytes(data[: len(data) // 3])
+    (folder / "empty.jpg").touch()
+    (folder / "page.jpg").write_text("<html>404</html>")
+    # A few bytes that claim 60,000 x 60,000 pixels.
+    header = b"IHDR" + (60_000).to_bytes(4, "big") * 2 + b"\x08\x02\x00\x00\x00"
+    chunks = [
+        (len(part) - 4).to_bytes(4, "big") + part + zlib.crc32(part).to_bytes(4, "big")
+        for part in (header, b"IDAT" + zlib.compress(bytes(999)))
+    ]
+    (folder / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+    (folder / "vanished.jpg").symlink_to(folder / "no such file")
+    os.mkfifo(folder / "pipe.jpg")
+    np.save(folder / "seven.npy", np.zeros((8, 8, 7), np.uint8))
+    return {
+        folder / "cut.jpg": "truncated",
+        folder / "cut.png": "cannot be decoded",
+        folder / "cut.gif": "cannot be decoded",
+        folder / "cut.tif": "cannot be decoded",
+        folder / "empty.jpg": "the file is empty",
+        folder / "page.jpg": "not an image",
+        folder / "bomb.png": "3600000000 pixels, more than --max-pixels 200000000",
+        folder / "vanished.jpg": "No such file",
+        folder / "pipe.jpg": "not a regular file",
+        folder / "seven.npy": "7 channel(s), the model takes 3",
+    }

@@ -1,49 +1,52 @@
-"""Prediction and evaluation through Ray Data: the same files and figures as in one process."""
+"""Prediction and evaluation: one row for every input, the same files and figures through Ray as in one process."""
 
+import csv
+import io
 import json
+import os
 from pathlib import Path
 
+import duckdb
 import numpy as np
+import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import TINY, make_discs
+from conftest import TINY, make_bad, make_discs, make_model, make_photos
 from PIL import Image
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
 
 from unet_ray import training
-from unet_ray.config import EvaluateConfig, PredictConfig, UserError, load_train_config
+from unet_ray.config import FORMATS, EvaluateConfig, PredictConfig, UserError, load_train_config
 from unet_ray.evaluation import evaluate
 from unet_ray.prediction import predict
-from unet_ray.stages import chunked
-
-pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("trained")
-    images, masks = make_discs(folder / "discs", 12)
-    settings = [("data.images", str(images)), ("data.masks", str(masks)), *TINY, ("train.epochs", 20)]
-    training.train(load_train_config(settings=settings), str(folder / "run"), local=True)
-    return folder / "run"
+def model(tmp_path_factory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model"))
 
 
-def mixed_folder(folder: Path) -> Path:
-    generator = np.random.default_rng(0)
-    for number in range(40):
-        (folder / f"sub {number % 3}").mkdir(parents=True, exist_ok=True)
-        height, width = generator.integers(10, 90, 2)
-        pixels = generator.integers(0, 255, (height, width, 3)).astype(np.uint8)
-        Image.fromarray(pixels).save(folder / f"sub {number % 3}" / f"{number}.{'png' if number % 2 else 'jpg'}")
-    for path in (folder / "sub 0/0.jpg", folder / "sub 2/11.png"):
-        path.write_bytes(path.read_bytes()[:120])
-    return folder
+@pytest.fixture(scope="module")
+def model_of_three(tmp_path_factory) -> Path:
+    settings = [("model.num_classes", 3), ("data.mask_values", [0, 1, 2]), ("data.classes", ["sky", "tree", "car"])]
+    return make_model(tmp_path_factory.mktemp("three"), *settings)
+
+
+def run(model: Path, folder, out: Path, *, local: bool = True, **options):
+    inputs = (folder,) if isinstance(folder, (str, Path)) else folder
+    settings = {"precision": "fp32", **options}
+    config = PredictConfig(model=str(model), inputs=tuple(map(str, inputs)), out=str(out), **settings)
+    return predict(config, local=local)
 
 
 def contents(out: Path) -> dict[str, bytes]:
+    """All that is to be the same for every way to the end: not the times."""
     return {
         str(p.relative_to(out)): p.read_bytes()
         for p in out.rglob("*")
-        if p.is_file() and p.name != "summary.json" and p.parent.name != "manifest.parquet"
+        if p.is_file() and p.name not in ("summary.json", "lock.json") and p.parent.name != "manifest.parquet"
     }
 
 
@@ -52,58 +55,314 @@ def manifest(out: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if k != "milliseconds"} for row in rows]
 
 
-def test_ray_and_one_process_write_the_same_files(ray_cluster, trained, tmp_path):
-    folder, progress = mixed_folder(tmp_path / "images"), []
+# --- one row for every input ---
+
+
+def test_ten_kinds_of_bad_files_are_ten_rows_with_the_reason_and_harm_nothing_else(model, tmp_path):
+    folder = make_photos(tmp_path / "images", 90)
+    reasons = make_bad(folder / "bad")
+    odd = [
+        "a b.jpg",
+        'it\'s "q".jpg',
+        "new\nline.jpg",
+        "häus 車.jpg",
+        os.fsdecode(b"latin\xff1.jpg"),
+        "x" * 200 + ".png",
+    ]
+    for name in odd:
+        Image.new("RGB", (12, 9), (9, 200, 30)).save(folder / name)
+    (folder / "loop").symlink_to(folder, target_is_directory=True)
+    (folder / ".hidden.jpg").touch()
+    summary = run(model, folder, tmp_path / "out")
+    assert (summary.images, summary.ok, summary.failed) == (106, 96, 10)
+    rows = {row["path"]: row for row in manifest(tmp_path / "out")}
+    assert len(rows) == 106
+    for path, reason in reasons.items():
+        row = rows.pop(str(path))
+        assert row["status"] == "failed" and reason in row["error"], row
+        assert row["output"] == "" and row["pixels"] is None
+    assert {row["status"] for row in rows.values()} == {"ok"}
+    assert sum(summary.failures.values()) == 10
+    masks = {p for p in (tmp_path / "out/masks").rglob("*") if p.is_file()}
+    assert len(masks) == 96
+    for name in odd:
+        mask = tmp_path / "out/masks" / (os.path.splitext(name)[0] + ".png")  # noqa: PTH122
+        assert mask in masks
+        with Image.open(mask) as image:
+            assert image.size == (12, 9)
+
+
+def test_a_folder_that_cannot_be_listed_is_a_row(model, tmp_path, monkeypatch):
+    folder = make_photos(tmp_path / "images", 3)
+    scandir = os.scandir
+
+    def refused(path):
+        if str(path).endswith("sub 1"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    summary = run(model, folder, tmp_path / "out")
+    assert (summary.images, summary.failed) == (3, 1)
+    assert summary.failures == {"a folder that cannot be listed": 1}
+
+
+def test_an_image_that_vanishes_or_changes_between_listing_and_reading_is_a_row(model, tmp_path):
+    names = tmp_path / "list.txt"
+    Image.new("RGB", (12, 9)).save(tmp_path / "here.png")
+    names.write_text(f"here.png\n\n{tmp_path}/gone.png\n")
+    summary = run(model, names, tmp_path / "out")
+    assert (summary.images, summary.ok, summary.failed) == (2, 1, 1)
+    assert "No such file" in next(iter(summary.failures))
+
+
+def test_a_mask_of_an_image_that_no_longer_can_be_read_is_removed(model, tmp_path):
+    folder = make_photos(tmp_path / "images", 3)
+    run(model, folder, tmp_path / "out", formats=("png", "prob", "overlay"))
+    (folder / "sub 0/0000.jpg").write_bytes(b"no longer")
+    summary = run(model, folder, tmp_path / "out", formats=("png", "prob", "overlay"))
+    assert (summary.ok, summary.failed, summary.already_done) == (2, 1, 2)
+    for kind in ("masks", "probabilities", "overlays"):
+        assert {p.stem for p in (tmp_path / "out" / kind).rglob("*.*")} == {"0001", "0002"}
+
+
+def test_failed_images_are_tried_again_when_asked_and_then_succeed(model, tmp_path):
+    folder = make_photos(tmp_path / "images", 4)
+    target = folder / "sub 0/late.jpg"
+    target.symlink_to(tmp_path / "late.jpg")
+    assert run(model, folder, tmp_path / "out").failed == 1
+    Image.new("RGB", (12, 9)).save(tmp_path / "late.jpg")
+    os.utime(tmp_path / "late.jpg", ns=(0, 0))
+    # The file has changed, too: that alone is enough.
+    assert run(model, folder, tmp_path / "out").failed == 0
+    (folder / "page.jpg").write_text("not yet")
+    assert run(model, folder, tmp_path / "out").failed == 1
+    again = run(model, folder, tmp_path / "out")
+    assert (again.already_done, again.failed) == (6, 1)
+    assert run(model, folder, tmp_path / "out", retry_failed=True).already_done == 5
+
+
+def test_other_settings_into_the_same_output_are_refused_and_overwrite_begins_anew(model, model_of_three, tmp_path):
+    folder = make_photos(tmp_path / "images", 3)
+    run(model, folder, tmp_path / "out")
+    (tmp_path / "out/notes.txt").write_text("mine")
+    for options in ({"tile": 32}, {"name": "{stem}_mask.png"}, {"formats": ("parquet",)}, {"cleanup": "holes"}):
+        with pytest.raises(UserError, match=f"other {next(iter(options))}.*choose another --out, or --overwrite"):
+            run(model, folder, tmp_path / "out", **options)
+    with pytest.raises(UserError, match="other weights_sha256"):
+        run(model_of_three, folder, tmp_path / "out")
+    summary = run(model, folder, tmp_path / "out", overwrite=True, name="{stem}_mask.png")
+    assert (summary.ok, summary.already_done) == (3, 0)
+    assert sorted(p.name for p in (tmp_path / "out/masks").rglob("*.*")) == [f"000{n}_mask.png" for n in range(3)]
+    assert (tmp_path / "out/notes.txt").read_text() == "mine"
+    with pytest.raises(UserError, match="holds other files, no prediction"):
+        run(model, folder, folder, overwrite=True)
+
+
+# --- inputs ---
+
+
+def test_several_inputs_folders_globs_lists_and_files_are_told_apart(model, tmp_path):
+    first, second = make_photos(tmp_path / "a/photos", 6), make_photos(tmp_path / "b/photos", 6, seed=1)
+    summary = run(model, (first, f"{second}/*/*.png", first / "sub 0/0000.jpg"), tmp_path / "out")
+    assert summary.ok == 9  # the one file is in the first folder, too
+    masks = sorted(str(p.relative_to(tmp_path / "out/masks")) for p in (tmp_path / "out/masks").rglob("*.png"))
+    assert masks == sorted(
+        [f"photos/sub {n % 3}/000{n}.png" for n in range(6)] + [f"photos-2/sub {n % 3}/000{n}.png" for n in (1, 3, 5)]
+    )
+
+
+@pytest.mark.parametrize("kind", ["bytes", "struct"])
+def test_images_inside_parquet_files_are_read_by_row(model, tmp_path, kind):
+    folder = make_photos(tmp_path / "images", 30)
+    files = sorted(folder.rglob("*.*"))
+    data = [path.read_bytes() for path in files]
+    column = data if kind == "bytes" else [{"bytes": d, "path": None} for d in data]
+    table = pa.table({"label": range(30), "image": column, "file_name": [f"{p.parent.name}/{p.name}" for p in files]})
+    (tmp_path / "set.parquet").mkdir()
+    pq.write_table(table.slice(0, 20), tmp_path / "set.parquet/one.parquet", row_group_size=7)
+    pq.write_table(table.slice(20), tmp_path / "set.parquet/two.parquet")
+    run(model, folder, tmp_path / "files")
+    summary = run(model, tmp_path / "set.parquet", tmp_path / "rows")
+    assert (summary.ok, summary.failed) == (30, 0)
+    rows = manifest(tmp_path / "rows")
+    assert rows[21]["path"] == f"{tmp_path}/set.parquet/two.parquet#1"
+    expected = {p.name: p.read_bytes() for p in (tmp_path / "files/masks").rglob("*.png")}
+    assert {p.name: p.read_bytes() for p in (tmp_path / "rows/masks").rglob("*.png")} == expected
+
+
+def test_a_parquet_column_of_paths_is_a_list(model, tmp_path):
+    folder = make_photos(tmp_path / "images", 5)
+    paths = [str(p) for p in sorted(folder.rglob("*.*"))]
+    pq.write_table(pa.table({"path": paths, "other": range(5)}), tmp_path / "paths.parquet")
+    assert run(model, tmp_path / "paths.parquet", tmp_path / "out").ok == 5
+    pq.write_table(pa.table({"other": range(5)}), tmp_path / "none.parquet")
+    with pytest.raises(UserError, match="neither a column `path` nor encoded images"):
+        run(model, tmp_path / "none.parquet", tmp_path / "out2")
+
+
+@pytest.mark.parametrize("format", ["npy", "tif"])
+def test_many_channels_of_16_bits_are_trained_on_and_segmented(tmp_path, format):
+    import tifffile
+
+    generator = np.random.default_rng(0)
+    images, masks = make_discs(tmp_path / "discs", 12)
+    for path in sorted(images.iterdir()):
+        mask = np.asarray(Image.open(masks / path.name)) > 0
+        values = generator.integers(900, 1100, (32, 32, 5)).astype(np.uint16)
+        values[mask, 3] += 700  # one channel tells it, in the lower of the two bytes
+        if format == "npy":
+            np.save(images / f"{path.stem}.npy", values)
+        else:
+            tifffile.imwrite(images / f"{path.stem}.tif", values.transpose(2, 0, 1), metadata={"axes": "CYX"})
+        path.unlink()
+    settings = [
+        ("data.images", str(images)),
+        ("data.masks", str(masks)),
+        *TINY,
+        ("model.in_channels", 5),
+        ("data.value_range", [900, 2000]),
+        ("train.epochs", 25),
+    ]
+    result = training.train(load_train_config(settings=settings), str(tmp_path / "run"), local=True)
+    assert result.best["val_dice"] > 0.8
+    Image.new("RGB", (32, 32)).save(images / "colour.png")
+    summary = run(tmp_path / "run", images, tmp_path / "out")
+    assert (summary.ok, summary.failures) == (12, {"3 channel(s), the model takes 5": 1})
+
+
+# --- outputs ---
+
+
+def test_every_output_of_one_class_is_read_by_other_programs_and_says_the_same(model, tmp_path):
+    folder = make_photos(tmp_path / "images", 20)
+    (folder / "bad.jpg").touch()
+    out = tmp_path / "out"
+    summary = run(model, folder, out, formats=FORMATS)
+    assert (summary.ok, summary.failed) == (20, 1)
+    manifests, stored = (f"read_parquet('{out}/{name}/*.parquet')" for name in ("manifest.parquet", "masks.parquet"))
+    query = f"select path, output, m.pixels, mask from {manifests} m join {stored} using (path)"
+    rows = duckdb.sql(query).fetchall()
+    assert len(rows) == 20
+    masks = {}
+    for path, output, pixels, png in rows:
+        mask = np.asarray(Image.open(out / output)).astype(np.uint8)
+        assert (np.asarray(Image.open(io.BytesIO(png))) == mask).all()
+        assert pixels == [int((mask == 0).sum()), int(mask.sum())]
+        masks[path] = mask
+    runs = pd.read_parquet(out / "rle.parquet")
+    for row in runs.itertuples():
+        decoded = coco_mask.decode({"size": [row.height, row.width], "counts": row.counts})
+        assert (decoded == masks[row.path]).all() and row.area == decoded.sum()
+    assert set(runs["path"]) == {path for path, mask in masks.items() if mask.any()}
+    with (out / "submission.csv").open() as file:
+        submitted = {row["img"]: row["rle_mask"] for row in csv.DictReader(file)}
+    for path, mask in masks.items():
+        numbers = list(map(int, submitted[Path(path).name].split()))
+        flat = np.zeros(mask.size, np.uint8)
+        for start, length in zip(numbers[::2], numbers[1::2], strict=True):
+            flat[start - 1 : start - 1 + length] = 1
+        assert (flat.reshape(mask.shape) == mask).all()
+    coco = COCO(out / "coco.json")
+    assert len(coco.imgs) == 20 and coco.cats[1]["name"] == "foreground"
+    for annotation in coco.anns.values():
+        image = coco.imgs[annotation["image_id"]]
+        mask = masks[f"{folder}/{image['file_name']}"]
+        assert (coco.annToMask(annotation) == mask).all()
+        assert annotation["bbox"] == coco_mask.toBbox(annotation["segmentation"]).tolist()
+    for path, mask in masks.items():
+        relative = Path(path).relative_to(folder).with_suffix(".png")
+        probability = np.asarray(Image.open(out / "probabilities" / relative))
+        assert ((probability > 127) == mask.astype(bool))[np.abs(probability.astype(int) - 127) > 1].all()
+        with Image.open(out / "overlays" / relative.with_suffix(".jpg")) as picture:
+            assert picture.size == mask.shape[::-1]
+
+
+def test_several_classes_are_a_palette_run_lengths_each_and_a_map_each(model_of_three, tmp_path):
+    folder, out = make_photos(tmp_path / "images", 6), tmp_path / "out"
+    run(model_of_three, folder, out, formats=("png", "coco", "rle", "prob"))
+    coco = COCO(out / "coco.json")
+    assert [category["name"] for category in coco.cats.values()] == ["sky", "tree", "car"]
+    for image in coco.imgs.values():
+        with Image.open(out / "masks" / Path(image["file_name"]).with_suffix(".png")) as stored:
+            assert stored.mode == "P"
+            ids = np.asarray(stored)
+        drawn = np.full_like(ids, 99)
+        for annotation in coco.imgToAnns[image["id"]]:
+            drawn[coco.annToMask(annotation) == 1] = annotation["category_id"]
+        assert (drawn == ids).all()
+        stem = out / "probabilities" / Path(image["file_name"]).with_suffix("")
+        maps = np.stack([np.asarray(Image.open(f"{stem}.{k}.png")) for k in range(3)]).astype(int)
+        assert np.abs(maps.sum(axis=0) - 255).max() <= 2
+    with pytest.raises(UserError, match="--format kaggle is for one class"):
+        run(model_of_three, folder, tmp_path / "no", formats=("kaggle",))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("{relpath}/{stem}_OUT.png", ["sub 0/0000_OUT.png", "sub 1/0001_OUT.png"]),
+        ("{stem}", ["0000.png", "0001.png"]),
+        ("all/{name}.png", ["all/0000.jpg.png", "all/0001.png.png"]),
+        ("{ext}/{stem}.png", ["jpg/0000.png", "png/0001.png"]),
+    ],
+)
+def test_masks_are_named_as_asked(model, tmp_path, name, expected):
+    run(model, make_photos(tmp_path / "images", 2), tmp_path / "out", name=name)
+    masks = tmp_path / "out/masks"
+    assert sorted(str(p.relative_to(masks)) for p in masks.rglob("*.png")) == expected
+
+
+@pytest.mark.parametrize("name", ["mask.png", "{relpath}/x.png", "../{stem}.png", "{stem", "{0}", "{other}{stem}"])
+def test_names_that_cannot_work_are_refused(name):
+    with pytest.raises(UserError, match="--name"):
+        PredictConfig(model="m", inputs=("i",), out="o", name=name)
+
+
+# --- through Ray ---
+
+
+@pytest.mark.slow
+def test_ray_and_one_process_write_the_same_files(ray_cluster, model, tmp_path):
+    folder = make_photos(tmp_path / "images", 40)
+    make_bad(folder / "bad")
     summaries = {}
     for name, local in (("here", True), ("ray", False)):
-        config = PredictConfig(
-            model=str(trained),
-            inputs=(str(folder),),
-            out=str(tmp_path / name),
-            formats=("png", "parquet"),
-            precision="fp32",
-        )
-        summaries[name] = predict(config, local=local, on_progress=lambda *counts: progress.append(counts))
-    assert progress[-1] == (40, 2, 40)
+        summaries[name] = run(model, folder, tmp_path / name, local=local, formats=FORMATS)
     for summary in summaries.values():
-        assert (summary.images, summary.ok, summary.failed) == (40, 38, 2)
+        assert (summary.images, summary.ok, summary.failed) == (50, 40, 10)
     assert contents(tmp_path / "here") == contents(tmp_path / "ray")
-    rows = manifest(tmp_path / "ray")
-    assert rows == manifest(tmp_path / "here")
-    assert len({row["path"] for row in rows}) == len(rows) == 40
-    assert sum(row["status"] == "failed" for row in rows) == 2
-    again = predict(
-        PredictConfig(
-            model=str(trained),
-            inputs=(str(folder),),
-            out=str(tmp_path / "ray"),
-            formats=("png", "parquet"),
-            precision="fp32",
-        )
-    )
-    assert again.already_done == 40
+    assert manifest(tmp_path / "here") == manifest(tmp_path / "ray")
+    # Failed ones again, and one chunk with new work: the others' rows stay.
+    Image.new("RGB", (9, 9)).save(folder / "zz.png")
+    for name, local in (("here", True), ("ray", False)):
+        again = run(model, folder, tmp_path / name, local=local, formats=FORMATS, retry_failed=True)
+        assert (again.images, again.ok, again.already_done) == (51, 41, 40)
+    assert contents(tmp_path / "here") == contents(tmp_path / "ray")
 
 
-def test_ray_and_one_process_give_the_same_scores(ray_cluster, trained, tmp_path):
+@pytest.mark.slow
+def test_tiles_through_ray_are_the_same_as_in_one_process(ray_cluster, model_of_three, tmp_path):
+    folder = make_photos(tmp_path / "images", 12)
+    make_bad(folder / "bad")
+    for name, local in (("here", True), ("ray", False)):
+        summary = run(model_of_three, folder, tmp_path / name, local=local, tile=32, tta=True, cleanup="area=9+holes")
+        assert (summary.ok, summary.failed) == (12, 10)
+    assert contents(tmp_path / "here") == contents(tmp_path / "ray")
+
+
+@pytest.mark.slow
+def test_ray_and_one_process_give_the_same_scores(ray_cluster, model, tmp_path):
     images, masks = make_discs(tmp_path / "unseen", 30, seed=9)
     (images / "a_000.png").write_bytes(b"broken")
-    config = EvaluateConfig(model=str(trained), images=str(images), masks=str(masks), precision="fp32")
+    config = EvaluateConfig(model=str(model), images=str(images), masks=str(masks), precision="fp32")
     here, there = evaluate(config, local=True), evaluate(config)
     assert json.dumps(here.to_json()) == json.dumps(there.to_json())
     assert here.images == 29 and here.failures[0][0].endswith("a_000.png")
 
 
-def test_workers_that_leave_no_cpu_to_read_are_refused(ray_cluster, trained, tmp_path):
-    images, _ = make_discs(tmp_path / "few", 3)
-    config = PredictConfig(model=str(trained), inputs=(str(images),), out=str(tmp_path / "out"), workers=4)
+@pytest.mark.slow
+def test_workers_that_leave_no_cpu_to_read_are_refused(ray_cluster, model, tmp_path):
+    folder = make_photos(tmp_path / "few", 3)
     with pytest.raises(UserError, match="leaves none of 4 CPUs to read images: use 3"):
-        predict(config)
-
-
-def test_chunks_depend_on_the_number_of_rows_only_and_hold_each_row_once():
-    chunks = chunked({"path": [str(n) for n in range(1003)]}, row_bytes=10)
-    assert [path for chunk in chunks for path in chunk["path"]] == [str(n) for n in range(1003)]
-    assert [int(chunk["chunk"][0]) for chunk in chunks] == list(range(len(chunks)))
-    assert all(len(chunk["path"]) == chunk["rows"][0] for chunk in chunks)
-    huge = chunked({"path": ["a"] * 9}, row_bytes=50 * 2**20)
-    assert all(len(chunk["path"]) == 1 for chunk in huge)
+        run(model, folder, tmp_path / "out", local=False, workers=4)

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Any
 
 import pyarrow.compute as pc
@@ -204,7 +203,8 @@ def predict(
     with ledger.held(out) as still_mine:
         if config.overwrite:
             _remove(out)
-        _check_out(settings, out, False)
+        else:
+            _check_out(settings, out, False)  # again: another run may have begun and ended meanwhile
         storage.write_bytes(storage.join(out, SETTINGS), (json.dumps(settings, indent=2) + "\n").encode())
         book = Ledger(out, _payloads(config.formats), config.retry_failed)
         found = book.survey(
@@ -308,7 +308,7 @@ def _images(locations: Sequence[str]) -> Iterator[ImageFile]:
     for location in locations:
         prefix = ""
         if len(locations) > 1:
-            base = PurePosixPath(location.partition("?")[0]).name or "input"
+            base = records.root_name(location)
             used[base] += 1
             prefix = f"{base}/" if used[base] == 1 else f"{base}-{used[base]}/"
         for image in records.iter_images(location):

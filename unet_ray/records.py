@@ -90,6 +90,17 @@ def iter_images(location: str) -> Iterator[ImageFile]:
         raise UserError(f"{location}: no image in it ({', '.join(sorted(EXTENSIONS))})")
 
 
+def root_name(location: str) -> str:
+    """What to call the place that relative paths of an input's images begin at: its folder's name, a list's stem."""
+    location = storage.absolute(location)
+    path = PurePosixPath(location.partition("?")[0] if storage.is_uri(location) else location)
+    if path.suffix in (".txt", ".parquet"):
+        return path.stem
+    while glob.has_magic(path.name) or _wanted(path.name):
+        path = path.parent
+    return path.name or "input"
+
+
 def _found(location: str) -> Iterator[ImageFile]:
     if not storage.is_uri(location) and not storage.exists(location) and glob.has_magic(location):
         yield from _of_glob(location)
