@@ -5,9 +5,21 @@ import io
 import numpy as np
 import pytest
 from PIL import Image
+from pycocotools import mask as coco_mask
 
-from unet_ray.config import DataConfig, UserError
-from unet_ray.masks import border_map, encode_png, infer_values, inverse_frequencies
+from unet_ray.config import Cleanup, DataConfig, UserError
+from unet_ray.imaging import stored_values
+from unet_ray.masks import (
+    border_map,
+    box,
+    clean,
+    coco_runs,
+    encode_png,
+    infer_values,
+    inverse_frequencies,
+    overlay,
+    row_runs,
+)
 
 
 def stored(folder, *arrays):
@@ -96,3 +108,87 @@ def test_inverse_frequencies_by_hand(tmp_path):
     )
     with pytest.raises(UserError, match="class 2 does not occur in a sample of 2 masks"):
         inverse_frequencies(paths, DataConfig(mask_values=(0, 255, 7)))
+
+
+def random_masks():
+    generator = np.random.default_rng(0)
+    for number in range(60):
+        height, width = generator.integers(1, 60, 2)
+        mask = (generator.random((height, width)) < generator.choice([0, 0.02, 0.5, 0.98, 1])).astype(np.uint8)
+        # Long runs, too: their differences take several characters.
+        yield np.repeat(np.repeat(mask, generator.integers(1, 30), 0), 40, 1) if number % 3 == 0 else mask
+
+
+def decoded_rows(text: str, shape: tuple[int, int]) -> np.ndarray:
+    flat = np.zeros(shape[0] * shape[1], np.uint8)
+    numbers = [int(word) for word in text.split()]
+    for start, length in zip(numbers[::2], numbers[1::2], strict=True):
+        assert start >= 1 and length >= 1
+        flat[start - 1 : start - 1 + length] = 1
+    return flat.reshape(shape)
+
+
+def test_run_lengths_of_kaggle_are_decoded_to_the_mask():
+    for mask in random_masks():
+        assert (decoded_rows(row_runs(mask), mask.shape) == mask).all()
+    assert row_runs(np.zeros((2, 3), np.uint8)) == ""
+    assert row_runs(np.ones((2, 3), np.uint8)) == "1 6"
+    assert row_runs(np.array([[0, 1, 1], [1, 0, 1]], np.uint8)) == "2 3 6 1"
+
+
+def test_run_lengths_of_coco_are_those_of_pycocotools():
+    for mask in random_masks():
+        theirs = coco_mask.encode(np.asfortranarray(mask))
+        assert coco_runs(mask) == theirs["counts"].decode()
+        if mask.any():
+            assert box(mask == 1) == coco_mask.toBbox(theirs).tolist()
+
+
+def test_run_lengths_of_the_real_masks_come_back(real_data):
+    for path in sorted((real_data / "carvana/train_masks").iterdir())[::10]:
+        mask = stored_values(path.read_bytes())
+        assert (decoded_rows(row_runs(mask), mask.shape) == mask).all()
+        assert coco_runs(mask) == coco_mask.encode(np.asfortranarray(mask))["counts"].decode()
+
+
+def test_clean_up_removes_small_regions_keeps_the_largest_and_fills_holes():
+    mask = np.zeros((12, 12), np.uint8)
+    mask[1:6, 1:6], mask[3, 3] = 1, 0  # 24 pixels with a hole
+    mask[8:10, 8:10] = 1
+    mask[11, 0] = 1
+    mask[6, 6] = 1  # touches the first by a corner only
+    before = mask.copy()
+
+    def cleaned(rule: str) -> int:
+        return int(clean(mask, Cleanup.parse(rule)).sum())
+
+    assert cleaned("none") == 30
+    assert cleaned("area=2") == 28
+    assert cleaned("area=3%") == 24  # of 144: 4.3 pixels
+    assert cleaned("largest") == 24
+    assert cleaned("largest+holes") == 25
+    assert cleaned("holes") == 31
+    assert (mask == before).all()
+
+
+def test_clean_up_of_several_classes_gives_what_it_removes_to_class_0():
+    mask = np.array([[1, 1, 1, 2], [1, 0, 1, 2], [1, 1, 1, 2], [2, 0, 0, 1]], np.uint8)
+    expected = [[1, 1, 1, 2], [1, 1, 1, 2], [1, 1, 1, 2], [0, 0, 0, 0]]
+    assert clean(mask, Cleanup.parse("largest+holes")).tolist() == expected
+
+
+@pytest.mark.parametrize("rule", ["", "area", "area=x", "area=-1", "biggest", "none+holes", "holes+"])
+def test_a_clean_up_that_is_none_is_refused(rule):
+    with pytest.raises(UserError, match="--cleanup"):
+        Cleanup.parse(rule)
+
+
+def test_an_overlay_shows_the_mask_in_colour_and_leaves_the_rest():
+    picture = np.full((40, 60, 3), 200, np.uint8)
+    mask = np.zeros((80, 120), np.uint8)
+    mask[20:60, 30:90] = 1
+    with Image.open(io.BytesIO(overlay(picture, mask, 1))) as image:
+        drawn = np.asarray(image).astype(int)
+    assert drawn.shape == (40, 60, 3)
+    assert np.abs(drawn[2:6, 2:6] - 200).max() < 8
+    assert np.abs(drawn[18:22, 28:32] - 200).max() > 40

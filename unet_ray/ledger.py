@@ -311,7 +311,7 @@ class Ledger:
         missing = int((~self._results(inputs, [*told, (new["row"].to_numpy(), new)])["done"]).sum())
         if missing:
             raise RuntimeError(f"{self.out}: {missing} rows of {name} have no result: start the command again")
-        paths = pa.array([readable(path) for path in inputs["path"].to_pylist()])
+        paths = pa.array([storage.without_secrets(readable(path)) for path in inputs["path"].to_pylist()])
         renewed = set(new["row"].to_pylist())
         kept = pa.array([row for row in range(len(inputs)) if row not in renewed], pa.int64())
         good = new.filter(pc.equal(new["status"], "ok"))

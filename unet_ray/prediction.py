@@ -345,7 +345,7 @@ def _settings(config: PredictConfig, pipeline: Pipeline) -> dict[str, Any]:
     return {
         "weights_sha256": pipeline.card.weights_sha256,
         "ensemble": [checkpoint.read_card(model).weights_sha256 for model in options.ensemble],
-        "inputs": [storage.absolute(location) for location in config.inputs],
+        "inputs": [storage.without_secrets(storage.absolute(location)) for location in config.inputs],
         "formats": sorted(config.formats),
         "name": config.name,
         "precision": config.precision,

@@ -244,11 +244,12 @@ def _of_parquet_file(location: str, prefix: str) -> Iterator[ImageFile]:
                 yield from _listed(batch.column(0).to_pylist(), storage.parent(location))
             return
         size, mtime_ns = storage.sizes_and_times([location])[0]
+        base, mark, options = location.partition("?") if storage.is_uri(location) else (location, "", "")
         row = 0
         for batch in file.iter_batches(LISTED_AT_ONCE, columns=[names] if names else [schema.names[0]]):
             for value in batch.column(0).to_pylist() if names else [None] * batch.num_rows:
                 name = prefix + (value.lstrip("/") if value else f"{row:09d}")
-                image = _image(f"{location}#{row}", name, size, mtime_ns)
+                image = _image(f"{base}#{row}{mark}{options}", name, size, mtime_ns)
                 yield dataclasses.replace(image, source=location, row=row)
                 row += 1
 

@@ -137,10 +137,13 @@ class Segmenter:
         height, width = pixels.size_hw
         config = self.card.model
         if config.padding == "valid":
-            step, weight = tile // 2**config.depth * 2**config.depth, torch.ones(tile, device=self.device)
+            # At multiples of 2 ** depth, so that pooling meets the same pixels as in the whole image.
+            step, beyond, weight = tile // 2**config.depth * 2**config.depth, 0, torch.ones(tile, device=self.device)
         else:
+            # Far enough beyond the edges that its pixels, too, lie in the middle part of some tile.
             step, weight = max(1, round(tile * (1 - overlap))), self._weights(tile)
-        rows, columns = (_Axis.of(length, tile, step) for length in (height, width))
+            beyond = (tile - step) // 2
+        rows, columns = (_Axis.of(length, tile, step, beyond) for length in (height, width))
         rows_total, columns_total = (axis.total(weight) for axis in (rows, columns))
         at_once = IMAGES_AT_ONCE[self.device.type]
         # The rows that further tiles can still change: `tile` of them, from `rows.starts[n]` on.
@@ -188,9 +191,7 @@ class _Axis:
     tile: int
 
     @classmethod
-    def of(cls, length: int, tile: int, step: int) -> _Axis:
-        # Far enough beyond the edges that its pixels, too, lie in the middle part of some tile.
-        beyond = (tile - step) // 2
+    def of(cls, length: int, tile: int, step: int, beyond: int) -> _Axis:
         count = max(1, -(-(length + 2 * beyond - tile) // step) + 1)
         return cls([number * step - beyond for number in range(count)], tile)
 

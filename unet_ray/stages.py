@@ -293,7 +293,7 @@ class Write:
         told = ("status", "error", "height", "width", "output", "pixels", "confidence", "mask", "rle", "runs")
         results: dict[str, Any] = {name: [row.get(name) for row in rows] for name in told}
         results |= {
-            "path": [readable(path) for path in chunk["path"]],
+            "path": [storage.without_secrets(readable(path)) for path in chunk["path"]],
             "name": [readable(name) for name in chunk["name"]],
             "size": chunk["size"],
             "mtime_ns": chunk["mtime_ns"],

@@ -59,6 +59,16 @@ def resolve(location: str) -> tuple[FileSystem, str]:
     return _filesystem(f"{scheme}://{bucket.split('/')[0]}{'?' + query if query else ''}"), bucket
 
 
+def without_secrets(location: str) -> str:
+    """The location without options and keys, as it may stand in a file: `s3://key:secret@bucket/a?region=x` is
+    `s3://bucket/a`."""
+    if not is_uri(location):
+        return location
+    scheme, rest = location.split("://", 1)
+    host, slash, path = rest.partition("?")[0].partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+
+
 def join(location: str, *names: str) -> str:
     """A location below `location`; a bucket's ?options stay at the end."""
     base, mark, query = location.partition("?") if is_uri(location) else (location, "", "")

@@ -1,0 +1,133 @@
+"""Prediction under kill -9: of the command, of the model's actor, of Ray's node. It ends as one that was left alone."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+from conftest import make_bad, make_model, make_photos
+
+pytestmark = pytest.mark.slow
+FORMATS = "png,parquet,rle,kaggle,coco"
+
+
+def command(model: Path, folder: Path, out: Path, *more: str) -> list[str]:
+    arguments = [
+        str(model),
+        str(folder),
+        "--out",
+        str(out),
+        "--format",
+        FORMATS,
+        "--precision",
+        "fp32",
+        "--json",
+        *more,
+    ]
+    return [sys.executable, "-m", "unet_ray", "predict", *arguments]
+
+
+def predict(model: Path, folder: Path, out: Path, *more: str) -> dict:
+    done = subprocess.run(command(model, folder, out, *more), capture_output=True, text=True, check=False)
+    assert done.returncode in (0, 1), done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    """All that must be the same; of the manifest all but the time that each image took."""
+    found = {
+        str(p.relative_to(out)): p.read_bytes()
+        for p in out.rglob("*")
+        if p.is_file() and p.name not in ("summary.json", "lock.json") and p.parent.name != "manifest.parquet"
+    }
+    for part in (out / "manifest.parquet").iterdir():
+        found[part.name] = pq.read_table(part).drop_columns("milliseconds").to_pylist()
+    return found
+
+
+def recorded(out: Path) -> dict[Path, int]:
+    """Each mask that the ledger says is done -> when it was written."""
+    found = {}
+    for folder in (out / "manifest.parquet", out / ".work/done"):
+        for part in folder.rglob("*.parquet"):
+            if part.name.startswith("."):
+                continue
+            try:
+                outputs = pq.read_table(part, columns=["output"])["output"].to_pylist()
+            except FileNotFoundError:  # made a part of the manifest meanwhile
+                continue
+            found |= {out / name: (out / name).stat().st_mtime_ns for name in outputs if name}
+    return found
+
+
+def victims(driver: psutil.Process) -> dict[str, list[psutil.Process]]:
+    below = driver.children(recursive=True)
+    return {
+        "driver": [driver],
+        "actor": [p for p in below if any("_ModelActor" in word for word in p.cmdline()[:1])],
+        "raylet": [p for p in below if p.name() == "raylet"],
+    }
+
+
+def kill_in_the_middle(arguments: list[str], out: Path, kind: str, wait: float) -> dict[Path, int] | None:
+    """Starts the command, and kills what `kind` says `wait` seconds after it has begun to get things done.
+
+    Returns what was recorded as done at that moment; None if the command ended of itself before or after it.
+    """
+    started = len(recorded(out))
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    driver = psutil.Process(process.pid)
+    try:
+        while process.poll() is None and len(recorded(out)) == started:
+            time.sleep(0.02)
+        time.sleep(wait)
+        if process.poll() is not None:
+            return None
+        workers = [p for p in driver.children(recursive=True) if "ray::" in "".join(p.cmdline()[:1])]
+        targets = victims(driver)[kind]
+        before = recorded(out)
+        for target in targets:
+            target.kill()
+        if kind == "actor":  # Ray Data starts another, and the command goes on
+            return before if targets and process.wait(300) in (0, 1) else None
+        process.wait(300)
+        psutil.wait_procs(workers, timeout=60)  # what still writes is done with it
+        return before
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """Slow enough to be caught at work."""
+    settings = [("model.base_channels", 16), ("model.depth", 4), ("data.image_size", 128)]
+    return make_model(tmp_path_factory.mktemp("model"), *settings)
+
+
+def test_killed_again_and_again_it_ends_with_the_same_bytes_and_does_nothing_twice(model, tmp_path):
+    folder, out = make_photos(tmp_path / "images", 400), tmp_path / "killed"
+    make_bad(folder / "bad")
+    whole = predict(model, folder, tmp_path / "whole", "--local")
+    assert (whole["images"], whole["ok"], whole["failed"]) == (410, 400, 10)
+    generator, done = random.Random(0), {}
+    for kind, local in (("driver", True), ("driver", False), ("raylet", False), ("actor", False)):
+        arguments = command(model, folder, out, *["--local"] * local)
+        before = kill_in_the_middle(arguments, out, kind, generator.uniform(0, 0.5))
+        if before is None:
+            break  # it was done sooner
+        assert done.items() <= before.items(), "what was done stays as it was"
+        done = before
+    assert len(done) > 50
+    last = predict(model, folder, out, "--local")
+    assert (last["images"], last["ok"], last["failed"]) == (410, 400, 10)
+    assert last["already_done"] >= len(done)
+    assert done.items() <= recorded(out).items()
+    assert contents(out) == contents(tmp_path / "whole")
+    assert not any((out / ".work/done").iterdir())

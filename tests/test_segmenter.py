@@ -1,0 +1,122 @@
+"""Tiles, flips and ensembles: the same as what they stand for, computed the plain way."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_model
+from PIL import Image
+
+from unet_ray.config import UserError
+from unet_ray.imaging import ImageError, Pixels
+from unet_ray.segmenter import Segmenter
+
+SIZES = [(1, 1), (3, 200), (64, 64), (65, 63), (300, 7), (129, 130)]
+
+
+def pixels_of(array: np.ndarray) -> Pixels:
+    stream = io.BytesIO()
+    np.save(stream, array)
+    return Pixels(stream.getvalue(), array.shape[-1] if array.ndim == 3 else 1, None, 10**9)
+
+
+def noise(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 255, shape).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    make_model(folder / "one", ("augment.vflip", 0.5))
+    make_model(folder / "two", seed=1)
+    make_model(folder / "three", ("model.num_classes", 3), ("data.mask_values", [0, 1, 2]))
+    # At depth 3 a tile has 8n + 4 pixels, of which 8n are a step.
+    valid = [("model.padding", "valid"), ("model.depth", 3), ("data.tile", 36), ("data.image_size", 100)]
+    make_model(folder / "valid", *valid, ("model.in_channels", 1))
+    return folder
+
+
+@pytest.mark.parametrize("overlap", [0, 0.3, 0.5, 0.75])
+@pytest.mark.parametrize("size", SIZES)
+def test_tiles_put_every_pixel_back_where_it_was(folder, size, overlap):
+    segmenter = Segmenter(str(folder / "one"), precision="fp32")
+    # A network that gives each pixel back.
+    segmenter._logits = lambda image: torch.from_numpy(image).permute(0, 3, 1, 2).float() - 100
+    image = noise(*size)
+    whole = segmenter.by_tiles(pixels_of(image), 64, overlap, probabilities=True)
+    assert (whole.mask == (image > 100)).all()
+    expected = torch.sigmoid(torch.from_numpy(image).float() - 100)
+    assert np.abs(whole.probabilities[0] - 255 * expected.numpy()).max() <= 1
+    assert whole.confidence == pytest.approx(float(torch.maximum(expected, 1 - expected).mean()), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["one", "three"])
+@torch.inference_mode()
+def test_tiles_agree_with_the_whole_image_away_from_its_border(folder, name):
+    segmenter = Segmenter(str(folder / name), precision="fp32")
+    image = np.asarray(Image.fromarray(noise(24, 20, 3)).resize((310, 290)))
+    tiled = torch.cat([logits for _, logits in segmenter._bands(pixels_of(image), 128, 0.5)], dim=1)
+    whole = segmenter._logits(image[None].copy())[0]
+    inside = (..., slice(32, -32), slice(32, -32))
+    difference = (tiled - whole)[inside].abs().mean()
+    # Random weights hardly decide, so it is the logits that are compared: some of a tile's edge is always mixed in.
+    assert difference < 0.01 * whole[inside].std()
+    assert (tiled - whole).abs().mean() > difference  # at the border it is mirrored, and the whole image padded
+
+
+@torch.inference_mode()
+def test_an_unpadded_network_by_tiles_is_exactly_the_whole(folder):
+    segmenter = Segmenter(str(folder / "valid"), precision="fp32")
+    image = noise(100, 100, 1)
+    whole = segmenter._logits(image[None].copy())[0, 0].numpy() > 0
+    assert 0 < whole.mean() < 1
+    assert (segmenter.by_tiles(pixels_of(image), 36, 0.5, probabilities=False).mask == whole).all()
+
+
+@torch.inference_mode()
+def test_flips_are_averaged_as_probabilities(folder):
+    plain = Segmenter(str(folder / "one"), precision="fp32")
+    assert plain.card.flips == "hv"
+    flipped = Segmenter(str(folder / "one"), precision="fp32", flips="hv")
+    image = noise(2, 32, 32, 3)
+    views = []
+    for axes in ((), (2,), (1,), (1, 2)):
+        logits = plain._logits(np.flip(image, axes).copy())
+        views.append(logits.sigmoid().numpy())
+        views[-1] = np.flip(views[-1], [axis + 1 for axis in axes])
+    expected = np.mean(views, axis=0)
+    assert np.allclose(flipped._logits(image.copy()).sigmoid().numpy(), expected, atol=1e-5)
+    assert np.allclose(1 / (1 + np.exp(-flipped(image).logits.astype(float))), expected, atol=1e-3)
+    assert not np.allclose(expected, views[0], atol=1e-3)
+
+
+@pytest.mark.parametrize(("first", "second"), [("one", "two"), ("three", "three")])
+@torch.inference_mode()
+def test_an_ensemble_is_the_mean_of_its_probabilities(folder, first, second):
+    image = noise(2, 32, 32, 3)
+    each = [Segmenter(str(folder / name), precision="fp32")._logits(image.copy()) for name in (first, second)]
+    both = Segmenter(str(folder / first), ensemble=[str(folder / second)], precision="fp32")._logits(image.copy())
+    if first == "one":
+        assert torch.allclose(both.sigmoid(), (each[0].sigmoid() + each[1].sigmoid()) / 2, atol=1e-5)
+    else:
+        assert torch.allclose(both.softmax(1), each[0].softmax(1), atol=1e-5)
+
+
+def test_models_that_do_not_go_together_are_refused(folder):
+    with pytest.raises(UserError, match=r"its number of classes is 3, that of .*one 1"):
+        Segmenter(str(folder / "one"), ensemble=[str(folder / "three")])
+    with pytest.raises(UserError, match="its channels is 1"):
+        Segmenter(str(folder / "one"), ensemble=[str(folder / "valid")])
+
+
+def test_windows_of_an_image_are_the_pixels_of_the_decoded_one():
+    stream = io.BytesIO()
+    image = Image.fromarray(noise(20, 30, 3))
+    image.save(stream, "PNG", exif=Image.Exif())
+    pixels = Pixels(stream.getvalue(), 3, None, 10**6)
+    rows, columns = np.array([3, 2, 1, 0, 1]), np.array([29, 28, 29])
+    assert pixels.size_hw == (20, 30)
+    assert (pixels.window(rows, columns) == np.asarray(image)[rows][:, columns]).all()
+    with pytest.raises(ImageError, match="600 pixels, more than --max-pixels 599"):
+        Pixels(stream.getvalue(), 3, None, 599)
