@@ -85,6 +85,7 @@ def ray_cluster():
             object_store_memory=500 * 2**20,
             _temp_dir=temporary,
             _node_ip_address="127.0.0.1",
+            _system_config={"num_workers_soft_limit": 10},  # as the command does
         )
         yield ray
         ray.shutdown()

@@ -17,6 +17,7 @@ from PIL import Image
 from unet_ray import checkpoint
 from unet_ray.cli import main
 from unet_ray.config import ModelConfig, load_train_config, recipe_names, recipe_text
+from unet_ray.evaluation import CLEANUPS
 
 QUICK = [argument for name, value in TINY for argument in ("--set", f"{name}={value}")]
 
@@ -160,6 +161,31 @@ def test_a_changed_image_is_done_again(trained, tmp_path):
     Image.new("RGB", (30, 20)).save(folder / "1.png")
     assert json.loads(run(*arguments).stdout)["already_done"] == 0
     assert Image.open(tmp_path / "out/masks/1.png").size == (30, 20)
+
+
+def test_the_chosen_cleanup_is_kept_with_the_model_and_used_by_predict(tmp_path):
+    discs = make_discs(tmp_path / "discs", 12)
+    train(discs, tmp_path / "run", "--epochs", 12)
+    output = run("evaluate", tmp_path / "run", "--choose-cleanup", "--local").output
+    table = dict(re.findall(r"^(none|\S*(?:holes|largest)) +(0\.\d{4})", output, re.MULTILINE))
+    assert set(table) == {"none", *CLEANUPS}
+    kept = json.loads((tmp_path / "run/model/cleanup.json").read_text())
+    assert f"{kept['cleanup']:<20} {table[kept['cleanup']]}  <- kept for predict" in output
+    assert {name: f"{dice:.4f}" for name, dice in kept["dice"].items()} == table
+    # Scored with it, the Dice is the table's.
+    scores = json.loads(run("evaluate", tmp_path / "run", "--cleanup", "largest+holes", "--local", "--json").stdout)
+    assert f"{scores['dice']['mean']:.4f}" == table["largest+holes"]
+    kept["cleanup"] = "area=100%"  # removes all
+    (tmp_path / "run/model/cleanup.json").write_text(json.dumps(kept))
+    result = run("predict", tmp_path / "run", discs[0], "--out", tmp_path / "out", "--local")
+    assert "masks were cleaned up: area=100%" in result.output
+    assert not any(row["pixels"][1] for row in pq.read_table(tmp_path / "out/manifest.parquet").to_pylist())
+    run("predict", tmp_path / "run", discs[0], "--out", tmp_path / "plain", "--local", "--cleanup", "none")
+    assert any(row["pixels"][1] for row in pq.read_table(tmp_path / "plain/manifest.parquet").to_pylist())
+    # For other weights it was not chosen.
+    train(discs, tmp_path / "other", "--epochs", 2)
+    (tmp_path / "other/model/cleanup.json").write_text(json.dumps(kept))
+    assert "cleaned up" not in run("predict", tmp_path / "other", discs[0], "--out", tmp_path / "o", "--local").output
 
 
 def test_evaluate_scores_and_its_json_is_one_object(trained):

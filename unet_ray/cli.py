@@ -264,10 +264,17 @@ def predict(
     if as_json:
         click.echo(json.dumps(summary.to_json()))
     else:
+        new = summary.images - summary.already_done
+        earlier = f"{summary.already_done} of them by an earlier run"
         speed = f"{summary.images_per_second:.2f} images/s, start included"
-        click.echo(f"{summary.ok} of {summary.images} images segmented, {summary.failed} failed: {out} ({speed})")
+        details = [earlier] * bool(summary.already_done) + [speed] * bool(new)
+        click.echo(
+            f"{summary.ok} of {summary.images} images segmented, {summary.failed} failed: {out} ({', '.join(details)})"
+        )
         for reason, count in list(summary.failures.items())[:5]:
             click.echo(f"  {count} x {reason}")
+        if summary.cleanup != "none":
+            click.echo(f"masks were cleaned up: {summary.cleanup}")
     if summary.failed > allowed(summary.images):
         sys.exit(1)
 
@@ -505,6 +512,9 @@ def _ray(verbose: bool) -> Iterator[None]:
         cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         options |= {"address": "local", "num_cpus": max(2, cpus), "include_dashboard": False}
         options |= {"_temp_dir": temporary, "_node_ip_address": "127.0.0.1"}
+        # Ray ends idle processes beyond one a CPU within a second. Each takes seconds to start, and the stages of Ray
+        # Data need a few more than there are CPUs: kept, a short prediction took half the time.
+        options |= {"_system_config": {"num_workers_soft_limit": max(2, cpus) + 6}}
     with nullcontext() if verbose else _stderr_to_nowhere():
         ray.init(**options)
     try:

@@ -228,7 +228,9 @@ def run_on_cluster(
     ]
     dataset = (
         ray.data.from_arrow(tables)
-        # A block a chunk, made as they are wanted: a hundred million images are not a million objects at once.
+        # A block a chunk, made as they are wanted: a hundred million images are not a million objects at once. Ray Data
+        # fuses the two steps, and so the second, which can't be given a share itself, takes no CPU either.
+        .map_batches(lambda table: table, batch_size=NUMBERS_A_BLOCK, num_cpus=0)
         .repartition(target_num_rows_per_block=1)
         # Half a CPU: reading is in part waiting. And a share of its own keeps Ray Data from fusing the stage into the
         # model's actors, where decoding would not overlap with the model.
