@@ -159,6 +159,19 @@ def test_other_settings_into_the_same_output_are_refused_and_overwrite_begins_an
         run(model, folder, folder, overwrite=True)
 
 
+def test_a_mistyped_input_does_not_stand_in_the_way_of_the_right_one(model, tmp_path):
+    folder = make_photos(tmp_path / "images", 3)
+    (tmp_path / "empty").mkdir()
+    for wrong in ((folder, tmp_path / "imagse"), tmp_path / "empty", folder / "*.bmp"):
+        with pytest.raises(UserError, match=r"no such folder|no image in it"):
+            run(model, wrong, tmp_path / "out")
+    assert run(model, folder, tmp_path / "out").ok == 3
+    # Nor does it harm what is there.
+    with pytest.raises(UserError, match="other inputs"):
+        run(model, tmp_path / "imagse", tmp_path / "out")
+    assert run(model, folder, tmp_path / "out").already_done == 3
+
+
 # --- inputs ---
 
 

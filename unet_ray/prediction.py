@@ -205,14 +205,20 @@ def predict(
             _remove(out)
         else:
             _check_out(settings, out, False)  # again: another run may have begun and ended meanwhile
-        storage.write_bytes(storage.join(out, SETTINGS), (json.dumps(settings, indent=2) + "\n").encode())
         book = Ledger(out, _payloads(config.formats), config.retry_failed)
-        found = book.survey(
-            _images(config.inputs),
-            _Naming(config.name),
-            pipeline.row_bytes(),
-            lambda count: on_progress(count, 0, 0),
-        )
+        begun = storage.exists(storage.join(out, SETTINGS))
+        storage.write_bytes(storage.join(out, SETTINGS), (json.dumps(settings, indent=2) + "\n").encode())
+        try:
+            found = book.survey(
+                _images(config.inputs),
+                _Naming(config.name),
+                pipeline.row_bytes(),
+                lambda count: on_progress(count, 0, 0),
+            )
+        except UserError:
+            if not begun:  # a mistyped input must not stand in the way of the right one
+                _remove(out)
+            raise
         parts = book.parts()
         states = list(book.states(parts))
         images, already_done = sum(state.rows for state in states), sum(state.done for state in states)
