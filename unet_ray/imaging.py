@@ -6,12 +6,16 @@ The only place in this package where anything is resized.
 
 from __future__ import annotations
 
+import ctypes
 import io
+import re
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import numpy as np
+import PIL
 from PIL import Image, ImageOps, UnidentifiedImageError
 from scipy import special
 
@@ -24,6 +28,16 @@ Image.MAX_IMAGE_PIXELS = None
 PERCENTILES = (0.5, 99.5)
 _ROTATED = {5, 6, 7, 8}  # EXIF orientations that swap width and height
 _ORIENTATION = 0x0112
+
+
+def _silence_libtiff() -> None:
+    """Keeps the C library in Pillow's wheels from printing about damaged files; Pillow's own errors tell of them."""
+    for library in (Path(PIL.__file__).parents[1] / "pillow.libs").glob("libtiff*"):
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(str(library)).TIFFSetErrorHandler(None)
+
+
+_silence_libtiff()
 
 
 class ImageError(ValueError):
@@ -44,7 +58,8 @@ def _reading() -> Iterator[None]:
     except MemoryError:
         raise ImageError("too large for the memory of this machine") from None
     except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error, … on bad files
-        raise ImageError(f"cannot be decoded: {' '.join(str(error).split()) or type(error).__name__}") from None
+        text = re.sub(r" \(\d+ bytes not processed\)", "", " ".join(str(error).split()))  # one reason, not one for each
+        raise ImageError(f"cannot be decoded: {text or type(error).__name__}") from None
 
 
 @contextmanager
