@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -109,7 +110,8 @@ def test_a_prediction_in_a_bucket_is_killed_and_goes_on(bucket, tmp_path):
 
 def test_ray_reads_and_writes_a_bucket(bucket, ray_cluster, tmp_path):
     client, options = bucket
-    folder = make_photos(tmp_path / "images", 20)
+    folder = make_photos(tmp_path / "images", 19)
+    shutil.copy(folder / "sub 0/0000.jpg", folder / "what? ü.jpg")
     uploaded(client, folder, "few")
     config = PredictConfig(
         model=str(make_model(tmp_path / "model")),
@@ -119,5 +121,6 @@ def test_ray_reads_and_writes_a_bucket(bucket, ray_cluster, tmp_path):
     )
     summary = predict(config)
     assert (summary.ok, summary.failed) == (20, 0)
-    assert len(masks_of(stored(client, "masks-of-few/"))) == 20
+    masks = masks_of(stored(client, "masks-of-few/"))
+    assert len(masks) == 20 and "masks/what? ü.png" in masks
     assert predict(config).already_done == 20

@@ -52,6 +52,7 @@ def head():
                 f"--ray-client-server-port={free_port()}",
                 f"--dashboard-agent-listen-port={free_port()}",
                 f"--temp-dir={temporary}",
+                '--system-config={"num_workers_soft_limit": 10}',
                 "--disable-usage-stats",
             ],
             env=environment(),

@@ -206,10 +206,8 @@ class Pixels:
             self.size_hw: tuple[int, int] = self.array.shape[:2]
         else:
             with _opened(data, max_pixels) as image:
-                # Pillow's own memory; as an array it would be there twice.
+                # Pillow's own memory, which outlives the file; as an array it would be there twice.
                 self.image = _in_mode(image, channels, value_range)
-                if self.image is image:
-                    self.image = image.copy()
             self.size_hw = self.image.size[::-1]
 
     def window(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:

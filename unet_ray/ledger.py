@@ -21,7 +21,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from typing import Any
@@ -80,6 +80,9 @@ PAYLOADS = {
 }
 """What a row may carry beside the manifest, and goes into Parquet files of its own: the mask as PNG, COCO's run
 lengths, Kaggle's."""
+
+RESULT = ["size", "mtime_ns", "status"]
+"""Columns that say whether a row is done."""
 
 Columns = dict[str, Any]
 
@@ -226,8 +229,7 @@ class Ledger:
         if f"{name}.parquet" not in manifests and name not in begun:
             return PartState([part * PART_ROWS + n for n in range(len(bounds) - 1)], bounds[-1], 0, 0, False)
         inputs = file.read(["size", "mtime_ns"])
-        columns = ["size", "mtime_ns", "status"]
-        results = self._results(inputs, self._told(part, columns, journals=name in begun))
+        results = self._results(inputs, self._told(part, RESULT, journals=name in begun))
         todo = results["todo"]
         chunks = [part * PART_ROWS + n for n, (start, stop) in enumerate(pairwise(bounds)) if todo[start:stop].any()]
         failed = int((~todo & results["failed"]).sum())
@@ -266,10 +268,10 @@ class Ledger:
         table = file.read_row_group(chunk)
         rows = np.arange(start, start + len(table))
         told = []
-        manifest = self._read(MANIFEST, f"{PART.format(part)}.parquet", ["size", "mtime_ns", "status"])
+        manifest = self._read(MANIFEST, f"{PART.format(part)}.parquet", RESULT)
         if manifest is not None:
             told.append((rows - start, manifest.slice(start, len(rows))))
-        journal = self._read(*self._journal(number), ["row", "size", "mtime_ns", "status"])
+        journal = self._read(*self._journal(number), ["row", *RESULT])
         if journal is not None:
             told.append((journal["row"].to_numpy() - start, journal))
         todo = self._results(table, told)["todo"]
@@ -280,10 +282,7 @@ class Ledger:
 
     def record(self, number: int, rows: np.ndarray, results: Columns) -> None:
         """Writes down what was found of some rows of a chunk: columns of `MANIFEST_SCHEMA` and of the payloads."""
-        fields = [pa.field("row", pa.int32()), *MANIFEST_SCHEMA]
-        for name, _ in self.payloads:
-            fields += list(PAYLOADS[name])
-        schema = pa.schema(fields)
+        schema = self._nothing().schema
         table = pa.table({"row": rows, **{name: results[name] for name in schema.names[1:]}}, schema)
         folder, name = self._journal(number)
         earlier = self._read(folder, name, None)
@@ -295,44 +294,61 @@ class Ledger:
     def finish(self, part: int) -> None:
         """Makes a part of the manifest, and of the other Parquet files, of what its chunks have said.
 
-        All of its rows must be done. Safe to be stopped at any moment and done again.
+        All of its rows must be done. Safe to be stopped at any moment and done again. One chunk is in memory at a time.
         """
         name = PART.format(part)
-        inputs = self._inputs(part, ["path", "size", "mtime_ns"])
-        folder = f"{WORK}/done/{name}"
-        journals = [
-            self._read(folder, file, None) for file in storage.names_in(storage.join(self.out, WORK, "done", name))
-        ]
+        file = self._open_inputs(part)
+        inputs, bounds = file.read(["path", "size", "mtime_ns"]), _bounds(file)
+        journals = storage.names_in(storage.join(self.out, WORK, "done", name))
         if not journals:
             return  # done before
-        new = pa.concat_tables(journals).sort_by("row")
-        before = self._read(MANIFEST, f"{name}.parquet", MANIFEST_SCHEMA.names)
-        told = [] if before is None else [(np.arange(len(before)), before)]
-        missing = int((~self._results(inputs, [*told, (new["row"].to_numpy(), new)])["done"]).sum())
+        missing = int((~self._results(inputs, self._told(part, RESULT, journals=True))["done"]).sum())
         if missing:
             raise RuntimeError(f"{self.out}: {missing} rows of {name} have no result: start the command again")
         paths = pa.array([storage.without_secrets(readable(path)) for path in inputs["path"].to_pylist()])
-        renewed = set(new["row"].to_pylist())
-        kept = pa.array([row for row in range(len(inputs)) if row not in renewed], pa.int64())
-        good = new.filter(pc.equal(new["status"], "ok"))
-        for payload, target in self.payloads:
-            rows = _payload(payload, good)
-            earlier = self._read(target, f"{name}.parquet", None)
-            if earlier is not None:
-                rows = pa.concat_tables([earlier.filter(pc.is_in(earlier["path"], paths.take(kept))), rows])
-                rows = rows.take(pc.array_sort_indices(pc.index_in(rows["path"], paths)))
-            # Masks are compressed already: to do it again costs time and saves nothing.
-            data = to_parquet(rows, compression="none" if payload == "mask" else "zstd")
-            storage.write_bytes(storage.join(self.out, *target.split("/"), f"{name}.parquet"), data)
-        manifest = new.select(MANIFEST_SCHEMA.names)
-        if len(kept):
-            assert before is not None
-            numbers = pa.concat_arrays([kept, pc.cast(new["row"], pa.int64()).combine_chunks()])
-            manifest = pa.concat_tables([before.take(kept), manifest]).take(pc.array_sort_indices(numbers))
-        storage.write_bytes(storage.join(self.out, MANIFEST, f"{name}.parquet"), to_parquet(manifest))
+        targets = {payload: (*folder.split("/"), f"{name}.parquet") for payload, folder in self.payloads}
+        earlier = {payload: self._read(folder, f"{name}.parquet", None) for payload, folder in self.payloads}
+        before = self._read(MANIFEST, f"{name}.parquet", MANIFEST_SCHEMA.names)
+        parts: list[pa.Table] = []
+        with ExitStack() as stack:
+            writers: dict[str, pq.ParquetWriter] = {}
+            for payload, target in targets.items():
+                stream = stack.enter_context(storage.writing(storage.join(self.out, *target)))
+                schema = _payload(payload, self._nothing()).schema
+                # Masks are compressed already: to do it again costs time and saves nothing.
+                compression = "none" if payload == "mask" else "zstd"
+                writers[payload] = stack.enter_context(pq.ParquetWriter(stream, schema, compression=compression))
+            for chunk, (start, stop) in enumerate(pairwise(bounds)):
+                file_name = f"{chunk:05d}.parquet"
+                new = self._read(f"{WORK}/done/{name}", file_name, None) if file_name in journals else self._nothing()
+                assert new is not None
+                renewed = set(new["row"].to_pylist())
+                kept = pa.array([row for row in range(start, stop) if row not in renewed], pa.int64())
+                good = new.filter(pc.equal(new["status"], "ok"))
+                for payload, writer in writers.items():
+                    rows, old = _payload(payload, good), earlier[payload]
+                    if old is not None and len(kept):
+                        rows = pa.concat_tables([old.filter(pc.is_in(old["path"], paths.take(kept))), rows])
+                        rows = rows.take(pc.array_sort_indices(pc.index_in(rows["path"], paths)))
+                    if len(rows):
+                        writer.write_table(rows)
+                told = new.select(MANIFEST_SCHEMA.names)
+                if before is not None and len(kept):
+                    numbers = pa.concat_arrays([kept, pc.cast(new["row"], pa.int64()).combine_chunks()])
+                    told = pa.concat_tables([before.take(kept), told]).take(pc.array_sort_indices(numbers))
+                parts.append(told)
+        manifest = to_parquet(pa.concat_tables(parts).combine_chunks())
+        storage.write_bytes(storage.join(self.out, MANIFEST, f"{name}.parquet"), manifest)
         storage.delete_folder(storage.join(self.out, WORK, "done", name))
 
     # --- files ---
+
+    def _nothing(self) -> pa.Table:
+        """What finished chunks write down, without a row."""
+        fields = [pa.field("row", pa.int32()), *MANIFEST_SCHEMA]
+        for name, _ in self.payloads:
+            fields += list(PAYLOADS[name])
+        return pa.schema(fields).empty_table()
 
     def _inputs_file(self, part: int) -> str:
         return storage.join(self.out, WORK, "inputs", f"{PART.format(part)}.parquet")
@@ -366,12 +382,15 @@ class Ledger:
                 yield table
 
     def payload(self, name: str) -> Iterator[pa.Table]:
-        """The rows of a payload, a part at a time."""
+        """The rows of a payload, some at a time."""
         folder = dict(self.payloads)[name]
         for part in self.parts():
-            table = self._read(folder, f"{PART.format(part)}.parquet", None)
-            if table is not None:
-                yield table
+            location = storage.join(self.out, *folder.split("/"), f"{PART.format(part)}.parquet")
+            if storage.exists(location):
+                filesystem, path = storage.resolve(location)
+                with pq.ParquetFile(path, filesystem=filesystem) as file:
+                    for batch in file.iter_batches(MAX_ROWS):
+                        yield pa.Table.from_batches([batch])
 
 
 def _payload(name: str, good: pa.Table) -> pa.Table:

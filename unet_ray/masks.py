@@ -15,6 +15,8 @@ from unet_ray import storage
 from unet_ray.config import IGNORE, Cleanup, DataConfig, UserError
 from unet_ray.imaging import ImageError, decode_mask, stored_values
 
+FOREGROUND = (0, 230, 80)
+"""Colour of the one class in overlays: rare in photographs and in stained tissue."""
 SAMPLE = 32
 """How many masks, evenly spaced over the sorted list, are read to learn their values."""
 
@@ -188,6 +190,8 @@ def overlay(picture: np.ndarray, mask: np.ndarray, num_classes: int) -> bytes:
     height, width = picture.shape[:2]
     ids = np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
     colours = np.frombuffer(_palette(), np.uint8).reshape(256, 3)
+    if num_classes == 1:
+        colours = np.array([(0, 0, 0), FOREGROUND], np.uint8)
     shown = ids > 0 if num_classes == 1 else np.ones_like(ids, bool)
     edge = np.zeros_like(shown)
     edge[:-1] |= ids[:-1] != ids[1:]

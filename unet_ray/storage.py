@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from pyarrow.fs import FileInfo, FileSystem
 
 
+QUESTION_MARK = "%3F"
+"""What stands in a URI for a `?` of an object's name, as a plain one begins the options."""
+
+
 def is_uri(location: str) -> bool:
     return re.match(r"[a-z][a-z0-9+.-]*://", location) is not None
 
@@ -56,7 +60,8 @@ def resolve(location: str) -> tuple[FileSystem, str]:
     scheme, rest = location.split("://", 1)
     bucket, _, query = rest.partition("?")
     # Bucket options such as ?region= or ?endpoint_override= belong to the filesystem, not to the path.
-    return _filesystem(f"{scheme}://{bucket.split('/')[0]}{'?' + query if query else ''}"), bucket
+    filesystem = _filesystem(f"{scheme}://{bucket.split('/')[0]}{'?' + query if query else ''}")
+    return filesystem, bucket.replace(QUESTION_MARK, "?")
 
 
 def without_secrets(location: str) -> str:
@@ -66,12 +71,15 @@ def without_secrets(location: str) -> str:
         return location
     scheme, rest = location.split("://", 1)
     host, slash, path = rest.partition("?")[0].partition("/")
-    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path.replace(QUESTION_MARK, '?')}"
 
 
 def join(location: str, *names: str) -> str:
     """A location below `location`; a bucket's ?options stay at the end."""
-    base, mark, query = location.partition("?") if is_uri(location) else (location, "", "")
+    base, mark, query = location, "", ""
+    if is_uri(location):
+        base, mark, query = location.partition("?")
+        names = tuple(name.replace("?", QUESTION_MARK) for name in names)
     return "/".join([base.rstrip("/") or "/", *names]).replace("//", "/", int(base == "/")) + mark + query
 
 
@@ -129,6 +137,7 @@ def writing(location: str) -> Iterator[IO[bytes]]:
                 shutil.copyfileobj(stream, target, 2**23)
         return
     target_path = Path(location)
+    target_path.parent.mkdir(parents=True, exist_ok=True)
     temporary = target_path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
         with temporary.open("wb") as stream:
