@@ -86,5 +86,9 @@ def test_the_package_and_the_help_load_neither_torch_nor_ray():
     assert not {"torch", "ray", "numpy", "pyarrow"} & loaded_after("import unet_ray.cli")
 
 
+def test_prediction_starts_without_scipy_which_takes_longer_than_all_of_ours():
+    assert "scipy" not in loaded_after("import unet_ray.prediction")
+
+
 def test_what_trains_and_predicts_in_one_process_loads_no_ray():
     assert "ray" not in loaded_after("import unet_ray.engine, unet_ray.stages, unet_ray.training, unet_ray.evaluation")

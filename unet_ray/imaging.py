@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import PIL
 from PIL import Image, ImageOps, UnidentifiedImageError
-from scipy import special
 
 from unet_ray.config import IGNORE, DataConfig, ValueRange
 
@@ -304,9 +303,10 @@ def probabilities(logits_KHW: np.ndarray, size_hw: tuple[int, int]) -> np.ndarra
 def to_probabilities(logits_KHW: np.ndarray) -> np.ndarray:
     """uint8 [K,H,W] of float32 logits [K,H,W]."""
     if len(logits_KHW) == 1:
-        share = special.expit(logits_KHW)
+        share = 0.5 + 0.5 * np.tanh(logits_KHW / 2)  # the sigmoid, without overflow
     else:
-        share = special.softmax(logits_KHW, axis=0)
+        share = np.exp(logits_KHW - logits_KHW.max(axis=0))
+        share /= share.sum(axis=0)
     return np.rint(255 * share).astype(np.uint8)
 
 

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
-from scipy import ndimage
 
 from unet_ray import storage
 from unet_ray.config import IGNORE, Cleanup, DataConfig, UserError
@@ -80,6 +79,8 @@ def border_map(mask: np.ndarray, sigma: float) -> np.ndarray:
 
     An object is a connected region (edges, not corners) of one class other than 0.
     """
+    from scipy import ndimage  # here, as in `clean`: most predictions need none, and start sooner
+
     reach = int(np.ceil(3.53 * sigma))  # beyond, the map rounds to 0
     nearest = np.full(mask.shape, np.inf, np.float32)
     second = nearest.copy()
@@ -167,6 +168,8 @@ def _run_starts(flat: np.ndarray) -> np.ndarray:
 
 def clean(mask: np.ndarray, cleanup: Cleanup) -> np.ndarray:
     """Class ids, uint8 [H,W], after clean-up; `mask` itself is left as it is."""
+    from scipy import ndimage
+
     cleaned = mask.copy()
     least = max(cleanup.min_area, cleanup.min_share * mask.size)
     for class_id in set(np.unique(mask).tolist()) - {0}:

@@ -14,8 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
-from scipy.spatial import KDTree
 from torch import Tensor
 
 from unet_ray.config import IGNORE
@@ -98,6 +96,8 @@ def surface_distances(predicted: np.ndarray, truth: np.ndarray) -> tuple[np.ndar
     `predicted`, `truth`: bool [H,W]. An edge pixel is one of a region with a side neighbour outside it or outside the
     image, as in MONAI's `get_mask_edges`.
     """
+    from scipy.spatial import KDTree  # here: prediction, which needs none, starts sooner
+
     edges = [np.argwhere(_edge(region)) for region in (predicted, truth)]
     if not (len(edges[0]) and len(edges[1])):
         return np.empty(0), np.empty(0)
@@ -318,6 +318,8 @@ class Comparison:
 
 def compare(one: ImageScores, other: ImageScores) -> Comparison:
     """The first against the second, on the images that both have."""
+    from scipy import stats  # here: it takes a second and a half to load
+
     second = dict(zip(other.paths, other.means()["dice"].tolist(), strict=True))
     pairs = [
         (a, second[path]) for path, a in zip(one.paths, one.means()["dice"].tolist(), strict=True) if path in second
