@@ -7,10 +7,12 @@ import pytest
 import torch
 from conftest import make_model
 from PIL import Image
+from torch import nn
 
+from unet_ray import checkpoint
 from unet_ray.config import UserError
 from unet_ray.imaging import ImageError, Pixels
-from unet_ray.segmenter import Segmenter
+from unet_ray.segmenter import Segmenter, fold_batch_norm
 
 SIZES = [(1, 1), (3, 200), (64, 64), (65, 63), (300, 7), (129, 130)]
 
@@ -35,6 +37,23 @@ def folder(tmp_path_factory):
     valid = [("model.padding", "valid"), ("model.depth", 3), ("data.tile", 36), ("data.image_size", 100)]
     make_model(folder / "valid", *valid, ("model.in_channels", 1))
     return folder
+
+
+@torch.inference_mode()
+def test_batch_norm_is_folded_into_the_convolutions_before_it(folder):
+    model, _ = checkpoint.load_model(str(folder / "one"))
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():  # as after a training, rather than 0 and 1
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(generator=generator)
+            module.running_var.uniform_(0.5, 2, generator=generator)
+            module.weight.uniform_(0.5, 2, generator=generator)
+            module.bias.normal_(generator=generator)
+    image = torch.from_numpy(noise(1, 3, 32, 32))
+    expected = model.eval()(image)
+    fold_batch_norm(model)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    assert torch.allclose(model(image), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("overlap", [0, 0.3, 0.5, 0.75])

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from unet_ray import checkpoint, imaging
 from unet_ray.checkpoint import ModelCard
@@ -72,8 +74,9 @@ class Segmenter:
         self.models = []
         for path in (location, *ensemble):
             model, card = checkpoint.load_model(path)
+            fold_batch_norm(model.eval())
             self.models.append(
-                (model.eval().to(self.device, memory_format=torch.channels_last), card)  # type: ignore[call-overload]
+                (model.to(self.device, memory_format=torch.channels_last), card)  # type: ignore[call-overload]
             )
         self.card = self.models[0][1]
         check_ensemble([card for _, card in self.models], [location, *ensemble])
@@ -181,6 +184,16 @@ class Segmenter:
     def _weights(self, tile: int) -> Tensor:
         place = torch.arange(tile, device=self.device, dtype=torch.float32) - (tile - 1) / 2
         return torch.exp(-(place**2) / (2 * (SIGMA * tile) ** 2)).clamp_min(1e-3)
+
+
+def fold_batch_norm(model: nn.Module) -> None:
+    """Makes each convolution do the work of the batch norm after it, in place: the same to rounding, a pass less over
+    the activations. The model must be in evaluation mode."""
+    for block in model.modules():
+        if isinstance(block, nn.Sequential):
+            for place, (first, second) in enumerate(pairwise(block)):
+                if isinstance(first, nn.Conv2d) and isinstance(second, nn.BatchNorm2d):
+                    block[place], block[place + 1] = fuse_conv_bn_eval(first, second), nn.Identity()
 
 
 @dataclass(frozen=True, slots=True)
