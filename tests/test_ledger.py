@@ -257,6 +257,25 @@ def test_in_a_bucket_a_lock_that_is_renewed_is_respected_and_a_dead_one_taken_ov
     second.close()
 
 
+def test_a_file_system_without_locks_is_held_by_beats(tmp_path, monkeypatch):
+    import fcntl
+
+    def unsupported(file, operation):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    monkeypatch.setattr(ledger, "BEAT_SECONDS", 0.3)
+    monkeypatch.setattr(ledger, "DEAD_AFTER_SECONDS", 3.0)
+    with held(str(tmp_path)) as check:
+        while not (tmp_path / ".work/lock.json").read_text():
+            pass
+        # Of this very process, which lives.
+        with pytest.raises(UserError, match="another run"), held(str(tmp_path)):
+            pass
+        check()
+    assert not (tmp_path / ".work/lock.json").exists()
+
+
 def test_parts_are_numbered_so_that_chunks_are_too(tmp_path):
     survey(tmp_path, images(range(PART_ROWS + 1)))
     assert todo(book(tmp_path))[-1] == PART_ROWS

@@ -516,9 +516,12 @@ def held(out: str) -> Iterator[Callable[[], None]]:
     with open(path, "a+") as file:  # noqa: PTH123
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             file.seek(0)
             raise _occupied(out, file.read()) from None
+        except OSError:  # a network file system without locks
+            yield from _held_by_beats(out, path, me)
+            return
         file.truncate(0)
         file.write(json.dumps(me))
         file.flush()
