@@ -1,6 +1,7 @@
 """Prediction and evaluation: one row for every input, the same files and figures through Ray as in one process."""
 
 import csv
+import errno
 import io
 import json
 import os
@@ -17,7 +18,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from unet_ray import training
+from unet_ray import storage, training
 from unet_ray.config import FORMATS, EvaluateConfig, PredictConfig, UserError, load_train_config
 from unet_ray.evaluation import evaluate
 from unet_ray.prediction import predict
@@ -170,6 +171,24 @@ def test_a_mistyped_input_does_not_stand_in_the_way_of_the_right_one(model, tmp_
     with pytest.raises(UserError, match="other inputs"):
         run(model, tmp_path / "imagse", tmp_path / "out")
     assert run(model, folder, tmp_path / "out").already_done == 3
+
+
+def test_a_full_disk_is_one_line_and_costs_nothing_that_is_done(model, tmp_path, monkeypatch):
+    folder = make_photos(tmp_path / "images", 40)
+    write, room = storage.write_bytes, [25]
+
+    def full(location, data, **options):
+        room[0] -= 1
+        if room[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device", location)
+        write(location, data, **options)
+
+    monkeypatch.setattr(storage, "write_bytes", full)
+    with pytest.raises(UserError, match=r"No space left on device\. What is done is kept"):
+        run(model, folder, tmp_path / "out")
+    monkeypatch.undo()
+    summary = run(model, folder, tmp_path / "out")
+    assert summary.ok == 40 and summary.already_done >= 16
 
 
 # --- inputs ---

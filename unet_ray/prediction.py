@@ -6,6 +6,7 @@ What there is to do and what is done is the ledger's (`ledger.py`); the stages (
 from __future__ import annotations
 
 import dataclasses
+import errno
 import itertools
 import json
 import os
@@ -13,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -200,7 +201,7 @@ def predict(
         raise UserError(f"--format kaggle is for one class, the model has {classes}: use rle or coco")
     settings = _settings(config, pipeline)
     _check_out(settings, out, config.overwrite)
-    with ledger.held(out) as still_mine:
+    with _written(out), ledger.held(out) as still_mine:
         if config.overwrite:
             _remove(out)
         else:
@@ -281,6 +282,18 @@ def predict(
         )
         storage.write_bytes(storage.join(out, SUMMARY), (json.dumps(summary.to_json(), indent=2) + "\n").encode())
     return summary
+
+
+@contextmanager
+def _written(out: str) -> Iterator[None]:
+    """A full or read-only disk, which is the user's to mend, as UserError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        what = error.strerror or "cannot be written"
+        raise UserError(f"{out}: {what}. What is done is kept: mend it and give the same command again") from None
 
 
 def _count(book: Ledger) -> tuple[Counter[str], int, int]:
