@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unet_ray.imaging import MAX_PIXELS
+from unet_ray.config import MAX_PIXELS
 from unet_ray.ledger import objects
 from unet_ray.stages import Decode, Reader
 

@@ -133,6 +133,8 @@ class ModelConfig:
         return side > 4
 
 
+MAX_PIXELS = 200_000_000
+"""Of an image, unless --max-pixels says more: 0.8 GB while Pillow decodes it."""
 ValueRange = tuple[float, float] | Literal["percentiles"] | None
 
 
@@ -445,7 +447,7 @@ class MaskOptions:
     """Further models whose probabilities are averaged with those of the first."""
     cleanup: str | None = None
     """See `Cleanup.parse`; None: what `evaluate --choose-cleanup` has chosen for this model, or nothing."""
-    max_pixels: int = 200_000_000
+    max_pixels: int = MAX_PIXELS
     """An image with more is not decoded: a few kilobytes can claim gigabytes."""
     workers: int = 0
     """Copies of the model; 0: one a GPU, or one for every 8 CPUs."""

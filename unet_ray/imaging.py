@@ -18,12 +18,10 @@ import numpy as np
 import PIL
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from unet_ray.config import IGNORE, DataConfig, ValueRange
+from unet_ray.config import IGNORE, MAX_PIXELS, DataConfig, ValueRange
 
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
-MAX_PIXELS = 200_000_000
-"""Of an image, unless --max-pixels says more: 0.8 GB while Pillow decodes it. Pillow's own limit is lifted for it."""
-Image.MAX_IMAGE_PIXELS = None
+Image.MAX_IMAGE_PIXELS = None  # ours (`MAX_PIXELS`, --max-pixels) stands in its place
 PERCENTILES = (0.5, 99.5)
 _ROTATED = {5, 6, 7, 8}  # EXIF orientations that swap width and height
 _ORIENTATION = 0x0112

@@ -302,13 +302,11 @@ class Ledger:
         journals = storage.names_in(storage.join(self.out, WORK, "done", name))
         if not journals:
             return  # done before
-        missing = int((~self._results(inputs, self._told(part, RESULT, journals=True))["done"]).sum())
-        if missing:
-            raise RuntimeError(f"{self.out}: {missing} rows of {name} have no result: start the command again")
         paths = pa.array([storage.without_secrets(readable(path)) for path in inputs["path"].to_pylist()])
         targets = {payload: (*folder.split("/"), f"{name}.parquet") for payload, folder in self.payloads}
         earlier = {payload: self._read(folder, f"{name}.parquet", None) for payload, folder in self.payloads}
         before = self._read(MANIFEST, f"{name}.parquet", MANIFEST_SCHEMA.names)
+        results = [] if before is None else [(np.arange(len(before)), before)]
         parts: list[pa.Table] = []
         with ExitStack() as stack:
             writers: dict[str, pq.ParquetWriter] = {}
@@ -322,6 +320,7 @@ class Ledger:
                 file_name = f"{chunk:05d}.parquet"
                 new = self._read(f"{WORK}/done/{name}", file_name, None) if file_name in journals else self._nothing()
                 assert new is not None
+                results.append((new["row"].to_numpy(), new.select(RESULT)))
                 renewed = set(new["row"].to_pylist())
                 kept = pa.array([row for row in range(start, stop) if row not in renewed], pa.int64())
                 good = new.filter(pc.equal(new["status"], "ok"))
@@ -337,6 +336,9 @@ class Ledger:
                     numbers = pa.concat_arrays([kept, pc.cast(new["row"], pa.int64()).combine_chunks()])
                     told = pa.concat_tables([before.take(kept), told]).take(pc.array_sort_indices(numbers))
                 parts.append(told)
+            missing = int((~self._results(inputs, results)["done"]).sum())
+            if missing:  # what has been written so far does not appear
+                raise RuntimeError(f"{self.out}: {missing} rows of {name} have no result: start the command again")
         manifest = to_parquet(pa.concat_tables(parts).combine_chunks())
         storage.write_bytes(storage.join(self.out, MANIFEST, f"{name}.parquet"), manifest)
         storage.delete_folder(storage.join(self.out, WORK, "done", name))

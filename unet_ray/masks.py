@@ -6,6 +6,7 @@ import colorsys
 import functools
 import io
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -150,6 +151,11 @@ def coco_runs(mask: np.ndarray) -> str:
     place = np.arange(8)
     characters = digits + 48 + 32 * (place < length[:, None] - 1)
     return characters[place < length[:, None]].astype(np.uint8).tobytes().decode("ascii")
+
+
+def coco_region(region: np.ndarray) -> dict[str, Any]:
+    """`bbox` and `counts` of the pixels that are True, bool [H,W], of which there must be one at least."""
+    return {"bbox": box(region), "counts": coco_runs(region)}
 
 
 def box(region: np.ndarray) -> list[int]:

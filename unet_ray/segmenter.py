@@ -19,6 +19,7 @@ from unet_ray.checkpoint import ModelCard
 from unet_ray.config import UserError
 from unet_ray.engine import autocast, check_precision, keep_freed_memory, run_network
 from unet_ray.imaging import Pixels
+from unet_ray.tiles import mirrored
 
 IMAGES_AT_ONCE = {"cpu": 1, "cuda": 8}
 """On a CPU one image at a time keeps the activations in the caches, and was fastest."""
@@ -152,11 +153,11 @@ class Segmenter:
         # The rows that further tiles can still change: `tile` of them, from `rows.starts[n]` on.
         band = torch.zeros((config.num_classes, tile, columns.padded), device=self.device)
         for number, top in enumerate(rows.starts):
-            places = [_mirrored(top - config.margin, tile + 2 * config.margin, height)]
+            places = [mirrored(top - config.margin, tile + 2 * config.margin, height)]
             for first in range(0, len(columns.starts), at_once):
                 lefts = columns.starts[first : first + at_once]
                 windows = [
-                    pixels.window(places[0], _mirrored(left - config.margin, tile + 2 * config.margin, width))
+                    pixels.window(places[0], mirrored(left - config.margin, tile + 2 * config.margin, width))
                     for left in lefts
                 ]
                 for left, logits in zip(lefts, self._tile_logits(np.stack(windows)), strict=True):
@@ -218,13 +219,6 @@ class _Axis:
         for start in self.starts:
             total[start - self.starts[0] :][: self.tile] += weight
         return total
-
-
-def _mirrored(start: int, length: int, size: int) -> np.ndarray:
-    """Positions start .. start+length-1 of a side of `size` pixels that is mirrored at its ends."""
-    period = max(1, 2 * (size - 1))
-    position = np.arange(start, start + length) % period
-    return np.where(position < size, position, period - position)
 
 
 def _certainty(logits_NKHW: Tensor) -> Tensor:

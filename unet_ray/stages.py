@@ -348,10 +348,10 @@ class Write:
             storage.write_bytes(self._at(MASKS, output), result["mask"])
         if {"rle", "coco"} & set(self.formats):
             # One class is the foreground alone; of several, each that occurs.
-            ids = [class_id for class_id in range(int(classes == 1), len(counted)) if counted[class_id]]
             result["rle"] = [
-                {"class_id": i, "area": counted[i], "bbox": masks.box(mask == i), "counts": masks.coco_runs(mask == i)}
-                for i in ids
+                {"class_id": class_id, "area": counted[class_id], **masks.coco_region(mask == class_id)}
+                for class_id in range(int(classes == 1), len(counted))
+                if counted[class_id]
             ]
         if "kaggle" in self.formats:
             result["runs"] = masks.row_runs(mask)

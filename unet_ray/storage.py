@@ -13,7 +13,6 @@ import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -180,27 +179,16 @@ def list_files(location: str) -> list[FileInfo]:
     return [entry for entry in found if entry.type == FileType.File]
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """What a folder of a bucket holds."""
-
-    base_name: str
-    is_file: bool
-    size: int
-    mtime_ns: int | None
-
-
-def entries(location: str) -> list[Entry]:
+def entries(location: str) -> list[FileInfo]:
     """What is directly inside a folder, sorted by name. Raises UserError."""
-    from pyarrow.fs import FileSelector, FileType
+    from pyarrow.fs import FileSelector
 
     filesystem, path = resolve(location)
     try:
         found = filesystem.get_file_info(FileSelector(path))
     except OSError as error:
         raise UserError(f"{location}: cannot be listed: {error}") from None
-    listing = [Entry(e.base_name, e.type == FileType.File, e.size, e.mtime_ns) for e in found]
-    return sorted(listing, key=lambda entry: entry.base_name)
+    return sorted(found, key=lambda entry: entry.base_name)
 
 
 def sizes_and_times(locations: Sequence[str]) -> list[tuple[int, int]]:

@@ -73,9 +73,13 @@ def by_tiles(network: Callable[[Tensor], Tensor], image_NCHW: Tensor, tile: int,
 def _window(values: Tensor, dims: tuple[int, int], corner: tuple[int, int], size: tuple[int, int]) -> Tensor:
     """A rectangle of two dimensions that may lie beyond the edges, where positions are mirrored."""
     for dim, start, length in zip(dims, corner, size, strict=True):
-        full = values.shape[dim]
-        position = torch.arange(start, start + length, device=values.device)
-        period = max(1, 2 * (full - 1))
-        position = position.remainder(period)
-        values = values.index_select(dim, torch.where(position < full, position, period - position))
+        position = torch.from_numpy(mirrored(start, length, values.shape[dim]))
+        values = values.index_select(dim, position.to(values.device))
     return values
+
+
+def mirrored(start: int, length: int, size: int) -> np.ndarray:
+    """Positions start .. start+length-1 of a side of `size` pixels that is mirrored at its ends, int64."""
+    period = max(1, 2 * (size - 1))
+    position = np.arange(start, start + length) % period
+    return np.where(position < size, position, period - position)
