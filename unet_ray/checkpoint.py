@@ -122,9 +122,7 @@ def _card(data: bytes | str, where: str) -> ModelCard:
             tile=values["tile"],
             mask_values=tuple(values["mask_values"]),
             ignore_index=values["ignore_index"],
-            value_range=tuple(values["value_range"])
-            if isinstance(values["value_range"], list)
-            else values["value_range"],
+            value_range=from_mapping(DataConfig, {"value_range": values["value_range"]}).value_range,
             classes=tuple(values["classes"]),
             flips=values["flips"],
             threshold=values["threshold"],

@@ -93,7 +93,7 @@ def iter_images(location: str) -> Iterator[ImageFile]:
 def root_name(location: str) -> str:
     """What to call the place that relative paths of an input's images begin at: its folder's name, a list's stem."""
     location = storage.absolute(location)
-    path = PurePosixPath(location.partition("?")[0] if storage.is_uri(location) else location)
+    path = PurePosixPath(storage.split_options(location)[0])
     if path.suffix in (".txt", ".parquet"):
         return path.stem
     while glob.has_magic(path.name) or _wanted(path.name):
@@ -106,7 +106,7 @@ def _found(location: str) -> Iterator[ImageFile]:
         yield from _of_glob(location)
         return
     found = storage.info(location)
-    path = PurePosixPath(location.partition("?")[0] if storage.is_uri(location) else location)
+    path = PurePosixPath(storage.split_options(location)[0])
     if found is None and not os.path.islink(location):  # noqa: PTH114 - surrogates of odd names stay as they are
         raise UserError(f"{location}: no such folder or file")
     if path.suffix == ".parquet":
@@ -203,15 +203,16 @@ def _in_order(names: pa.Array) -> Iterator[str]:
 
 def _listed(paths: Iterable[str], base: str) -> Iterator[ImageFile]:
     """Images that are named one by one; relative paths are below `base`."""
-    paths = iter(paths)
+    paths, folder = iter(paths), storage.split_options(base)[0].rstrip("/") + "/"
     while some := list(islice(paths, LISTED_AT_ONCE)):
         full = [p if storage.is_uri(p) or p.startswith("/") else storage.join(base, *p.split("/")) for p in some]
         for path, found in zip(full, storage.sizes_and_times(full), strict=True):
-            if path.startswith(base.rstrip("/") + "/"):
-                name = path[len(base.rstrip("/")) + 1 :]
+            shown = storage.split_options(path)[0]
+            if shown.startswith(folder):
+                name = shown[len(folder) :]
             else:
-                name = path.partition("://")[2] or path.lstrip("/")
-            yield _image(path, name.partition("?")[0] if storage.is_uri(path) else name, *found)
+                name = shown.partition("://")[2] or shown.lstrip("/")
+            yield _image(path, name, *found)
 
 
 def _of_parquet(location: str) -> Iterator[ImageFile]:
@@ -232,9 +233,7 @@ def _of_parquet_file(location: str, prefix: str) -> Iterator[ImageFile]:
     with pq.ParquetFile(inner, filesystem=filesystem) as file:
         schema = file.schema_arrow
         images = image_column(schema)
-        names = next(
-            (n for n in ("path", "file_name", "name", "id") if n in schema.names and _is_text(schema, n)), None
-        )
+        names = next((n for n in NAME_COLUMNS if n in schema.names and _is_text(schema, n)), None)
         if images is None and names != "path":
             raise UserError(
                 f"{location}: neither a column `path` nor encoded images in a binary one ({', '.join(BYTES_COLUMNS)})"
@@ -244,12 +243,12 @@ def _of_parquet_file(location: str, prefix: str) -> Iterator[ImageFile]:
                 yield from _listed(batch.column(0).to_pylist(), storage.parent(location))
             return
         size, mtime_ns = storage.sizes_and_times([location])[0]
-        base, mark, options = location.partition("?") if storage.is_uri(location) else (location, "", "")
+        base, options = storage.split_options(location)
         row = 0
         for batch in file.iter_batches(LISTED_AT_ONCE, columns=[names] if names else [schema.names[0]]):
             for value in batch.column(0).to_pylist() if names else [None] * batch.num_rows:
                 name = prefix + (value.lstrip("/") if value else f"{row:09d}")
-                image = _image(f"{base}#{row}{mark}{options}", name, size, mtime_ns)
+                image = _image(f"{base}#{row}{options}", name, size, mtime_ns)
                 yield dataclasses.replace(image, source=location, row=row)
                 row += 1
 

@@ -63,23 +63,28 @@ def resolve(location: str) -> tuple[FileSystem, str]:
     return filesystem, bucket.replace(QUESTION_MARK, "?")
 
 
+def split_options(location: str) -> tuple[str, str]:
+    """A URI without its `?options`, and these with their `?`; of a path, where `?` is a letter, itself and ``."""
+    base, mark, options = location.partition("?") if is_uri(location) else (location, "", "")
+    return base, mark + options
+
+
 def without_secrets(location: str) -> str:
     """The location without options and keys, as it may stand in a file: `s3://key:secret@bucket/a?region=x` is
     `s3://bucket/a`."""
     if not is_uri(location):
         return location
-    scheme, rest = location.split("://", 1)
-    host, slash, path = rest.partition("?")[0].partition("/")
+    scheme, rest = split_options(location)[0].split("://", 1)
+    host, slash, path = rest.partition("/")
     return f"{scheme}://{host.rpartition('@')[2]}{slash}{path.replace(QUESTION_MARK, '?')}"
 
 
 def join(location: str, *names: str) -> str:
     """A location below `location`; a bucket's ?options stay at the end."""
-    base, mark, query = location, "", ""
+    base, options = split_options(location)
     if is_uri(location):
-        base, mark, query = location.partition("?")
         names = tuple(name.replace("?", QUESTION_MARK) for name in names)
-    return "/".join([base.rstrip("/") or "/", *names]).replace("//", "/", int(base == "/")) + mark + query
+    return "/".join([base.rstrip("/") or "/", *names]).replace("//", "/", int(base == "/")) + options
 
 
 def read_bytes(location: str) -> bytes:
@@ -103,9 +108,7 @@ def write_bytes(location: str, data: bytes, *, durable: bool = False) -> None:
             stream.write(data)
         return
     target = Path(location)
-    # A name of its own per writer: two writers of one file must not meet in the temporary one either.
-    temporary = target.with_name(f".{uuid.uuid4().hex}.tmp")
-    try:
+    with _replacing(target) as temporary:
         try:
             temporary.write_bytes(data)
         except FileNotFoundError:
@@ -117,6 +120,15 @@ def write_bytes(location: str, data: bytes, *, durable: bool = False) -> None:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
+
+
+@contextmanager
+def _replacing(target: Path) -> Iterator[Path]:
+    """A temporary name beside a file, which takes the file's place when the block ends without an error."""
+    # A name of its own per writer: two writers of one file must not meet in the temporary one either.
+    temporary = target.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        yield temporary
         temporary.replace(target)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -137,14 +149,8 @@ def writing(location: str) -> Iterator[IO[bytes]]:
         return
     target_path = Path(location)
     target_path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target_path.with_name(f".{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("wb") as stream:
-            yield stream
-        temporary.replace(target_path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with _replacing(target_path) as temporary, temporary.open("wb") as stream:
+        yield stream
 
 
 def exists(location: str) -> bool:
@@ -210,8 +216,8 @@ def sizes_and_times(locations: Sequence[str]) -> list[tuple[int, int]]:
 
 def parent(location: str) -> str:
     """The folder that a file is in."""
-    base, mark, query = location.partition("?") if is_uri(location) else (location, "", "")
-    return (base.rpartition("/")[0] or "/") + mark + query
+    base, options = split_options(location)
+    return (base.rpartition("/")[0] or "/") + options
 
 
 def names_in(location: str) -> list[str]:
