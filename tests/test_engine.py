@@ -158,7 +158,7 @@ def files(folder):
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
 
 
-TIMES = {"seconds", "train_seconds", "images_per_second"}
+TIMES = {"seconds", "train_seconds", "wait_seconds", "images_per_second"}
 
 
 def lines(run):
@@ -197,6 +197,7 @@ def test_a_run_directory_has_all_that_is_promised_and_learns(discs, tmp_path):
         "val_pixel_accuracy",
         "learning_rate",
         "images_per_second",
+        "wait_seconds",
         "seconds",
     ):
         assert name in result.history[0]

@@ -23,7 +23,7 @@ from unet_ray import checkpoint, training
 from unet_ray.config import UserError, load_train_config
 
 pytestmark = pytest.mark.slow
-TIMES = {"seconds", "train_seconds", "images_per_second"}
+TIMES = {"seconds", "train_seconds", "wait_seconds", "images_per_second"}
 # Without dropout, whose draws are each rank's own: the number of workers differs. test_engine.py resumes with it.
 SETTINGS = [
     *TINY,

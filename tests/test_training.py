@@ -12,7 +12,7 @@ from unet_ray import training
 from unet_ray.config import UserError, load_train_config
 
 pytestmark = pytest.mark.slow
-TIMES = {"seconds", "train_seconds", "images_per_second"}
+TIMES = {"seconds", "train_seconds", "wait_seconds", "images_per_second"}
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,8 @@
 model/model.safetensors  the weights, and in its header the card: one file, so the best model is whole or absent
 model/model.json         the card, all else that predict needs, for people and other programs
 model/cleanup.json       the clean-up of masks that validation has chosen, if it was asked
+model/int8-*.xml, .bin   the network in int8 for OpenVINO, if `unet-ray quantize` has made it
+model/int8.json          which that is, and its score beside the network's own; there only if that was good enough
 last/state.safetensors   weights, their average, optimizer, scaler and place of the last finished epoch, in one file
 """
 
@@ -25,7 +27,8 @@ from unet_ray.models import SegmentationModel, build
 
 FORMAT = 1
 """Raised when an older package could not read a newer directory."""
-WEIGHTS, CARD, STATE, CLEANUP = "model.safetensors", "model.json", "state.safetensors", "cleanup.json"
+WEIGHTS, CARD, STATE = "model.safetensors", "model.json", "state.safetensors"
+CLEANUP, INT8 = "cleanup.json", "int8.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,17 +157,23 @@ def load_model(location: str) -> tuple[SegmentationModel, ModelCard]:
 
 def read_cleanup(location: str, card: ModelCard) -> str:
     """The clean-up that was chosen for the model in this directory; `none` if none was, or for other weights."""
-    path = storage.join(location, CLEANUP)
+    chosen = read_choice(location, CLEANUP, card)
+    return "none" if chosen is None else chosen["cleanup"]
+
+
+def read_choice(location: str, name: str, card: ModelCard) -> dict[str, Any] | None:
+    """What validation has chosen for the model in this directory; None if nothing was, or for other weights."""
+    path = storage.join(location, name)
     if not storage.exists(path):
-        return "none"
+        return None
     chosen = json.loads(storage.read_bytes(path))
-    return chosen["cleanup"] if chosen["weights_sha256"] == card.weights_sha256 else "none"
+    return chosen if chosen["weights_sha256"] == card.weights_sha256 else None
 
 
-def save_cleanup(location: str, card: ModelCard, cleanup: str, dice: dict[str, float]) -> None:
-    """Keeps a choice for `read_cleanup`, with the mean Dice of each candidate."""
-    chosen = {"cleanup": cleanup, "dice": dice, "weights_sha256": card.weights_sha256}
-    storage.write_bytes(storage.join(location, CLEANUP), (json.dumps(chosen, indent=2) + "\n").encode())
+def save_choice(location: str, name: str, card: ModelCard, chosen: dict[str, Any]) -> None:
+    """Keeps a choice for `read_choice`."""
+    chosen = {**chosen, "weights_sha256": card.weights_sha256}
+    storage.write_bytes(storage.join(location, name), (json.dumps(chosen, indent=2) + "\n").encode())
 
 
 @dataclass(slots=True)

@@ -106,8 +106,8 @@ _machine = _options(
     click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="auto: CUDA where there is one."),
     click.option(
         "--precision",
-        type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
-        help="auto: bf16 where the device is good at it; fp16: CUDA only.",
+        type=click.Choice(["auto", "fp32", "bf16", "fp16", "int8"]),
+        help="auto: int8 if `quantize` made it, bf16 where the device is good at it; fp16: CUDA; int8: CPUs.",
     ),
     click.option("--local", is_flag=True, help="In this process: no Ray is started."),
     click.option("--verbose", is_flag=True, help="Also show what Ray says."),
@@ -119,6 +119,11 @@ _mask_options = _options(
     click.option("--ensemble", multiple=True, metavar="MODEL", help="Average in another model; may be repeated."),
     click.option(
         "--cleanup", metavar="RULE", help="area=64, area=0.1%, largest, holes, joined by +; none.  [default: as chosen]"
+    ),
+    click.option(
+        "--backend",
+        type=click.Choice(["auto", "torch", "compiled", "openvino"]),
+        help="What runs the network; auto: OpenVINO on CPUs where it is installed.",
     ),
     click.option("--max-pixels", type=int, metavar="N", help="Larger images fail undecoded.  [default: 200000000]"),
 )
@@ -133,6 +138,7 @@ _as_json = click.option("--json", "as_json", is_flag=True, help="One JSON object
 @click.option("--recipe", metavar="NAME", help="Settings that are known to work: see `unet-ray recipes`.")
 @click.option("--config", "config_file", metavar="FILE", help="YAML of settings, such as a run's config.yaml.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="One setting, e.g. model.base_channels=32.")
+@click.option("--cache", metavar="DIR", help="Keep the resized images there: later runs don't decode them again.")
 @click.option("--epochs", type=int, metavar="N")
 @click.option("--batch-size", type=int, metavar="N", help="Images a step, over all workers together.")
 @click.option("--image-size", type=int, metavar="N", help="Side in pixels that images are resized to.")
@@ -366,6 +372,34 @@ def evaluate(
         sys.exit(1)
 
 
+@main.command()
+@click.argument("run")
+@click.option("--calibration", default=64, show_default=True, type=click.IntRange(min=1), metavar="N", help="Images.")
+@_as_json
+def quantize(run: str, calibration: int, as_json: bool) -> None:
+    """Make a run's network in int8, twice as fast on CPUs; refused if its validation Dice falls by more than 0.001.
+
+    \b
+    Example:
+      unet-ray quantize RUN
+    """
+    from unet_ray import quantization
+
+    result = quantization.quantize(
+        EvaluateConfig(model=run, device="cpu"), calibration=calibration, on_progress=_ProgressPrinter("scored")
+    )
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(result)))
+    else:
+        click.echo(f"calibrated on {result.calibrated_on} training images, scored on {result.images} of validation")
+        click.echo(f"Dice {result.dice:.4f} as it is, {result.dice_int8:.4f} in int8")
+        if result.kept:
+            click.echo("kept: predict and evaluate use it on CPUs (--precision bf16 or fp32: they don't)")
+    if not result.kept:
+        click.echo(f"refused: {result.dice - result.dice_int8:.4f} is more than {quantization.MAY_FALL}", err=True)
+        sys.exit(1)
+
+
 def _say_scores(scores: Scores) -> None:
     click.echo(f"{scores.images} images           mean    95 % interval     all pixels")
     labels = {
@@ -556,6 +590,7 @@ def _flag_settings(flags: dict[str, Any]) -> list[tuple[str, Any]]:
         "batch_size": "train.batch_size",
         "image_size": "data.image_size",
         "lr": "train.learning_rate",
+        "cache": "compute.cache",
         "seed": "train.seed",
         "group_by": "data.group_by",
         "workers": "compute.workers",

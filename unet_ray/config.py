@@ -112,10 +112,10 @@ class ModelConfig:
 
     def check_size(self, size: int, option: str) -> None:
         """Raises UserError if a side of `size` pixels, mirrored by `margin`, can't be halved `depth` times evenly."""
-        if self.padding == "same" or self._valid_fits(size):
+        if self.padding == "same" or self.fits(size):
             return
         near = [
-            next((s for s in range(size, bound, step) if self._valid_fits(s)), None)
+            next((s for s in range(size, bound, step) if self.fits(s)), None)
             for step, bound in ((-1, 0), (1, size + 2 ** (self.depth + 2)))
         ]
         offers = " or ".join(str(s) for s in near if s)
@@ -123,7 +123,8 @@ class ModelConfig:
             f"{option} {size} can't be divided by 2 at each of {self.depth} levels with padding=valid: use {offers}"
         )
 
-    def _valid_fits(self, size: int) -> bool:
+    def fits(self, size: int) -> bool:
+        """Whether images of that side pass an unpadded network."""
         side = size + 2 * self.margin
         for _ in range(self.depth):
             side -= 4
@@ -331,6 +332,8 @@ class ComputeConfig:
     """CPUs and torch threads a worker; 0: the cluster's CPUs divided by the workers."""
     memory_fraction: float = 0.5
     """Resized images stay in memory when they take at most this share of it; otherwise each epoch streams them."""
+    cache: str | None = None
+    """Folder or URI where resized images and masks are kept for later epochs and runs (`unet_ray.cache`)."""
     retries: int = 3
     """How often in a row, without an epoch finished in between, training starts again from the last finished epoch
     after a worker or a node was lost (through Ray)."""
@@ -452,7 +455,11 @@ class MaskOptions:
     workers: int = 0
     """Copies of the model; 0: one a GPU, or one for every 8 CPUs."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16", "int8"] = "auto"
+    """`auto`: on CPUs int8 where `unet-ray quantize` has made it for this model, else bf16 where the device is good at
+    it."""
+    backend: Literal["auto", "torch", "compiled", "openvino"] = "auto"
+    """What runs the network; see `backends.How`."""
 
     def __post_init__(self) -> None:
         _check_choices(self, "predict")

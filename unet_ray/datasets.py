@@ -14,9 +14,10 @@ import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext
 
+from unet_ray import cache
 from unet_ray.config import UserError
 from unet_ray.records import Pair
-from unet_ray.rows import Batch, Decoder
+from unet_ray.rows import Batch, Decodes
 from unet_ray.stages import Chunk, Stage
 
 ROWS_A_BLOCK = 16
@@ -42,7 +43,7 @@ def configure(verbose: bool = False) -> None:
 class _DecodePairs:
     """Table of pairs -> rows; a pair that can't be used carries its reason in `error`."""
 
-    decoder: Decoder
+    decoder: Decodes
 
     def __call__(self, table: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         count = len(table["index"])
@@ -57,7 +58,7 @@ class _DecodePairs:
         return {"index": table["index"], **decoded, "error": errors}
 
 
-def _dataset_of(pairs: Sequence[Pair], groups: Sequence[np.ndarray], decoder: Decoder) -> ray.data.Dataset:
+def _dataset_of(pairs: Sequence[Pair], groups: Sequence[np.ndarray], decoder: Decodes) -> ray.data.Dataset:
     """Lazily decoded rows, one block for each group of row numbers, with columns index, image, mask, error."""
     tables = [
         pa.table(
@@ -84,7 +85,7 @@ class MaterialisedRows:
     an epoch be the same for every number of workers.
     """
 
-    def __init__(self, pairs: Sequence[Pair], decoder: Decoder) -> None:
+    def __init__(self, pairs: Sequence[Pair], decoder: Decodes) -> None:
         self.count = len(pairs)
         groups = np.array_split(np.arange(self.count), -(-self.count // ROWS_A_BLOCK))
         dataset = _dataset_of(pairs, groups, decoder).materialize()
@@ -131,7 +132,7 @@ class MaterialisedRows:
 class RayStreamedRows:
     """Rows decoded anew in every epoch by Ray Data tasks anywhere on the cluster, streamed to this worker in order."""
 
-    def __init__(self, pairs: Sequence[Pair], decoder: Decoder) -> None:
+    def __init__(self, pairs: Sequence[Pair], decoder: Decodes) -> None:
         self.pairs, self.decoder = pairs, decoder
 
     def __len__(self) -> int:
@@ -149,6 +150,27 @@ class RayStreamedRows:
                     raise UserError(error)
             # A copy: blocks are read-only views of shared memory, which torch must not be given.
             yield {name: values.copy() for name, values in batch.items() if name != "error"}
+
+
+@ray.remote
+def _error_of_writing(write: cache.Write, part: cache.Pairs) -> str | None:
+    try:
+        write(part)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def fill_cache(write: cache.Write, parts: list[cache.Pairs]) -> Iterator[None]:
+    """For `cache.filled`: a task for each part, anywhere on the cluster."""
+    shared = ray.put(write)
+    waiting = [_error_of_writing.remote(shared, part) for part in parts]
+    while waiting:
+        done, waiting = ray.wait(waiting)
+        for error in ray.get(done):
+            if error is not None:
+                raise UserError(error)
+            yield
 
 
 def object_store_of_smallest_node() -> int:
@@ -202,8 +224,8 @@ def run_on_cluster(
     workers: int,
     device: str,
 ) -> Iterator[Chunk]:
-    """The stages of `stages.run_here` through Ray Data: `model(device=, threads=)` in a pool of actors that load it
-    once, the other two in tasks. Yields what `after` returns, a chunk at a time, as chunks are finished.
+    """The stages of `stages.run_here` through Ray Data: `model(device=, threads=, copies=)` in a pool of actors that
+    load it once, the other two in tasks. Yields what `after` returns, a chunk at a time, as chunks are finished.
 
     `workers`: how many copies of the model; 0: one a GPU, or one for every `THREADS_A_MODEL` CPUs.
     """
@@ -237,7 +259,7 @@ def run_on_cluster(
         .map_batches(_FromNumber(before), batch_size=None, batch_format="numpy", num_cpus=0.5)
         .map_batches(
             _ModelActor,
-            fn_constructor_kwargs={"model": model, "device": device, "threads": threads},
+            fn_constructor_kwargs={"model": model, "device": device, "threads": threads, "copies": workers},
             batch_size=None,
             batch_format="numpy",
             compute=ActorPoolStrategy(min_size=1, max_size=workers),
@@ -274,8 +296,8 @@ class _UnlessEmpty:
 class _ModelActor:
     """The model stage as Ray Data wants it: a class that is built once in each actor."""
 
-    def __init__(self, model: Callable[..., Stage], device: str, threads: int | None) -> None:
-        self.stage = _UnlessEmpty(model(device=device, threads=threads))
+    def __init__(self, model: Callable[..., Stage], **where: Any) -> None:
+        self.stage = _UnlessEmpty(model(**where))
 
     def __call__(self, chunk: Chunk) -> Chunk:
         return self.stage(chunk)

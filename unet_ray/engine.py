@@ -28,7 +28,7 @@ from unet_ray.checkpoint import TrainingState
 from unet_ray.config import DataConfig, FitConfig, ModelConfig, TrainConfig, UserError
 from unet_ray.models import SegmentationModel, build
 from unet_ray.muon import Muon
-from unet_ray.rows import Batch, Rows
+from unet_ray.rows import Batch, Rows, Waiting, prefetched
 from unet_ray.tiles import by_tiles, mirror_margin, random_tiles
 
 METRICS, CONFIG, MODEL, LAST = "metrics.jsonl", "config.yaml", "model", "last"
@@ -168,6 +168,8 @@ def check_precision(precision: str, device: str) -> None:
     """Raises UserError for what the device does not do."""
     if precision == "fp16" and device != "cuda":
         raise UserError("--precision fp16 is for CUDA: use bf16 or fp32 on CPUs")
+    if precision == "int8" and device != "cpu":
+        raise UserError("--precision int8 is for CPUs: add --device cpu, or use bf16")
 
 
 def keep_freed_memory() -> None:
@@ -441,7 +443,7 @@ def fit(
             world=world,
             accumulate=fit_config.accumulate,
         )
-        batches = train_rows.batches([part.indices for step in plan for part in step])
+        batches = Waiting(prefetched(train_rows.batches([part.indices for step in plan for part in step])))
         factor = plateau_factor(fit_config, val_dices)
         train_loss = torch.tensor(
             [train_epoch(training, batches, plan, epoch=epoch, factor=factor)], dtype=torch.float64
@@ -464,6 +466,7 @@ def fit(
                 "workers": world,
                 "images_per_second": len(train_rows) / train_seconds,
                 "train_seconds": train_seconds,
+                "wait_seconds": batches.seconds,
                 "seconds": time.perf_counter() - started,
             }
         )

@@ -37,6 +37,7 @@ class CleanupChoice:
 def evaluate(
     config: EvaluateConfig,
     *,
+    pipeline: Pipeline | None = None,
     pairs: list[Pair] | None = None,
     local: bool = False,
     cluster: AbstractContextManager[None] = nullcontext(),
@@ -44,13 +45,14 @@ def evaluate(
 ) -> Scores:
     """Scores a model on pairs of images and masks: through Ray Data, or with `local` in this process.
 
-    `pairs`: instead of those that the config names. `cluster` is entered once all that needs no Ray has been checked: a
-    context in which `ray.init` has been called (nothing, where the caller has called it, or with `local`).
+    `pipeline`, `pairs`: instead of those that the config names. `cluster` is entered once all that needs no Ray has
+    been checked: a context in which `ray.init` has been called (nothing, where the caller has called it, or with
+    `local`).
 
     A pair that can't be used is listed in `Scores.failures`. Raises UserError for what the user can mend, also when
     no pair could be used.
     """
-    pipeline = Pipeline.of(config.model, config)
+    pipeline = pipeline or Pipeline.of(config.model, config)
     each, failures = _measure(config, pipeline, (), pairs, local, cluster, on_progress)
     return metrics.score(each[0], config.tolerance, failures)
 
@@ -72,7 +74,7 @@ def choose_cleanup(
     dice = {name: float(scores.means()["dice"].mean()) for name, scores in zip(("none", *CLEANUPS), each, strict=True)}
     best = max(dice, key=dice.__getitem__)
     chosen = best if dice[best] >= dice["none"] + WORTH else "none"
-    checkpoint.save_cleanup(pipeline.model, pipeline.card, chosen, dice)
+    checkpoint.save_choice(pipeline.model, checkpoint.CLEANUP, pipeline.card, {"cleanup": chosen, "dice": dice})
     return CleanupChoice(chosen, dice, len(each[0].paths))
 
 
@@ -101,7 +103,8 @@ def _measure(
     versions, classes = 1 + len(cleanups), card.model.num_classes
     scored: list[tuple[str, np.ndarray, int, np.ndarray]] = []
     failures = []
-    for result in pipeline.run(range(len(chunks)), chunks, compare, local=local, cluster=cluster):
+    run = pipeline.run(range(len(chunks)), chunks, compare, images=len(pairs), local=local, cluster=cluster)
+    for result in run:
         for row, (name, error) in enumerate(zip(result["path"], result["error"], strict=True)):
             if error:
                 failures.append((readable(name), str(error)))
@@ -129,16 +132,22 @@ def pairs_of(config: EvaluateConfig) -> list[Pair]:
     """The pairs to score: of the folders that the config names, or those that the run held out."""
     if config.images is not None and config.masks is not None:
         return records.find_pairs(config.images, config.masks)
-    location = storage.absolute(config.model)
+    return pairs_of_run(config.model, "val")
+
+
+def pairs_of_run(model: str, part: str) -> list[Pair]:
+    """The pairs of one part of a run, `train` or `val`. Raises UserError if they are not all there any more."""
+    location = storage.absolute(model)
     checkpoint.model_directory(location)
     trained = _trained(location)
     if trained is None:
         raise UserError(f"{location} is not a run directory, so it has no validation set: give --images and --masks")
     data, parts = trained
-    pairs = [pair for pair in records.find_pairs(data.images, data.masks) if parts.get(pair.key) == "val"]
-    wanted = sum(part == "val" for part in parts.values())
+    pairs = [pair for pair in records.find_pairs(data.images, data.masks) if parts.get(pair.key) == part]
+    wanted = sum(other == part for other in parts.values())
     if len(pairs) != wanted:
-        raise UserError(f"{data.images}: {len(pairs)} of the {wanted} validation images of {location} are still there")
+        what = "validation" if part == "val" else "training"
+        raise UserError(f"{data.images}: {len(pairs)} of the {wanted} {what} images of {location} are still there")
     return pairs
 
 

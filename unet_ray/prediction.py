@@ -85,6 +85,8 @@ class Pipeline:
     cleanup: Cleanup
     cleanup_text: str
     options: MaskOptions
+    quantized: str | None = None
+    """Stem of the files of the network in int8, where there is one that may be used."""
 
     @classmethod
     def of(cls, model: str, options: MaskOptions) -> Pipeline:
@@ -102,7 +104,16 @@ class Pipeline:
         if options.tta and not card.flips:
             raise UserError(f"--tta: {model} was trained without flips, so it does not know mirrored images")
         text = checkpoint.read_cleanup(model, card) if options.cleanup is None else options.cleanup
-        return cls(model, card, Cleanup.parse(text), text, dataclasses.replace(options, ensemble=ensemble))
+        options = dataclasses.replace(options, ensemble=ensemble)
+        accepted = checkpoint.read_choice(model, checkpoint.INT8, card)
+        if options.precision == "int8":
+            if ensemble:
+                raise UserError("--precision int8 is for one model: leave --ensemble out")
+            if accepted is None:
+                raise UserError(f"--precision int8: {model} has no network in int8: see `unet-ray quantize`")
+        usable = accepted is not None and not ensemble and options.precision in ("auto", "int8")
+        quantized = storage.join(model, accepted["network"]) if accepted is not None and usable else None
+        return cls(model, card, Cleanup.parse(text), text, options, quantized)
 
     def row_bytes(self) -> int:
         """Bytes of the larger of a row's image (uint8) and its logits (float16) between the stages."""
@@ -120,15 +131,19 @@ class Pipeline:
         load: Load,
         finish: Finish,
         *,
+        images: int,
         probabilities: bool = False,
         local: bool,
         cluster: AbstractContextManager[None],
     ) -> Iterator[Chunk]:
-        """Chunks through decode, model and `finish`; yields what that returns, as chunks are finished."""
+        """Chunks through decode, model and `finish`; yields what that returns, as chunks are finished.
+
+        `images`: how many there are in all, those of an earlier run among them.
+        """
         if not numbers:
             return
         options, reader = self.options, self.reader()
-        model = _Model(self, finish, probabilities)
+        model = _Model(self, finish, images, probabilities)
         before = stages.Before(load, None if options.tile else stages.Decode(reader, self.card.image_size))
         after: Stage = _unchanged if options.tile else stages.AtOwnSize(finish, self.card, self.cleanup, probabilities)
         if local:
@@ -150,9 +165,11 @@ class _Model:
 
     pipeline: Pipeline
     finish: Finish
+    images: int
     probabilities: bool
 
-    def __call__(self, *, device: str, threads: int | None) -> Stage:
+    def __call__(self, *, device: str, threads: int | None, copies: int = 1) -> Stage:
+        """`copies`: of the model in all, that share the images."""
         pipeline, options = self.pipeline, self.pipeline.options
         segmenter = Segmenter(
             pipeline.model,
@@ -160,7 +177,10 @@ class _Model:
             flips=pipeline.card.flips if options.tta else "",
             device=device,
             precision=options.precision,
+            backend=options.backend,
             threads=threads,
+            images=self.images // copies,
+            quantized=pipeline.quantized,
         )
         if not options.tile:
             return stages.Segment(segmenter)
@@ -240,7 +260,13 @@ def predict(
                 if not state.todo and not state.finished
             ]
             for result in pipeline.run(
-                numbers, book.load, write, probabilities="prob" in config.formats, local=local, cluster=cluster
+                numbers,
+                book.load,
+                write,
+                images=images,
+                probabilities="prob" in config.formats,
+                local=local,
+                cluster=cluster,
             ):
                 still_mine()
                 first_done = first_done or time.perf_counter()
@@ -368,6 +394,8 @@ def _settings(config: PredictConfig, pipeline: Pipeline) -> dict[str, Any]:
         "formats": sorted(config.formats),
         "name": config.name,
         "precision": config.precision,
+        "int8": pipeline.quantized and pipeline.quantized.rpartition("/")[2],
+        "backend": config.backend,
         "tile": config.tile,
         "overlap": config.overlap if config.tile else None,
         "tta": config.tta,

@@ -9,9 +9,10 @@ decided in one place (`engine.batch_plan`) and are the same however the rows are
 from __future__ import annotations
 
 import os
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -30,6 +31,17 @@ Batch = dict[str, np.ndarray]
 """`image` uint8 [N,H,W,C], `mask` and perhaps `border` uint8 [N,H,W], `index` int64 [N] (row numbers)."""
 
 
+class Decodes(Protocol):
+    """Pair -> row: a plain callable that a thread, a process or a Ray task can run."""
+
+    def __call__(self, image_path: str, mask_path: str) -> Row: ...
+
+    def empty(self, count: int) -> Batch:
+        """Room for as many rows; zeros."""
+
+    def row_bytes(self) -> int: ...
+
+
 class Rows(Protocol):
     """Something that can be asked for batches of rows."""
 
@@ -41,7 +53,7 @@ class Rows(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Decoder:
-    """Pair -> row: a plain callable that a thread, a process or a Ray task can run."""
+    """Decodes from the files."""
 
     data: DataConfig
     in_channels: int
@@ -55,16 +67,28 @@ class Decoder:
 
     def __call__(self, image_path: str, mask_path: str) -> Row:
         """Raises UserError that names the file."""
+        return self.row(self.read(image_path), self.read(mask_path), image_path, mask_path)
+
+    @staticmethod
+    def read(path: str) -> bytes:
+        """An encoded file. Raises UserError."""
+        try:
+            return storage.read_bytes(path)
+        except OSError as error:
+            raise UserError(f"{path}: {error}") from None
+
+    def row(self, encoded_image: bytes, encoded_mask: bytes, image_path: str, mask_path: str) -> Row:
+        """The row of a pair whose files are read. Raises UserError that names the file."""
         size = self.data.size_hw
         try:
             image, image_size = imaging.decode_image(
-                storage.read_bytes(image_path), self.in_channels, size, value_range=self.data.value_range
+                encoded_image, self.in_channels, size, value_range=self.data.value_range
             )
-        except (ImageError, OSError) as error:
+        except ImageError as error:
             raise UserError(f"{image_path}: {error}; mend or remove it") from None
         try:
-            mask, mask_size = imaging.decode_mask(storage.read_bytes(mask_path), self.data, size)
-        except (ImageError, OSError) as error:
+            mask, mask_size = imaging.decode_mask(encoded_mask, self.data, size)
+        except ImageError as error:
             raise UserError(f"{mask_path}: {error}") from None
         if image_size != mask_size:
             raise UserError(
@@ -77,7 +101,6 @@ class Decoder:
         return row
 
     def empty(self, count: int) -> Batch:
-        """Room for as many rows; zeros."""
         height, width = self.data.size_hw
         batch = {
             "image": np.zeros((count, height, width, self.in_channels), np.uint8),
@@ -92,7 +115,7 @@ class Decoder:
         return height * width * (self.in_channels + 1 + bool(self.border_sigma))
 
 
-def fits_in_memory(count: int, decoder: Decoder, share: float) -> bool:
+def fits_in_memory(count: int, decoder: Decodes, share: float) -> bool:
     """Whether `count` rows take at most this share of the memory that is free now."""
     return count * decoder.row_bytes() <= share * psutil.virtual_memory().available
 
@@ -113,7 +136,7 @@ class Subset:
 class MemoryRows:
     """All rows decoded once, in one array for each of their parts."""
 
-    def __init__(self, pairs: Sequence[Pair], decoder: Decoder) -> None:
+    def __init__(self, pairs: Sequence[Pair], decoder: Decodes) -> None:
         self.arrays = decoder.empty(len(pairs))
 
         def fill(index: int) -> None:
@@ -135,7 +158,7 @@ class MemoryRows:
 class StreamedRows:
     """Rows decoded anew in every epoch by threads of this process, a few batches ahead of the training."""
 
-    def __init__(self, pairs: Sequence[Pair], decoder: Decoder) -> None:
+    def __init__(self, pairs: Sequence[Pair], decoder: Decodes) -> None:
         self.pairs, self.decoder = pairs, decoder
 
     def __len__(self) -> int:
@@ -157,6 +180,36 @@ class StreamedRows:
                     yield _collect(*waiting.popleft())
             finally:
                 threads.shutdown(wait=False, cancel_futures=True)
+
+
+def prefetched(batches: Iterator[Batch], ahead: int = BATCHES_AHEAD) -> Iterator[Batch]:
+    """The same batches, fetched by a thread while the caller is busy with an earlier one."""
+    with ThreadPoolExecutor(1) as thread:
+        waiting: deque[Future[Batch | None]] = deque()
+        try:
+            waiting.extend(thread.submit(next, batches, None) for _ in range(ahead))
+            while (batch := waiting.popleft().result()) is not None:
+                waiting.append(thread.submit(next, batches, None))
+                yield batch
+        finally:
+            thread.shutdown(cancel_futures=True)
+
+
+class Waiting:
+    """Batches, and how long the training has waited for them."""
+
+    def __init__(self, batches: Iterator[Batch]) -> None:
+        self.batches, self.seconds = batches, 0.0
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        started = time.perf_counter()
+        try:
+            return next(self.batches)
+        finally:
+            self.seconds += time.perf_counter() - started
 
 
 def _collect(indices: np.ndarray, futures: list) -> Batch:

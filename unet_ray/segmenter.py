@@ -7,17 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch import Tensor
 
-from unet_ray import checkpoint, imaging
+from unet_ray import backends, imaging
 from unet_ray.checkpoint import ModelCard
 from unet_ray.config import UserError
-from unet_ray.engine import autocast, check_precision, keep_freed_memory, run_network
+from unet_ray.engine import check_precision, keep_freed_memory, run_network
 from unet_ray.imaging import Pixels
 from unet_ray.tiles import mirrored
 
@@ -52,8 +50,9 @@ class Segmenter:
     """Loads a model once, then segments batch after batch: uint8 [N,H,W,C] at the model's image size -> Segmentation.
 
     `ensemble`: further models of the same channels, image size and classes; probabilities are averaged. `flips`: axes
-    (`h`, `v` or both) over which they are averaged too. `threads`: torch threads on a CPU; None leaves torch's own
-    choice. Raises UserError if there is no such model, or where models do not go together.
+    (`h`, `v` or both) over which they are averaged too. `threads`: on a CPU; None leaves torch's own choice.
+    `precision`, `backend`, `images`: see `backends.How`; `quantized`: see `backends.load`. Raises UserError if there is
+    no such model, or where models do not go together.
     """
 
     def __init__(
@@ -64,21 +63,19 @@ class Segmenter:
         flips: str = "",
         device: str = "cpu",
         precision: str = "auto",
+        backend: str = "auto",
         threads: int | None = None,
+        images: int = 0,
+        quantized: str | None = None,
     ) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
         check_precision(precision, device)
         if device == "cpu":
             keep_freed_memory()
-        self.device, self.precision = torch.device(device), precision
-        self.models = []
-        for path in (location, *ensemble):
-            model, card = checkpoint.load_model(path)
-            fold_batch_norm(model.eval())
-            self.models.append(
-                (model.to(self.device, memory_format=torch.channels_last), card)  # type: ignore[call-overload]
-            )
+        self.device = torch.device(device)
+        how = backends.How(self.device, precision, backend, images)
+        self.models = [backends.load(path, how, None if ensemble else quantized) for path in (location, *ensemble)]
         self.card = self.models[0][1]
         check_ensemble([card for _, card in self.models], [location, *ensemble])
         # Axes of NCHW for each way that an image is looked at.
@@ -105,8 +102,7 @@ class Segmenter:
             for view in self.views:
                 # Flipped in memory order, so that what the network sees stays channels_last.
                 seen = image.flip([axis - 1 for axis in view]) if view else image
-                with autocast(self.device, self.precision):
-                    output = run_network(model, seen, card.model, card.data).float()
+                output = run_network(model, seen, card.model, card.data)
                 outputs.append(output.flip(view) if view else output)
         if len(outputs) == 1:
             return outputs[0]
@@ -178,23 +174,11 @@ class Segmenter:
         if self.card.model.margin == 0:
             return self._logits(image_NHWC)
         image = torch.from_numpy(image_NHWC).to(self.device).permute(0, 3, 1, 2)
-        with autocast(self.device, self.precision):
-            outputs = [model(image).float() for model, _ in self.models]
-        return torch.stack(outputs).mean(dim=0)
+        return torch.stack([model(image) for model, _ in self.models]).mean(dim=0)
 
     def _weights(self, tile: int) -> Tensor:
         place = torch.arange(tile, device=self.device, dtype=torch.float32) - (tile - 1) / 2
         return torch.exp(-(place**2) / (2 * (SIGMA * tile) ** 2)).clamp_min(1e-3)
-
-
-def fold_batch_norm(model: nn.Module) -> None:
-    """Makes each convolution do the work of the batch norm after it, in place: the same to rounding, a pass less over
-    the activations. The model must be in evaluation mode."""
-    for block in model.modules():
-        if isinstance(block, nn.Sequential):
-            for place, (first, second) in enumerate(pairwise(block)):
-                if isinstance(first, nn.Conv2d) and isinstance(second, nn.BatchNorm2d):
-                    block[place], block[place + 1] = fuse_conv_bn_eval(first, second), nn.Identity()
 
 
 @dataclass(frozen=True, slots=True)

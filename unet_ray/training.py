@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -11,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from unet_ray import checkpoint, engine, masks, records, rows, storage, tracking
+from unet_ray import cache, checkpoint, engine, masks, records, rows, storage, tracking
 from unet_ray.config import TrainConfig, UserError, load_train_config
 from unet_ray.engine import TrainResult
 from unet_ray.records import Pair
-from unet_ray.rows import Decoder, Rows, Subset
+from unet_ray.rows import Decoder, Decodes, Rows, Subset
 
 if TYPE_CHECKING:
     from ray.train.torch import TorchTrainer
@@ -174,7 +175,10 @@ def _train_here(config: TrainConfig, parts: Split, out: str, on_epoch: OnEpoch) 
     engine.check_precision(config.train.precision, device.type)
     if config.compute.cpus_per_worker:
         torch.set_num_threads(config.compute.cpus_per_worker)
-    decoder = Decoder.of(config)
+    decoder: Decodes = Decoder.of(config)
+    if config.compute.cache:
+        run = cache.in_threads(os.cpu_count() or 1)
+        decoder = cache.filled(parts.pairs, Decoder.of(config), config.compute.cache, run)
     fits = rows.fits_in_memory(len(parts.pairs), decoder, config.compute.memory_fraction)
     kind = rows.MemoryRows if fits else rows.StreamedRows
     train_rows, val_rows = parts.rows(kind(parts.pairs, decoder))
@@ -242,7 +246,9 @@ def _fit_once(config: TrainConfig, parts: Split, out: str, device: str, follower
 
     compute = config.compute
     datasets.check_workers(compute.fewest_workers, device, compute.cpus_per_worker)
-    decoder = Decoder.of(config)
+    decoder: Decodes = Decoder.of(config)
+    if compute.cache:
+        decoder = cache.filled(parts.pairs, Decoder.of(config), compute.cache, datasets.fill_cache)
     # Every node may come to hold every row, so the smallest one's store decides.
     fits = len(parts.pairs) * decoder.row_bytes() <= compute.memory_fraction * datasets.object_store_of_smallest_node()
     cpus = int(datasets.cluster_total("CPU"))

@@ -41,6 +41,11 @@ class SegmentationModel(nn.Module, ABC):
         self.register_buffer("pixel_shift", -mean / std, persistent=False)
 
     @property
+    def step(self) -> int:
+        """What sides of images are brought to a multiple of (with padding `same`), pixels."""
+        return self.multiple_of * self.config.patch
+
+    @property
     def out_channels(self) -> int:
         """Of `head`."""
         return self.config.num_classes * self.config.patch**2
@@ -52,8 +57,7 @@ class SegmentationModel(nn.Module, ABC):
     def forward(self, image_NCHW: Tensor) -> Tensor:
         height, width = image_NCHW.shape[-2:]
         same, patch = self.config.padding == "same", self.config.patch
-        step = self.multiple_of * patch
-        x = continue_edge(image_NCHW, -height % step, -width % step) if same else image_NCHW
+        x = continue_edge(image_NCHW, -height % self.step, -width % self.step) if same else image_NCHW
         if patch > 1:
             # Still uint8, where moving pixels is cheapest.
             x = F.pixel_unshuffle(x, patch).contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,152 @@
+"""OpenVINO and compiled networks say what torch says; the choice between them."""
+
+import pytest
+import torch
+from conftest import make_model
+
+from unet_ray import backends, checkpoint
+from unet_ray.backends import How
+from unet_ray.config import UserError
+from unet_ray.segmenter import Segmenter
+
+CPU = torch.device("cpu")
+NETWORKS = {
+    "unet": [],
+    "patch": [("model.patch", 2)],
+    "group norm": [("model.norm", "group")],
+    "instance norm": [("model.norm", "instance")],
+    "bilinear": [("model.up", "bilinear")],
+    "attention": [("model.name", "attention_unet")],
+    "nested": [("model.name", "unet++")],
+    "valid": [("model.padding", "valid"), ("model.depth", 2), ("data.tile", 40), ("data.image_size", 100)],
+    "classes": [("model.num_classes", 3), ("data.mask_values", [0, 1, 2])],
+    "fcn": [("model.name", "fcn")],
+}
+
+
+def noise(*shape: int) -> torch.Tensor:
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == "unet_ray"]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_openvino_says_what_torch_says_for_any_size(tmp_path, name):
+    pytest.importorskip("openvino")
+    make_model(tmp_path, *NETWORKS[name])
+    by_torch, card = backends.load(str(tmp_path), How(CPU, "fp32", "torch"))
+    by_openvino, _ = backends.load(str(tmp_path), How(CPU, "fp32", "openvino"))
+    sides = [(44 + 40, 44 + 40), (44 + 44, 44 + 40)] if card.model.padding == "valid" else [(64, 64), (50, 97), (7, 3)]
+    for side in sides if name != "instance norm" else sides[:2]:  # one value has no variance
+        image = noise(1, 3, *side)
+        with torch.inference_mode():
+            expected, found = by_torch(image), by_openvino(image)
+        assert found.shape == expected.shape
+        assert torch.allclose(found, expected, atol=2e-3, rtol=2e-3)
+
+
+def test_openvinos_network_is_kept_beside_the_model_until_its_weights_change(tmp_path):
+    pytest.importorskip("openvino")
+    make_model(tmp_path)
+    kept = []
+    for seed in (0, 0, 1):
+        make_model(tmp_path, seed=seed)
+        Segmenter(str(tmp_path), precision="fp32")
+        kept.append(sorted(path.name for path in (tmp_path / backends.EXPORTED).iterdir()))
+    assert kept[0] == kept[1] != kept[2]
+    assert [len(names) for names in kept] == [2, 2, 2]
+    image = noise(1, 3, 64, 64)
+    for how in (How(CPU, "fp32", "torch"), How(CPU, "fp32", "openvino")):  # the second reads what was kept
+        network, _ = backends.load(str(tmp_path), how)
+        with torch.inference_mode():
+            assert torch.allclose(network(image), backends.load(str(tmp_path), how)[0](image))
+
+
+def test_a_model_folder_that_cannot_be_written_is_no_hindrance(tmp_path, monkeypatch):
+    pytest.importorskip("openvino")
+    make_model(tmp_path)
+
+    def refuse(*_arguments: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(backends, "write", refuse)
+    network, _ = backends.load(str(tmp_path), How(CPU, "fp32", "openvino"))
+    assert network(noise(1, 3, 64, 64)).shape == (1, 1, 64, 64)
+    assert not (tmp_path / backends.EXPORTED).exists()
+
+
+def test_what_openvino_cannot_run_torch_does_and_one_line_says_so(tmp_path, monkeypatch, caplog):
+    pytest.importorskip("openvino")
+    make_model(tmp_path)
+
+    def fail(*_arguments: object) -> None:
+        raise RuntimeError("no such operation\nat line 1")
+
+    monkeypatch.setattr(backends, "export", fail)
+    network, _ = backends.load(str(tmp_path), How(CPU))
+    assert isinstance(network, backends.Torch)
+    assert said(caplog) == ["OpenVINO can't run this network, torch does: no such operation"]
+    with pytest.raises(UserError, match="no such operation"):
+        backends.load(str(tmp_path), How(CPU, backend="openvino"))
+
+
+def test_a_converted_network_that_says_something_else_is_not_used(tmp_path, monkeypatch):
+    openvino = pytest.importorskip("openvino")
+    model, card = checkpoint.load_model(str(make_model(tmp_path / "one")))
+    other, _ = checkpoint.load_model(str(make_model(tmp_path / "other", seed=1)))
+    convert = openvino.convert_model
+
+    def another(_traced: torch.jit.ScriptModule, **options: object):
+        traced = torch.jit.trace(backends._ChannelsLast(other.eval()), noise(1, 64, 64, 3), check_trace=False)
+        return convert(traced, **options)
+
+    monkeypatch.setattr(openvino, "convert_model", another)
+    with pytest.raises(backends._DiffersError):
+        backends.export(model.eval(), card)
+
+
+@pytest.mark.slow
+def test_a_compiled_network_says_what_torch_says_and_without_a_compiler_torch_goes_on(tmp_path, monkeypatch, caplog):
+    make_model(tmp_path)
+    image = noise(1, 3, 64, 64)
+    plain, _ = backends.load(str(tmp_path), How(CPU, "fp32", "torch"))
+    compiled, _ = backends.load(str(tmp_path), How(CPU, "fp32", "compiled"))
+    with torch.inference_mode():
+        assert torch.allclose(compiled(image), plain(image), atol=1e-4, rtol=1e-4)
+        assert not said(caplog)
+        broken, _ = backends.load(str(tmp_path), How(CPU, "fp32", "compiled"))
+
+        def refuse(_image: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("No working C++ compiler found")
+
+        broken.run = refuse
+        for _ in range(2):
+            assert torch.equal(broken(image), plain(image))
+    assert said(caplog) == ["this network can't be compiled here, it runs as it is: No working C++ compiler found"]
+
+
+def test_compiling_is_for_many_images_of_a_large_network(tmp_path, monkeypatch):
+    monkeypatch.setattr(backends, "bf16_is_fast", lambda _device: True)
+    small = checkpoint.read_card(str(make_model(tmp_path / "small")))
+    settings = [("model.base_channels", 64), ("model.depth", 4), ("data.image_size", 512)]
+    large = checkpoint.read_card(str(make_model(tmp_path / "large", *settings)))
+    assert backends.floating_point_operations(large) == pytest.approx(385e9, rel=0.01)  # PEERS' figure
+    assert not backends.compiling_pays(large, How(CPU, images=0))
+    assert not backends.compiling_pays(large, How(CPU, images=100))
+    assert backends.compiling_pays(large, How(CPU, images=100_000))
+    assert not backends.compiling_pays(small, How(CPU, images=100_000))
+    assert not backends.compiling_pays(large, How(CPU, "fp32", images=100_000))
+
+
+def test_what_cannot_be_had_is_said(tmp_path, monkeypatch):
+    location = str(make_model(tmp_path))
+    with pytest.raises(UserError, match="unet-ray quantize"):
+        Segmenter(location, precision="int8")
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda _name: None)
+    with pytest.raises(UserError, match=r"unet_ray\[cpu\]"):
+        Segmenter(location, backend="openvino")
+    with pytest.raises(UserError, match=r"unet_ray\[cpu\]"):
+        Segmenter(location, precision="int8")
+    assert isinstance(backends.load(location, How(CPU))[0], backends.Torch)
