@@ -1,43 +1,313 @@
-"""Speed, measured side by side in one run, in turns: what is compared meets the same machine and the same noise.
+"""Speed, measured side by side in one run and in turns, so that what is compared meets the same machine and noise.
 
-python jobs/benchmark.py --images carvana512/train --masks carvana512/train_masks --recipe carvana-cpu
+    python jobs/benchmark.py --images FOLDER [--masks FOLDER] [--model RUN] [--milesial CHECKOUT] [--json FILE]
+
+Each section is a table: seconds are medians over the rounds, ratios are to the section's first line.
+
+    decode    one photograph to the model's size, on one core
+    model     the network alone, one image at a time
+    predict   a folder to PNG masks, after the start: `--local`, through Ray, and milesial/Pytorch-UNet's own code
+    train     an optimizer step beside a plain fp32 loop; an epoch `--local` and through Ray
+    overhead  the way of the data without a network: beside as many bare processes as there are cores
+    memory    peak resident memory, and images a second, of a short and a long folder
+    start     `--help`, one image from a cold start, and the first mask through Ray by part
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import importlib.util
 import itertools
 import json
+import multiprocessing
+import os
+import shutil
 import statistics
+import subprocess
 import sys
+import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, Literal
 
 import click
 import numpy as np
+import psutil
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from unet_ray import engine, masks, models, records, rows
-from unet_ray.config import TrainConfig, load_train_config
+from unet_ray import backends, checkpoint, datasets, engine, imaging, masks, models, records, rows, stages, training
+from unet_ray.checkpoint import ModelCard
+from unet_ray.cli import _ray
+from unet_ray.config import Cleanup, PredictConfig, TrainConfig, UserError, load_train_config
+from unet_ray.ledger import Ledger
+from unet_ray.prediction import predict
+from unet_ray.segmenter import Segmentation
+
+ROOT = str(Path(__file__).resolve().parents[1])
+BASE_64 = (("model.base_channels", 64), ("model.depth", 4), ("model.norm", "batch"), ("data.image_size", 512))
+"""U-Net as most people run it: 31 million parameters, 385 GFLOP an image."""
 
 
 @dataclass(frozen=True, slots=True)
-class Timing:
+class Line:
     """One thing that was measured."""
 
     section: str
     name: str
-    seconds: float
-    """Median of the rounds."""
-    images_per_second: float
-    ratio: float
-    """How many times as fast as the first of its section."""
+    seconds: float | None = None
+    """Median of the rounds, for one image (`train`: for one step or epoch)."""
+    ratio: float | None = None
+    """How many times as fast as the first of its section, or of its part of it."""
+    note: str = ""
+    """What else was seen, in words and figures."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is measured on."""
+
+    images: list[str]
+    pairs: list[records.Pair]
+    model: str
+    card: ModelCard
+    device: Literal["cpu", "cuda"]
+    rounds: int
+    milesial: Path | None
+    folder: Path
+    """For outputs; removed in the end."""
+    config: TrainConfig
+    """Of the training step, with the folders of the pairs."""
+
+    def listed(self, count: int) -> str:
+        """A list of the first images, for `predict`."""
+        location = self.folder / f"first {count}.txt"
+        location.write_text("".join(f"{path}\n" for path in self.images[:count]))
+        return str(location)
+
+
+def in_turns(steps: Mapping[str, Callable[[], object]], rounds: int, *, warm: bool = True) -> dict[str, float]:
+    """Median seconds of each, one after the other in every round; with `warm`, a round before does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(rounds + warm):
+        for name, step in steps.items():
+            started = time.perf_counter()
+            step()
+            if number >= warm:
+                seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def table(section: str, seconds: Mapping[str, float], notes: Mapping[str, str] | None = None) -> list[Line]:
+    first = next(iter(seconds.values()))
+    return [Line(section, name, value, first / value, (notes or {}).get(name, "")) for name, value in seconds.items()]
+
+
+def dice(one: np.ndarray, other: np.ndarray) -> float:
+    """Of the foreground (every class but 0) of two masks."""
+    total = int((one > 0).sum()) + int((other > 0).sum())
+    return 1.0 if not total else 2 * int(((one > 0) & (one == other)).sum()) / total
+
+
+def on_one_thread(function: Callable[[], object]) -> Callable[[], object]:
+    def run() -> object:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return function()
+        finally:
+            torch.set_num_threads(threads)
+
+    return run
+
+
+# decode
+
+
+def by_pillow(data: bytes, size_hw: tuple[int, int]) -> np.ndarray:
+    """As tutorials do: the whole photograph, then its small copy."""
+    import io
+
+    with Image.open(io.BytesIO(data)) as image:
+        return np.asarray(image.convert("RGB").resize(size_hw[::-1], Image.Resampling.BILINEAR))
+
+
+def by_simplejpeg(data: bytes, size_hw: tuple[int, int]) -> np.ndarray:
+    import simplejpeg
+
+    height, width = size_hw
+    array = simplejpeg.decode_jpeg(data, "RGB", min_height=height, min_width=width)
+    return np.asarray(Image.fromarray(array).resize((width, height), Image.Resampling.BILINEAR))
+
+
+def by_torchvision(data: bytes, size_hw: tuple[int, int]) -> np.ndarray:
+    from torchvision.io import decode_jpeg
+    from torchvision.transforms.functional import resize
+
+    image = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    return resize(image, list(size_hw), antialias=True).permute(1, 2, 0).numpy()
+
+
+def decode_section(job: Job) -> Iterator[Line]:
+    data = [Path(path).read_bytes() for path in job.images[:16]]
+    size = job.card.image_size
+    decoders: dict[str, Callable[[bytes], np.ndarray]] = {
+        "Pillow, whole": lambda d: by_pillow(d, size),
+        "unet_ray": lambda d: imaging.decode_image(d, 3, size)[0],
+        "torchvision": lambda d: by_torchvision(d, size),
+    }
+    if importlib.util.find_spec("simplejpeg"):
+        decoders["simplejpeg"] = lambda d: by_simplejpeg(d, size)
+    steps = {name: on_one_thread(lambda f=f: [f(d) for d in data]) for name, f in decoders.items()}  # type: ignore[misc]
+    seconds = {name: value / len(data) for name, value in in_turns(steps, max(5, job.rounds)).items()}
+    network, _ = backends.load(job.model, how(job))
+    agree = []
+    for each in data:
+        both = [_mask(network, decoders[name](each), job, (1280, 1918)) for name in ("Pillow, whole", "unet_ray")]
+        agree.append(dice(*both))
+    yield from table("decode", seconds, {"unet_ray": f"masks agree with Pillow's, Dice {np.mean(agree):.5f}"})
+
+
+def how(job: Job, precision: str = "auto", backend: str = "auto") -> backends.How:
+    return backends.How(torch.device(job.device), precision, backend)
+
+
+@torch.inference_mode()
+def _mask(network: backends.Network, image: np.ndarray, job: Job, size_hw: tuple[int, int] | None = None) -> np.ndarray:
+    tensor = torch.from_numpy(image.copy())[None].to(job.device)
+    logits = engine.run_network(network, tensor, job.card.model, job.card.data)[0].cpu().numpy()
+    return imaging.to_own_size(logits, size_hw or job.card.image_size, job.card.threshold)
+
+
+# model
+
+
+def plain_network(job: Job) -> backends.Network:
+    """The same weights in fp32, as a tutorial runs them: nothing folded, no memory format, no autocast."""
+    network = checkpoint.load_model(job.model)[0].eval().to(job.device)
+    return lambda image: network(image.contiguous())
+
+
+def networks(job: Job) -> Iterator[tuple[str, backends.Network]]:
+    """The network in each way that is there; the first is the plain one."""
+    yield "plain fp32", plain_network(job)
+    yield "torch", backends.load(job.model, how(job, backend="torch"))[0]
+    yield "compiled", backends.load(job.model, how(job, backend="compiled"))[0]
+    if job.device == "cpu" and importlib.util.find_spec("openvino"):
+        yield "OpenVINO fp32", backends.load(job.model, how(job, "fp32", "openvino"))[0]
+        if engine.bf16_is_fast(torch.device("cpu")):
+            yield "OpenVINO bf16", backends.load(job.model, how(job, "bf16", "openvino"))[0]
+        quantized = checkpoint.read_choice(job.model, checkpoint.INT8, job.card)
+        if quantized is not None:
+            stem = f"{job.model}/{quantized['network']}"
+            yield "OpenVINO int8", backends.load(job.model, how(job, "int8", "openvino"), stem)[0]
+
+
+def model_section(job: Job) -> Iterator[Line]:
+    engine.keep_freed_memory()
+    decoded = [imaging.decode_image(Path(path).read_bytes(), 3, job.card.image_size)[0] for path in job.images[:16]]
+    ways = dict(networks(job))
+    upcoming = itertools.cycle(decoded)
+
+    def one(network: backends.Network) -> None:
+        _mask(network, next(upcoming), job)
+        if job.device == "cuda":
+            torch.cuda.synchronize()
+
+    seconds = in_turns({name: partial(one, network) for name, network in ways.items()}, job.rounds)
+    expected = [_mask(ways["plain fp32"], image, job) for image in decoded[:8]]
+    flops = backends.floating_point_operations(job.card)
+    notes = {}
+    for name, network in ways.items():
+        agree = np.mean(
+            [dice(_mask(network, image, job), mask) for image, mask in zip(decoded, expected, strict=False)]
+        )
+        rate = flops / seconds[name] / 1e12
+        notes[name] = f"{rate:.3f} TFLOPS; Dice with plain fp32's masks {agree:.5f}"
+    yield from table("model", seconds, notes)
+
+
+# predict
+
+
+class Milesial:
+    """milesial/Pytorch-UNet's predict.py, its own code in its own checkout, weights random: image in, PNG out."""
+
+    def __init__(self, checkout: Path, out: Path, pixels: int) -> None:
+        sys.path.insert(0, str(checkout))
+        self.code = importlib.import_module("predict")
+        self.out, self.pixels = out, pixels
+        self.network = importlib.import_module("unet").UNet(n_channels=3, n_classes=2)
+
+    def __call__(self, path: str) -> None:
+        image = Image.open(path)
+        # As many pixels as our network sees; theirs keeps the sides' ratio.
+        scale = (self.pixels / (image.width * image.height)) ** 0.5
+        mask = self.code.predict_img(self.network, image, torch.device("cpu"), scale)
+        self.code.mask_to_image(mask, [0, 1]).save(self.out / f"{Path(path).stem}_OUT.png")
+
+
+def steady(run: Callable[[Callable[[int, int, int], None]], object]) -> tuple[float, float]:
+    """(seconds an image between the first and the last that were reported done, seconds until the first)."""
+    told: list[tuple[float, int]] = []
+    started = time.perf_counter()
+    run(lambda done, _failed, images: told.append((time.perf_counter(), done)) if images and done else None)
+    (begun, first), (ended, last) = told[0], told[-1]
+    return (ended - begun) / max(1, last - first), begun - started
+
+
+def predict_section(job: Job) -> Iterator[Line]:
+    outs = itertools.count()
+
+    def ours(local: bool, on_progress: Any) -> None:
+        out = str(job.folder / f"out{next(outs)}")
+        config = PredictConfig(model=job.model, inputs=(job.listed(96),), out=out, device=job.device)
+        predict(config, local=local, on_progress=on_progress)
+
+    network, _ = backends.load(job.model, how(job), quantized_of(job))
+    decoded = [imaging.decode_image(Path(path).read_bytes(), 3, job.card.image_size)[0] for path in job.images[:8]]
+    milesial = None
+    if job.milesial is not None:
+        height, width = job.card.image_size
+        out = job.folder / "milesial"
+        out.mkdir()
+        milesial = Milesial(job.milesial, out, height * width)
+    seconds: dict[str, list[float]] = {}
+    with _ray(False):
+        for _ in range(job.rounds):
+            if milesial is not None:
+                started = time.perf_counter()
+                for path in job.images[:3]:
+                    milesial(path)
+                seconds.setdefault("milesial's predict.py", []).append((time.perf_counter() - started) / 3)
+            for image in decoded[:2]:
+                _mask(network, image, job)
+            started = time.perf_counter()
+            for image in decoded:
+                _mask(network, image, job)
+            seconds.setdefault("model alone", []).append((time.perf_counter() - started) / len(decoded))
+            seconds.setdefault("--local", []).append(steady(partial(ours, True))[0])
+            seconds.setdefault("through Ray", []).append(steady(partial(ours, False))[0])
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    alone = medians["model alone"]
+    notes = {name: f"{alone / medians[name]:.3f} of the model's own rate" for name in ("--local", "through Ray")}
+    yield from table("predict", medians, notes)
+
+
+def quantized_of(job: Job) -> str | None:
+    chosen = checkpoint.read_choice(job.model, checkpoint.INT8, job.card)
+    return f"{job.model}/{chosen['network']}" if chosen is not None and job.device == "cpu" else None
+
+
+# train
 
 
 class PlainPairs(Dataset):
@@ -51,84 +321,386 @@ class PlainPairs(Dataset):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         pair = self.pairs[index]
-        with Image.open(pair.image) as image:
-            picture = np.asarray(image.convert("RGB").resize(self.size_hw[::-1], Image.Resampling.BILINEAR))
+        picture = by_pillow(Path(pair.image).read_bytes(), self.size_hw)
         with Image.open(pair.mask) as image:
             mask = np.asarray(image.resize(self.size_hw[::-1], Image.Resampling.NEAREST)) > 0
         # From 0 to 255: the network divides.
         return torch.from_numpy(picture.copy()).permute(2, 0, 1).float(), torch.from_numpy(mask).float()[None]
 
 
-def plain_steps(config: TrainConfig, pairs: list[records.Pair]) -> Iterator[float]:
+def plain_steps(config: TrainConfig, pairs: list[records.Pair], device: str) -> Iterator[float]:
     """Training steps of a plain PyTorch loop with the same network: fp32, no memory format, AdamW as it comes."""
-    network = models.build(config.model).train()
+    network = models.build(config.model).train().to(device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.train.learning_rate)
     criterion = torch.nn.BCEWithLogitsLoss()
     loader = DataLoader(PlainPairs(pairs, config.data.size_hw), config.train.batch_size, shuffle=True, drop_last=True)
     for image, mask in itertools.chain.from_iterable(itertools.repeat(loader)):
         optimizer.zero_grad()
-        loss = criterion(network(image), mask)
+        loss = criterion(network(image.to(device)), mask.to(device))
         loss.backward()
         optimizer.step()
         yield loss.item()
 
 
-def our_steps(config: TrainConfig, pairs: list[records.Pair]) -> Iterator[float]:
+def our_steps(config: TrainConfig, pairs: list[records.Pair], device: str) -> Iterator[float]:
     """Training steps as `unet-ray train --local` takes them."""
     engine.keep_freed_memory()
-    training = engine.prepare(config, torch.device("cpu"))
-    training.model.train()
+    prepared = engine.prepare(config, torch.device(device))
+    prepared.model.train()
     held = rows.MemoryRows(pairs, rows.Decoder.of(config))
     for epoch in itertools.count(1):
         plan = engine.batch_plan(len(held), config.train.batch_size, seed=config.train.seed, epoch=epoch)
-        batches = held.batches([part.indices for step in plan for part in step])
+        batches = rows.prefetched(held.batches([part.indices for step in plan for part in step]))
         for step in plan:
-            yield float(training.step(((next(batches), part) for part in step), len(step), epoch))
+            yield float(prepared.step(((next(batches), part) for part in step), len(step), epoch))
 
 
-def in_turns(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each, one after the other in every round; the first round, which warms up, does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(rounds + 1):
-        for name, step in steps.items():
+def train_section(job: Job) -> Iterator[Line]:
+    pairs = job.pairs[: 8 * job.config.train.batch_size]
+    plain, ours = plain_steps(job.config, pairs, job.device), our_steps(job.config, pairs, job.device)
+    seconds = in_turns({"step, plain fp32": partial(next, plain), "step": partial(next, ours)}, job.rounds)
+    yield from table("train", seconds, {"step": f"batch {job.config.train.batch_size}"})
+    del plain, ours
+    yield from epochs(job)
+
+
+def epochs(job: Job) -> Iterator[Line]:
+    """Whole epochs of a smaller network, so that what is not the network shows. The first of a run is not counted."""
+    count = max(2, job.rounds)
+    small = [("model.base_channels", 16), ("model.patch", 2), ("model.depth", 4), ("model.norm", "batch")]
+    config = load_train_config(
+        settings=[
+            *small,
+            ("data.images", job.config.data.images),
+            ("data.masks", job.config.data.masks),
+            ("data.image_size", 512),
+            ("data.fraction", min(1.0, 128 / len(job.pairs))),
+            ("train.epochs", 1 + count),
+            ("train.batch_size", 4),
+            ("compute.device", job.device),
+        ]
+    )
+    measured: dict[str, tuple[float, float]] = {}
+    for name, local in (("epoch, --local", True), ("epoch, through Ray", False)):
+        out = str(job.folder / name)
+        training.train(config, out, local=local, cluster=_ray(False))
+        lines = engine.read_metrics(out)[1:]
+        seconds = statistics.median(line["train_seconds"] for line in lines)
+        waited, trained = (sum(line[key] for line in lines) for key in ("wait_seconds", "train_seconds"))
+        measured[name] = (seconds, waited / trained)
+    notes = {name: f"waits for data {share:.2%} of the time" for name, (_, share) in measured.items()}
+    yield from table("train", {name: seconds for name, (seconds, _) in measured.items()}, notes)
+
+
+# overhead
+
+
+class NoNetwork:
+    """In a Segmenter's place: the mean of the channels, which costs next to nothing."""
+
+    def __init__(self, card: ModelCard) -> None:
+        self.card = card
+
+    def __call__(self, image_NHWC: np.ndarray) -> Segmentation:
+        logits = image_NHWC[:, None, :, :, 1].astype(np.float16) - np.float16(127)
+        return Segmentation(logits, np.ones(len(image_NHWC), np.float32))
+
+
+@dataclass(frozen=True, slots=True)
+class _NoModel:
+    card: ModelCard
+
+    def __call__(self, **_where: Any) -> stages.Stage:
+        return stages.Segment(NoNetwork(self.card))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """The stages that read, decode and write, as `predict` puts them together, over a folder that repeats."""
+
+    card: ModelCard
+    out: str
+    images: list[str]
+    chunk: int = 8
+
+    def columns(self, start: int, count: int) -> dict[str, Any]:
+        paths = [self.images[number % len(self.images)] for number in range(start, start + count)]
+        names = [f"{number:07d}" for number in range(start, start + count)]
+        return {
+            "path": [os.fsencode(path) for path in paths],
+            "name": [name.encode() for name in names],
+            "output": [f"{name}.png".encode() for name in names],
+            "number": [start // self.chunk] * count,
+            "row": list(range(start, start + count)),
+            "size": [0] * count,
+            "mtime_ns": [0] * count,
+            "redone": [False] * count,
+        }
+
+    def load(self, number: int) -> stages.Chunk:
+        columns = self.columns(number * self.chunk, self.chunk)
+        return stages.Chunks(columns, self.chunk)(0)
+
+    def stages(self) -> tuple[stages.Before, _NoModel, stages.Stage]:
+        reader = stages.Reader.of(self.card, 10**9)
+        write = stages.Write(Ledger(self.out, (), False), ("png",), self.card, reader)
+        after = stages.AtOwnSize(write, self.card, Cleanup(), False)
+        return stages.Before(self.load, stages.Decode(reader, self.card.image_size)), _NoModel(self.card), after
+
+    def bare(self, numbers: Sequence[int]) -> None:
+        """All stages one after the other, in this process."""
+        before, model, after = self.stages()
+        segment = model()
+        for number in numbers:
+            after(segment(before(number)))
+
+
+def overhead_section(job: Job) -> Iterator[Line]:
+    cores = os.cpu_count() or 1
+    count = 40
+    notes = {}
+    seconds: dict[str, list[float]] = {}
+    context = multiprocessing.get_context("spawn")
+    with _ray(False), context.Pool(cores) as pool:
+        pool.map(_imported, range(cores))
+        datasets.configure()
+        for turn in range(job.rounds):
+            way = Way(job.card, str(job.folder / f"bare{turn}"), job.images)
             started = time.perf_counter()
-            step()
-            if number:
-                seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+            pool.map(way.bare, [range(start, count, cores) for start in range(cores)], chunksize=1)
+            name = f"{cores} bare processes"
+            seconds.setdefault(name, []).append((time.perf_counter() - started) / (count * way.chunk))
+            for name, run in (
+                ("--local", lambda *parts: stages.run_here(range(count), parts[0], parts[1], parts[2])),
+                (
+                    "through Ray",
+                    lambda *parts: datasets.run_on_cluster(range(count), *parts, workers=1, device="cpu"),
+                ),
+            ):
+                way = Way(job.card, str(job.folder / f"{name}{turn}"), job.images)
+                times = [time.perf_counter() for _ in run(*way.stages())]
+                seconds.setdefault(name, []).append((times[-1] - times[0]) / ((count - 1) * way.chunk))
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    notes["through Ray"] = f"{count * 8} images of {_size_of(job.images[0])}, one PNG mask each"
+    yield from table("overhead", medians, notes)
 
 
-def train_section(config: TrainConfig, pairs: list[records.Pair], rounds: int) -> list[Timing]:
-    plain, ours = plain_steps(config, pairs), our_steps(config, pairs)
-    seconds = in_turns({"plain fp32": lambda: next(plain), "unet_ray": lambda: next(ours)}, rounds)
-    first = seconds["plain fp32"]
-    return [
-        Timing("train", name, value, config.train.batch_size / value, first / value) for name, value in seconds.items()
+def _imported(_number: int) -> None:
+    time.sleep(0.5)  # long enough that every process of the pool gets one
+
+
+def _size_of(path: str) -> str:
+    with Image.open(path) as image:
+        return f"{image.width}x{image.height}"
+
+
+# memory
+
+
+class PeakMemory:
+    """Peak resident memory (without what is shared) of this process and of its descendants, looked at ten times a
+    second."""
+
+    def __init__(self) -> None:
+        self.mine = self.theirs = 0
+        self.done = threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> PeakMemory:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.done.set()
+        self.thread.join()
+
+    def _watch(self) -> None:
+        this = psutil.Process()
+        while not self.done.wait(0.1):
+            self.mine = max(self.mine, _own(this))
+            self.theirs = max(self.theirs, sum(map(_own, this.children(recursive=True))))
+
+
+def _own(process: psutil.Process) -> int:
+    try:
+        memory = process.memory_info()
+    except psutil.Error:  # ended meanwhile
+        return 0
+    return memory.rss - getattr(memory, "shared", 0)
+
+
+def memory_section(job: Job) -> Iterator[Line]:
+    """A small network, so that ten thousand images take minutes and the way of the data is what is seen."""
+    small = job.folder / "small"
+    settings: list[tuple[str, Any]] = [
+        ("model.base_channels", 4),
+        ("model.depth", 2),
+        ("data.image_size", 64),
+        ("data.mask_values", [0, 1]),
     ]
+    tiny = load_train_config(settings=settings)
+    checkpoint.save_model(str(small), models.build(tiny.model), tiny, {})
+    folder = job.folder / "many"
+    folder.mkdir()
+    sources = []
+    for path in job.images[:64]:
+        with Image.open(path) as image:
+            target = job.folder / f"{Path(path).stem}.jpg"
+            image.convert("RGB").resize((512, 512)).save(target)
+            sources.append(target)
+    for number in range(10_000):
+        os.link(sources[number % len(sources)], folder / f"{number:05d}.jpg")
+    rates = {}
+    for count in (500, 10_000):
+        many = dataclasses.replace(job, images=[str(folder / f"{number:05d}.jpg") for number in range(count)])
+        config_of = partial(
+            PredictConfig, model=str(small), inputs=(many.listed(count),), device="cpu", backend="torch"
+        )
+        with _ray(False), PeakMemory() as peak:
+            seconds = []
+            for turn in range(3 if count == 500 else 1):
+                config = config_of(out=str(job.folder / f"{count}-{turn}"))
+                seconds.append(steady(lambda tell, c=config: predict(c, on_progress=tell))[0])  # type: ignore[misc]
+        rates[count] = statistics.median(seconds)
+        note = f"driver {peak.mine / 2**20:.0f} MB, all other processes {peak.theirs / 2**20:.0f} MB"
+        yield Line("memory", f"{count} images", rates[count], rates[500] / rates[count], note)
+
+
+# start
+
+
+def start_section(job: Job) -> Iterator[Line]:
+    one = job.folder / "one"
+    one.mkdir()
+    image = one / Path(job.images[0]).name
+    shutil.copy(job.images[0], image)
+    command = [sys.executable, "-m", "unet_ray"]
+    environment = {**os.environ, "PYTHONPATH": ROOT}
+    outs = itertools.count()
+
+    def run(*arguments: str) -> None:
+        subprocess.run([*command, *arguments], check=True, capture_output=True, env=environment)
+
+    def ours() -> None:
+        run("predict", job.model, str(image), "--out", str(job.folder / f"cold{next(outs)}"), "--local")
+
+    steps: dict[str, Callable[[], object]] = {}
+    if job.milesial is not None:
+        steps["one image, milesial's predict.py"] = _theirs_cold(job, str(image))
+    steps["one image, --local"] = ours
+    yield from table("start", in_turns(steps, job.rounds))
+    yield from table("start", in_turns({"--help": lambda: run("--help")}, 5))
+    out = str(job.folder / "first")
+    started = time.perf_counter()
+    with _ray(False):
+        ready = time.perf_counter() - started
+        summary = predict(PredictConfig(model=job.model, inputs=(job.listed(8),), out=out, device=job.device))
+    parts = {"Ray": ready, "listing": summary.stages["listing"], "to the first masks": summary.stages["starting"]}
+    note = ", ".join(f"{name} {value:.1f} s" for name, value in parts.items())
+    yield Line("start", "first mask through Ray", sum(parts.values()), None, f"{note}; imports come before")
+
+
+def _theirs_cold(job: Job, image: str) -> Callable[[], object]:
+    """Their command on one image, at as many pixels as ours, with random weights in their own format."""
+    assert job.milesial is not None
+    weights = job.folder / "milesial.pth"
+    code = f"import torch; from unet import UNet; torch.save(UNet(3, 2).state_dict(), {str(weights)!r})"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=job.milesial)
+    with Image.open(image) as opened:
+        height, width = job.card.image_size
+        scale = (height * width / (opened.width * opened.height)) ** 0.5
+    arguments = ["-m", str(weights), "-i", image, "-o", str(job.folder / "theirs.png"), "-s", str(scale)]
+    command = [sys.executable, "predict.py", *arguments]
+    return lambda: subprocess.run(command, check=True, capture_output=True, cwd=job.milesial)
+
+
+SECTIONS: dict[str, Callable[[Job], Iterator[Line]]] = {
+    "decode": decode_section,
+    "model": model_section,
+    "predict": predict_section,
+    "train": train_section,
+    "overhead": overhead_section,
+    "memory": memory_section,
+    "start": start_section,
+}
+
+
+def random_model(folder: Path) -> str:
+    """A model directory of the U-Net that most people run, with random weights."""
+    config = load_train_config(settings=[*BASE_64, ("data.mask_values", [0, 1])])
+    checkpoint.save_model(str(folder), models.build(config.model), config, {})
+    return str(folder)
+
+
+def shown(line: Line) -> str:
+    seconds = "" if line.seconds is None else f"{line.seconds:9.4f}"
+    rate = "" if not line.seconds else f"{1 / line.seconds:9.2f}"
+    ratio = "" if line.ratio is None else f"{line.ratio:7.2f}x"
+    return f"{line.section:<9} {line.name:<34} {seconds:>9} {rate:>9} {ratio:>8}  {line.note}".rstrip()
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--images", required=True, metavar="DIR")
-@click.option("--masks", "masks_folder", required=True, metavar="DIR")
-@click.option("--recipe", default="carvana-cpu", show_default=True)
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE")
-@click.option("--rounds", default=5, show_default=True, type=click.IntRange(min=1))
-@click.option("--json", "as_json", is_flag=True)
-def main(images: str, masks_folder: str, recipe: str, settings: tuple[str, ...], rounds: int, as_json: bool) -> None:
-    """Time a training step beside the same network in a plain fp32 PyTorch loop."""
-    pairs = records.find_pairs(images, masks_folder)[:32]
-    chosen: list[tuple[str, object]] = [(name, value) for name, _, value in (text.partition("=") for text in settings)]
-    base = load_train_config(recipe=recipe, settings=chosen)
-    values = masks.infer_values([pair.mask for pair in pairs], base.model.num_classes, base.data)
-    config = load_train_config(recipe=recipe, settings=[*chosen, ("data.mask_values", list(values))])
-    timings = train_section(config, pairs, rounds)
-    if as_json:
-        click.echo(json.dumps([dataclasses.asdict(timing) for timing in timings]))
-        return
-    click.echo(f"{'section':<10} {'what':<14} {'s/step':>8} {'images/s':>9} {'ratio':>7}")
-    for t in timings:
-        click.echo(f"{t.section:<10} {t.name:<14} {t.seconds:8.2f} {t.images_per_second:9.2f} {t.ratio:6.2f}x")
+@click.option("--images", required=True, metavar="DIR", help="Photographs.")
+@click.option("--masks", "masks_folder", metavar="DIR", help="Their masks; without them, `train` is left out.")
+@click.option("--model", metavar="RUN", help="A trained model; without it, U-Net of 64 channels, weights random.")
+@click.option(
+    "--section", "sections", multiple=True, type=click.Choice([*SECTIONS]), help="Only this; may be repeated."
+)
+@click.option("--milesial", metavar="DIR", help="A checkout of milesial/Pytorch-UNet to measure beside.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: cuda where there is one]")
+@click.option("--recipe", help="Settings of the training step.  [default: U-Net of 64 channels, 512, batch 4]")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="One such setting; may be repeated.")
+@click.option("--rounds", default=3, show_default=True, type=click.IntRange(min=1))
+@click.option("--json", "json_file", metavar="FILE", help="Also write the lines there.")
+def main(
+    images: str,
+    masks_folder: str | None,
+    model: str | None,
+    sections: tuple[str, ...],
+    milesial: str | None,
+    device: Literal["cpu", "cuda"] | None,
+    recipe: str | None,
+    settings: tuple[str, ...],
+    rounds: int,
+    json_file: str | None,
+) -> None:
+    """Measure how fast this machine decodes, predicts and trains, beside the ways others do it."""
+    paths = [image.path for image in records.iter_images(images)]
+    pairs = records.find_pairs(images, masks_folder) if masks_folder else []
+    chosen: list[tuple[str, Any]] = [(name, value) for name, _, value in (text.partition("=") for text in settings)]
+    base = [] if recipe else [*BASE_64, ("train.batch_size", 4)]
+    config = load_train_config(recipe=recipe, settings=[*base, *chosen])
+    if masks_folder:
+        values = masks.infer_values([pair.mask for pair in pairs], config.model.num_classes, config.data)
+        data = dataclasses.replace(config.data, images=images, masks=masks_folder, mask_values=values)
+        config = dataclasses.replace(config, data=data)
+    lines = []
+    with tempfile.TemporaryDirectory(prefix="unet-ray-benchmark-") as folder:
+        location = checkpoint.model_directory(model) if model else random_model(Path(folder, "model"))
+        job = Job(
+            images=[os.fsdecode(path) for path in paths],
+            pairs=pairs,
+            model=location,
+            card=checkpoint.read_card(location),
+            device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+            rounds=rounds,
+            milesial=Path(milesial).resolve() if milesial else None,
+            folder=Path(folder),
+            config=config,
+        )
+        click.echo(f"{'section':<9} {'':<34} {'seconds':>9} {'a second':>9} {'ratio':>8}")
+        for name in sections or SECTIONS:
+            if name == "train" and not pairs:
+                continue
+            for line in SECTIONS[name](job):
+                click.echo(shown(line))
+                lines.append(dataclasses.asdict(line))
+    if json_file:
+        Path(json_file).write_text(json.dumps(lines, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(f"Error: {error}") from None

@@ -439,7 +439,7 @@ def test_every_recipe_prints_names_its_source_and_trains(discs, tmp_path, name):
     small = {"model.base_channels": 4, "model.depth": 2, "train.epochs": 1, "data.fraction": 1.0, "train.batch_size": 4}
     small["data.image_size"] = 96
     if config.data.tile:
-        small["data.tile"] = next(s for s in range(40, 96) if ModelConfig(padding="valid", depth=2)._valid_fits(s))
+        small["data.tile"] = next(s for s in range(40, 96) if ModelConfig(padding="valid", depth=2).fits(s))
     if config.data.group_by:
         small["data.group_by"] = "^[^_]+"
     settings = [part for key, value in small.items() for part in ("--set", f"{key}={value}")]

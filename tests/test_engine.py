@@ -418,7 +418,7 @@ def test_several_classes_with_ignored_pixels_train(discs, tmp_path):
 
 
 def test_the_2015_network_trains_on_mirrored_tiles(discs, tmp_path):
-    size = next(s for s in range(24, 40) if ModelConfig(padding="valid", depth=2)._valid_fits(s))
+    size = next(s for s in range(24, 40) if ModelConfig(padding="valid", depth=2).fits(s))
     config = config_for(discs, ("model.padding", "valid"), ("data.image_size", size), ("train.epochs", 1))
     assert training.train(config, str(tmp_path / "run"), local=True).epochs == 1
 

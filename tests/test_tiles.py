@@ -13,7 +13,7 @@ def test_overlap_tiles_equal_the_whole_image_at_once(norm):
     """The paper's property, on an image more than three tiles wide."""
     config = ModelConfig(padding="valid", norm=norm, base_channels=4, depth=3)
     network = build(config).eval().double()
-    fitting = [size for size in range(20, 220) if config._valid_fits(size)]
+    fitting = [size for size in range(20, 220) if config.fits(size)]
     tile, side = fitting[2], fitting[-1]
     assert side > 3 * tile
     image = torch.randint(0, 256, (1, 3, side, side), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
@@ -32,7 +32,7 @@ def double(network):
 
 def test_tiles_cover_sizes_that_no_tile_divides():
     config = ModelConfig(padding="valid", base_channels=2, depth=2)
-    tile = next(size for size in range(20, 60) if config._valid_fits(size))
+    tile = next(size for size in range(20, 60) if config.fits(size))
     network = build(config).eval()
     image = torch.randint(0, 256, (2, 3, 3 * tile + 7, tile + 1), dtype=torch.uint8)
     with torch.inference_mode():

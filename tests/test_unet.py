@@ -45,7 +45,7 @@ def test_same_takes_any_size_and_gives_a_mask_of_that_size(norm, up, patch, grow
 
 def test_valid_loses_its_margin_and_the_mirrored_margin_gives_it_back():
     config = ModelConfig(padding="valid", **SMALL)
-    size = next(s for s in range(20, 60) if config._valid_fits(s))
+    size = next(s for s in range(20, 60) if config.fits(s))
     model = build(config).eval()
     whole = mirror_margin(image(size, size), config.margin)
     assert model(whole).shape[-2:] == (size, size)

@@ -108,6 +108,8 @@ def _images(pairs: Sequence[Pair], reader: Reader, card: ModelCard) -> Iterator[
 
 def _in_int8(network: Any, images: Sequence[np.ndarray]) -> Any:
     backends.without_telemetry()
+    # Through NNCF torch tells where it has found CUDA's compiler, which nothing here uses.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     import nncf
 
     nncf.set_log_level(logging.ERROR)
