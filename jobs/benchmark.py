@@ -157,7 +157,8 @@ def by_torchvision(data: bytes, size_hw: tuple[int, int]) -> np.ndarray:
 
 
 def decode_section(job: Job) -> Iterator[Line]:
-    data = [Path(path).read_bytes() for path in job.images[:16]]
+    paths = [pair.image for pair in job.pairs[:16]] or job.images[:16]
+    data = [Path(path).read_bytes() for path in paths]
     size = job.card.image_size
     decoders: dict[str, Callable[[bytes], np.ndarray]] = {
         "Pillow, whole": lambda d: by_pillow(d, size),
@@ -168,12 +169,14 @@ def decode_section(job: Job) -> Iterator[Line]:
         decoders["simplejpeg"] = lambda d: by_simplejpeg(d, size)
     steps = {name: on_one_thread(lambda f=f: [f(d) for d in data]) for name, f in decoders.items()}  # type: ignore[misc]
     seconds = {name: value / len(data) for name, value in in_turns(steps, max(5, job.rounds)).items()}
-    network, _ = backends.load(job.model, how(job))
-    agree = []
-    for each in data:
-        both = [_mask(network, decoders[name](each), job, (1280, 1918)) for name in ("Pillow, whole", "unet_ray")]
-        agree.append(dice(*both))
-    yield from table("decode", seconds, {"unet_ray": f"masks agree with Pillow's, Dice {np.mean(agree):.5f}"})
+    network, _ = backends.load(job.model, how(job, "fp32"))
+    both = [[_mask(network, decoders[name](each), job) for each in data] for name in ("Pillow, whole", "unet_ray")]
+    note = f"Dice {np.mean(list(map(dice, *both))):.5f} between the masks predicted from these and from Pillow's"
+    if job.pairs:
+        truth = [imaging.decode_mask(Path(pair.mask).read_bytes(), job.config.data, size)[0] for pair in job.pairs[:16]]
+        known = [np.mean(list(map(dice, masks_of, truth))) for masks_of in both]
+        note += f"; with the true ones {known[1]:.5f} and {known[0]:.5f}"
+    yield from table("decode", seconds, {"unet_ray": note})
 
 
 def how(job: Job, precision: str = "auto", backend: str = "auto") -> backends.How:

@@ -172,3 +172,14 @@ def test_of_several_classes_the_highest_wins_after_interpolation():
     mask = to_own_size(logits, (40, 40), 0.5)
     assert set(np.unique(mask)) == {1, 2}
     assert (mask[:, :15] == 1).all() and (mask[:, 25:] == 2).all()
+
+
+@pytest.mark.parametrize("size", [(640, 959), (3, 5), (1, 1), (300, 3), (64, 64), (700, 900)])
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_resizing_is_pillows_but_for_rounding(size, mode):
+    shape = (*size, 3) if mode == "RGB" else size
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, shape).astype(np.uint8))
+    expected = np.asarray(image.resize((64, 64), Image.Resampling.BILINEAR, reducing_gap=2.0))
+    found = imaging._resized(image, (64, 64))
+    assert found.shape == expected.shape
+    assert np.abs(found.astype(int) - expected).max() <= 1

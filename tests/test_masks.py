@@ -192,3 +192,9 @@ def test_an_overlay_shows_the_mask_in_colour_and_leaves_the_rest():
     assert drawn.shape == (40, 60, 3)
     assert np.abs(drawn[2:6, 2:6] - 200).max() < 8
     assert np.abs(drawn[18:22, 28:32] - 200).max() > 40
+
+
+@pytest.mark.parametrize("classes", [2, 3, 255])
+def test_pixels_of_each_class_are_counted(classes):
+    mask = np.random.default_rng(0).integers(0, classes, (30, 40)).astype(np.uint8)
+    assert masks.pixel_counts(mask, classes) == np.bincount(mask.ravel(), minlength=classes).tolist()

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import PIL
+import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from unet_ray.config import IGNORE, MAX_PIXELS, DataConfig, ValueRange
@@ -118,9 +120,18 @@ def decode_image(
 
 
 def _resized(band: Image.Image, size_hw: tuple[int, int]) -> np.ndarray:
-    if band.size != size_hw[::-1]:
-        band = band.resize(size_hw[::-1], Image.Resampling.BILINEAR, reducing_gap=2.0)
-    return np.asarray(band)
+    """uint8 [H,W] or [H,W,C]: as Pillow's bilinear resize with `reducing_gap` 2, but for steps of 1 of 255."""
+    if band.size == size_hw[::-1]:
+        return np.asarray(band)
+    # What is more than four times as large is first made smaller by whole numbers: nearly the same, and far cheaper.
+    factors = [max(1, int(have / want / 2)) for have, want in zip(band.size, size_hw[::-1], strict=True)]
+    if max(factors) > 1:
+        band = band.reduce((factors[0], factors[1]))
+    # torch has Pillow's antialiased resize written for AVX2, on one thread: a quarter of the time.
+    pixels = torch.from_numpy(np.array(band))
+    planes = pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
+    small = F.interpolate(planes[None], size=size_hw, mode="bilinear", antialias=True)[0]
+    return (small[0] if pixels.ndim == 2 else small.permute(1, 2, 0)).numpy()
 
 
 def _in_mode(image: Image.Image, channels: int, value_range: ValueRange) -> Image.Image:

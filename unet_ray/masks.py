@@ -5,6 +5,8 @@ from __future__ import annotations
 import colorsys
 import functools
 import io
+import struct
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +19,8 @@ from unet_ray.imaging import ImageError, decode_mask, stored_values
 
 FOREGROUND = (0, 230, 80)
 """Colour of the one class in overlays: rare in photographs and in stained tissue."""
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+ZLIB_LEVEL = 6
 SAMPLE = 32
 """How many masks, evenly spaced over the sorted list, are read to learn their values."""
 
@@ -103,15 +107,26 @@ def border_map(mask: np.ndarray, sigma: float) -> np.ndarray:
 
 def encode_png(mask: np.ndarray, num_classes: int) -> bytes:
     """Class ids, uint8 [H,W], as PNG: 1-bit for one class; a palette whose indices are the class ids for more."""
+    # Written here: Pillow tries every filter on every line, which masks only grow by, and takes four times as long.
     height, width = mask.shape
-    if num_classes == 1:
-        image = Image.frombytes("1", (width, height), np.packbits(mask, axis=1).tobytes())
-    else:
-        image = Image.frombytes("P", (width, height), np.ascontiguousarray(mask).tobytes())
-        image.putpalette(_palette())
-    stream = io.BytesIO()
-    image.save(stream, "PNG")
-    return stream.getvalue()
+    pixels = np.packbits(mask, axis=1) if num_classes == 1 else mask
+    lines = np.zeros((height, 1 + pixels.shape[1]), np.uint8)  # each begins with its filter, 0
+    lines[:, 1:] = pixels
+    header = struct.pack(">IIBBBBB", width, height, *((1, 0) if num_classes == 1 else (8, 3)), 0, 0, 0)
+    palette = [] if num_classes == 1 else [(b"PLTE", _palette())]
+    chunks = [(b"IHDR", header), *palette, (b"IDAT", zlib.compress(lines.data, ZLIB_LEVEL)), (b"IEND", b"")]
+    return PNG_SIGNATURE + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
+    )
+
+
+def pixel_counts(mask: np.ndarray, classes: int) -> list[int]:
+    """Pixels of each class id, of uint8 [H,W]."""
+    if classes == 2:
+        foreground = int(np.count_nonzero(mask))
+        return [mask.size - foreground, foreground]
+    # Line by line: bincount makes 8 bytes of each of its pixels.
+    return np.sum([np.bincount(line, minlength=classes) for line in mask], axis=0).tolist()
 
 
 def encode_gray(values: np.ndarray) -> bytes:

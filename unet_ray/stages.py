@@ -331,8 +331,7 @@ class Write:
     def _written(self, chunk: Chunk, row: int, whole: WholeImage) -> dict[str, Any]:
         mask, classes = whole.mask, self.card.model.num_classes
         output = os.fsdecode(chunk["output"][row])
-        # Row by row: bincount makes 8 bytes of each of its pixels.
-        counted = np.sum([np.bincount(line, minlength=max(2, classes)) for line in mask], axis=0).tolist()
+        counted = masks.pixel_counts(mask, max(2, classes))
         result = {
             "status": "ok",
             "error": "",
