@@ -8,7 +8,7 @@ from conftest import disc
 from PIL import Image
 
 from unet_ray.config import IGNORE, DataConfig
-from unet_ray.imaging import ImageError, decode_image, decode_mask, stored_values, to_own_size
+from unet_ray.imaging import ImageError, _resized, decode_image, decode_mask, stored_values, to_own_size
 
 GRAY = np.linspace(0, 255, 12 * 8).astype(np.uint8).reshape(8, 12)
 RGB = np.stack([GRAY, GRAY[::-1], GRAY[:, ::-1]], axis=-1)
@@ -180,6 +180,6 @@ def test_resizing_is_pillows_but_for_rounding(size, mode):
     shape = (*size, 3) if mode == "RGB" else size
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, shape).astype(np.uint8))
     expected = np.asarray(image.resize((64, 64), Image.Resampling.BILINEAR, reducing_gap=2.0))
-    found = imaging._resized(image, (64, 64))
+    found = _resized(image, (64, 64))
     assert found.shape == expected.shape
     assert np.abs(found.astype(int) - expected).max() <= 1

@@ -16,6 +16,7 @@ from ray.data import ActorPoolStrategy, DataContext
 
 from unet_ray import cache
 from unet_ray.config import UserError
+from unet_ray.engine import keep_freed_memory
 from unet_ray.records import Pair
 from unet_ray.rows import Batch, Decodes
 from unet_ray.stages import Chunk, Stage
@@ -281,6 +282,7 @@ class _FromNumber:
     before: Callable[[int], Chunk]
 
     def __call__(self, table: Chunk) -> Chunk:
+        keep_freed_memory()  # of photographs at full size
         assert len(table["number"]) == 1, "a block holds one chunk"
         return self.before(int(table["number"][0]))
 
@@ -290,6 +292,7 @@ class _UnlessEmpty:
     stage: Stage
 
     def __call__(self, chunk: Chunk) -> Chunk:
+        keep_freed_memory()
         return self.stage(chunk) if _rows(chunk) else chunk
 
 

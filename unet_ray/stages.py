@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -454,7 +455,11 @@ def run_here(
     Yields what `after` returns, in the order of `numbers`; nothing for a chunk with no rows.
     """
     segment = model()
-    with ThreadPoolExecutor(1) as decoding, ThreadPoolExecutor(1) as writing:
+    threads = torch.get_num_threads()
+    # One thread each: more would take turns with the network's on the same cores. The setting is each thread's own, and
+    # the default of later ones.
+    alone = partial(ThreadPoolExecutor, 1, initializer=torch.set_num_threads, initargs=(1,))
+    with alone() as decoding, alone() as writing:
         upcoming = [decoding.submit(before, number) for number in numbers[:1]]
         written = None
         try:
@@ -471,3 +476,4 @@ def run_here(
                 yield written.result()
         finally:
             decoding.shutdown(wait=False, cancel_futures=True)
+            torch.set_num_threads(threads)
