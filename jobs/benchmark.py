@@ -682,7 +682,7 @@ def main(
         values = masks.infer_values([pair.mask for pair in pairs], config.model.num_classes, config.data)
         data = dataclasses.replace(config.data, images=images, masks=masks_folder, mask_values=values)
         config = dataclasses.replace(config, data=data)
-    lines = []
+    lines, failed = [], False
     with tempfile.TemporaryDirectory(prefix="unet-ray-benchmark-") as folder:
         location = checkpoint.model_directory(model) if model else random_model(Path(folder, "model"))
         job = Job(
@@ -700,11 +700,16 @@ def main(
         for name in sections or SECTIONS:
             if name == "train" and not pairs:
                 continue
-            for line in SECTIONS[name](job):
-                click.echo(shown(line))
-                lines.append(dataclasses.asdict(line))
+            try:
+                for line in SECTIONS[name](job):
+                    click.echo(shown(line))
+                    lines.append(dataclasses.asdict(line))
+            except Exception as error:  # a peer that is not all there must not cost an hour's measurements
+                failed = True
+                click.echo(f"{name}: {type(error).__name__}: {error}", err=True)
     if json_file:
         Path(json_file).write_text(json.dumps(lines, indent=2) + "\n")
+    sys.exit(failed)
 
 
 if __name__ == "__main__":
