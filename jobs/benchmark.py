@@ -510,6 +510,7 @@ class PeakMemory:
     second."""
 
     def __init__(self) -> None:
+        self.before = _own(psutil.Process())
         self.mine = self.theirs = 0
         self.done = threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True)
@@ -570,7 +571,7 @@ def memory_section(job: Job) -> Iterator[Line]:
                 config = config_of(out=str(job.folder / f"{count}-{turn}"))
                 seconds.append(steady(lambda tell, c=config: predict(c, on_progress=tell))[0])  # type: ignore[misc]
         rates[count] = statistics.median(seconds)
-        note = f"driver {peak.mine / 2**20:.0f} MB, all other processes {peak.theirs / 2**20:.0f} MB"
+        note = f"driver {(peak.mine - peak.before) / 2**20:.0f} MB more than before, all other processes {peak.theirs / 2**20:.0f} MB"
         yield Line("memory", f"{count} images", rates[count], rates[500] / rates[count], note)
 
 

@@ -1,0 +1,39 @@
+"""jobs/benchmark.py measures what it says, also on small things."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import make_discs, make_model
+
+BENCHMARK = Path(__file__).resolve().parents[1] / "jobs" / "benchmark.py"
+
+
+@pytest.mark.slow
+def test_it_decodes_and_runs_the_network_in_every_way_there_is(tmp_path):
+    images, masks = make_discs(tmp_path / "discs", 3)
+    model = make_model(tmp_path / "model")
+    command = [sys.executable, str(BENCHMARK), "--images", str(images), "--masks", str(masks), "--model", str(model)]
+    sections = ["--section", "decode", "--section", "model", "--rounds", "1", "--device", "cpu"]
+    ran = subprocess.run(
+        [*command, *sections, "--json", str(tmp_path / "lines.json")], capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    lines = json.loads((tmp_path / "lines.json").read_text())
+    found = {section: [line for line in lines if line["section"] == section] for section in ("decode", "model")}
+    assert found["decode"][0]["name"] == "Pillow, whole"
+    assert {"plain fp32", "torch", "compiled"} <= {line["name"] for line in found["model"]}
+    for section in found.values():
+        first = section[0]["seconds"]
+        for line in section:
+            assert line["ratio"] == pytest.approx(first / line["seconds"])
+            assert line["name"] in ran.stdout
+
+
+def test_a_missing_folder_is_one_line(tmp_path):
+    command = [sys.executable, str(BENCHMARK), "--images", str(tmp_path / "none")]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.returncode == 1
+    assert ran.stderr.strip().splitlines()[-1] == f"Error: {tmp_path}/none: no such folder or file"
