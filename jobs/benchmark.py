@@ -7,7 +7,8 @@ Each section is a table: seconds are medians over the rounds, ratios are to the 
     decode    one photograph to the model's size, on one core
     model     the network alone, one image at a time
     predict   a folder to PNG masks, after the start: `--local`, through Ray, and milesial/Pytorch-UNet's own code
-    train     an optimizer step beside a plain fp32 loop; an epoch `--local` and through Ray
+    train     an optimizer step beside a plain fp32 loop
+    epochs    an epoch `--local` and through Ray
     overhead  the way of the data without a network: beside as many bare processes as there are cores
     memory    peak resident memory, and images a second, of a short and a long folder
     start     `--help`, one image from a cold start, and the first mask through Ray by part
@@ -64,7 +65,7 @@ class Line:
     section: str
     name: str
     seconds: float | None = None
-    """Median of the rounds, for one image (`train`: for one step or epoch)."""
+    """Median of the rounds, for one image (`train`, `epochs`: for one step, one epoch)."""
     ratio: float | None = None
     """How many times as fast as the first of its section, or of its part of it."""
     note: str = ""
@@ -163,9 +164,11 @@ def decode_section(job: Job) -> Iterator[Line]:
     decoders: dict[str, Callable[[bytes], np.ndarray]] = {
         "Pillow, whole": lambda d: by_pillow(d, size),
         "unet_ray": lambda d: imaging.decode_image(d, 3, size)[0],
-        "torchvision": lambda d: by_torchvision(d, size),
     }
-    if importlib.util.find_spec("simplejpeg"):
+    jpeg = all(each.startswith(b"\xff\xd8") for each in data)
+    if jpeg:
+        decoders["torchvision"] = lambda d: by_torchvision(d, size)
+    if jpeg and importlib.util.find_spec("simplejpeg"):
         decoders["simplejpeg"] = lambda d: by_simplejpeg(d, size)
     steps = {name: on_one_thread(lambda f=f: [f(d) for d in data]) for name, f in decoders.items()}  # type: ignore[misc]
     seconds = {name: value / len(data) for name, value in in_turns(steps, max(5, job.rounds)).items()}
@@ -361,13 +364,11 @@ def our_steps(config: TrainConfig, pairs: list[records.Pair], device: str) -> It
 def train_section(job: Job) -> Iterator[Line]:
     pairs = job.pairs[: 8 * job.config.train.batch_size]
     plain, ours = plain_steps(job.config, pairs, job.device), our_steps(job.config, pairs, job.device)
-    seconds = in_turns({"step, plain fp32": partial(next, plain), "step": partial(next, ours)}, job.rounds)
-    yield from table("train", seconds, {"step": f"batch {job.config.train.batch_size}"})
-    del plain, ours
-    yield from epochs(job)
+    seconds = in_turns({"plain fp32": partial(next, plain), "unet_ray": partial(next, ours)}, job.rounds)
+    yield from table("train", seconds, {"unet_ray": f"batch {job.config.train.batch_size}"})
 
 
-def epochs(job: Job) -> Iterator[Line]:
+def epochs_section(job: Job) -> Iterator[Line]:
     """Whole epochs of a smaller network, so that what is not the network shows. The first of a run is not counted."""
     count = 20
     small = [("model.base_channels", 16), ("model.patch", 2), ("model.depth", 4), ("model.norm", "batch")]
@@ -384,7 +385,7 @@ def epochs(job: Job) -> Iterator[Line]:
         ]
     )
     measured: dict[str, tuple[float, float]] = {}
-    for name, local in (("epoch, --local", True), ("epoch, through Ray", False)):
+    for name, local in (("--local", True), ("through Ray", False)):
         out = str(job.folder / name)
         training.train(config, out, local=local, cluster=_ray(False))
         lines = engine.read_metrics(out)[1:]
@@ -392,7 +393,7 @@ def epochs(job: Job) -> Iterator[Line]:
         waited, trained = (sum(line[key] for line in lines) for key in ("wait_seconds", "train_seconds"))
         measured[name] = (seconds, waited / trained)
     notes = {name: f"waits for data {share:.2%} of the time" for name, (_, share) in measured.items()}
-    yield from table("train", {name: seconds for name, (seconds, _) in measured.items()}, notes)
+    yield from table("epochs", {name: seconds for name, (seconds, _) in measured.items()}, notes)
 
 
 # overhead
@@ -571,7 +572,8 @@ def memory_section(job: Job) -> Iterator[Line]:
                 config = config_of(out=str(job.folder / f"{count}-{turn}"))
                 seconds.append(steady(lambda tell, c=config: predict(c, on_progress=tell))[0])  # type: ignore[misc]
         rates[count] = statistics.median(seconds)
-        note = f"driver {(peak.mine - peak.before) / 2**20:.0f} MB more than before, all other processes {peak.theirs / 2**20:.0f} MB"
+        more = (peak.mine - peak.before) / 2**20
+        note = f"driver {more:.0f} MB more than before, all other processes {peak.theirs / 2**20:.0f} MB"
         yield Line("memory", f"{count} images", rates[count], rates[500] / rates[count], note)
 
 
@@ -628,6 +630,7 @@ SECTIONS: dict[str, Callable[[Job], Iterator[Line]]] = {
     "model": model_section,
     "predict": predict_section,
     "train": train_section,
+    "epochs": epochs_section,
     "overhead": overhead_section,
     "memory": memory_section,
     "start": start_section,
@@ -650,7 +653,9 @@ def shown(line: Line) -> str:
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--images", required=True, metavar="DIR", help="Photographs.")
-@click.option("--masks", "masks_folder", metavar="DIR", help="Their masks; without them, `train` is left out.")
+@click.option(
+    "--masks", "masks_folder", metavar="DIR", help="Their masks; without them, `train` and `epochs` are left out."
+)
 @click.option("--model", metavar="RUN", help="A trained model; without it, U-Net of 64 channels, weights random.")
 @click.option(
     "--section", "sections", multiple=True, type=click.Choice([*SECTIONS]), help="Only this; may be repeated."
@@ -699,7 +704,7 @@ def main(
         )
         click.echo(f"{'section':<9} {'':<34} {'seconds':>9} {'a second':>9} {'ratio':>8}")
         for name in sections or SECTIONS:
-            if name == "train" and not pairs:
+            if name in ("train", "epochs") and not pairs:
                 continue
             try:
                 for line in SECTIONS[name](job):

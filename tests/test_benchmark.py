@@ -6,25 +6,29 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import make_discs, make_model
+from conftest import TINY, make_discs, make_model
 
 BENCHMARK = Path(__file__).resolve().parents[1] / "jobs" / "benchmark.py"
 
 
 @pytest.mark.slow
-def test_it_decodes_and_runs_the_network_in_every_way_there_is(tmp_path):
+def test_it_decodes_predicts_and_trains_in_every_way_there_is(tmp_path):
     images, masks = make_discs(tmp_path / "discs", 3)
     model = make_model(tmp_path / "model")
     command = [sys.executable, str(BENCHMARK), "--images", str(images), "--masks", str(masks), "--model", str(model)]
-    sections = ["--section", "decode", "--section", "model", "--rounds", "1", "--device", "cpu"]
+    sections = ["--section", "decode", "--section", "model", "--section", "train", "--rounds", "1", "--device", "cpu"]
+    sections += [part for name, value in (*TINY, ("train.batch_size", 2)) for part in ("--set", f"{name}={value}")]
     ran = subprocess.run(
         [*command, *sections, "--json", str(tmp_path / "lines.json")], capture_output=True, text=True, check=False
     )
     assert ran.returncode == 0, ran.stderr
     lines = json.loads((tmp_path / "lines.json").read_text())
-    found = {section: [line for line in lines if line["section"] == section] for section in ("decode", "model")}
+    found = {
+        section: [line for line in lines if line["section"] == section] for section in ("decode", "model", "train")
+    }
     assert found["decode"][0]["name"] == "Pillow, whole"
     assert {"plain fp32", "torch", "compiled"} <= {line["name"] for line in found["model"]}
+    assert [line["name"] for line in found["train"]] == ["plain fp32", "unet_ray"]
     for section in found.values():
         first = section[0]["seconds"]
         for line in section:

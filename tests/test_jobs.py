@@ -146,15 +146,3 @@ def test_the_demo_of_the_readme_ends_with_dice_above_09(tmp_path):
     assert result.stdout.count("\n  unet-ray ") == 3
     again = subprocess.run([sys.executable, "-m", "unet_ray", "demo"], cwd=tmp_path, capture_output=True, text=True)
     assert again.returncode == 2 and "is not empty" in again.stderr
-
-
-def test_the_benchmark_measures_both_and_says_how_many_times_as_fast(discs):
-    images, masks = discs
-    command = ["jobs/benchmark.py", "--images", str(images), "--masks", str(masks), "--rounds", "2", "--json"]
-    for setting in ("data.image_size=32", "model.base_channels=4", "model.depth=2", "data.fraction=1"):
-        command += ["--set", setting]
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=True)
-    plain, ours = json.loads(done.stdout)
-    assert (plain["name"], plain["ratio"], ours["name"]) == ("plain fp32", 1.0, "unet_ray")
-    assert ours["ratio"] == pytest.approx(plain["seconds"] / ours["seconds"])
-    assert ours["images_per_second"] == pytest.approx(4 / ours["seconds"])

@@ -215,7 +215,7 @@ def exported(location: str, card: ModelCard) -> Any:
     """The network of a model directory as an openvino.Model; kept there for the next time, if it can be written."""
     folder = storage.join(location, EXPORTED)
     stem = storage.join(folder, card.weights_sha256[:16])
-    if storage.exists(stem + ".xml"):
+    if storage.exists(with_end(stem, ".xml")):
         return _read(stem)
     model, card = checkpoint.load_model(location)
     fold_batch_norm(model.eval())
@@ -287,7 +287,13 @@ def serialized(network: Any) -> dict[str, bytes]:
 def write(files: dict[str, bytes], stem: str) -> None:
     """Writes what `serialized` returns, the .xml last: where it is, the other is whole."""
     for end, data in files.items():
-        storage.write_bytes(stem + end, data)
+        storage.write_bytes(with_end(stem, end), data)
+
+
+def with_end(stem: str, end: str) -> str:
+    """A stem with the end of a file's name; a bucket's ?options stay behind it."""
+    base, options = storage.split_options(stem)
+    return base + end + options
 
 
 def _read(stem: str) -> Any:
@@ -297,7 +303,8 @@ def _read(stem: str) -> Any:
     if not storage.is_uri(stem):
         return core.read_model(f"{stem}.xml")  # maps the weights
     return core.read_model(
-        storage.read_bytes(f"{stem}.xml"), openvino.Tensor(np.frombuffer(storage.read_bytes(f"{stem}.bin"), np.uint8))
+        storage.read_bytes(with_end(stem, ".xml")),
+        openvino.Tensor(np.frombuffer(storage.read_bytes(with_end(stem, ".bin")), np.uint8)),
     )
 
 

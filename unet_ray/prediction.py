@@ -394,7 +394,7 @@ def _settings(config: PredictConfig, pipeline: Pipeline) -> dict[str, Any]:
         "formats": sorted(config.formats),
         "name": config.name,
         "precision": config.precision,
-        "int8": pipeline.quantized and pipeline.quantized.rpartition("/")[2],
+        "int8": pipeline.quantized and storage.split_options(pipeline.quantized)[0].rpartition("/")[2],
         "backend": config.backend,
         "tile": config.tile,
         "overlap": config.overlap if config.tile else None,

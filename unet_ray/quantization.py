@@ -87,7 +87,7 @@ def quantize(
         checkpoint.save_choice(plain.model, checkpoint.INT8, card, {"network": name, **dataclasses.asdict(result)})
     else:
         for end in data:
-            storage.delete_file(stem + end)
+            storage.delete_file(backends.with_end(stem, end))
     return result
 
 
