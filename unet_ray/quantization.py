@@ -112,7 +112,7 @@ def _in_int8(network: Any, images: Sequence[np.ndarray]) -> Any:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     import nncf
 
-    nncf.set_log_level(logging.ERROR)
+    logging.getLogger("nncf").setLevel(logging.ERROR)  # its own function silences everybody's handlers
     network.reshape(list(images[0].shape))
     with redirect_stdout(StringIO()):  # progress bars
         quantized = nncf.quantize(network, nncf.Dataset(list(images)), subset_size=len(images))
