@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.util
+import io
 import itertools
 import json
 import multiprocessing
@@ -48,9 +49,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from unet_ray import backends, checkpoint, datasets, engine, imaging, masks, models, records, rows, stages, training
 from unet_ray.checkpoint import ModelCard
 from unet_ray.cli import _ray
-from unet_ray.config import Cleanup, PredictConfig, TrainConfig, UserError, load_train_config
+from unet_ray.config import Cleanup, MaskOptions, PredictConfig, TrainConfig, UserError, load_train_config
 from unet_ray.ledger import Ledger
-from unet_ray.prediction import predict
+from unet_ray.prediction import Pipeline, predict
 from unet_ray.segmenter import Segmentation
 
 ROOT = str(Path(__file__).resolve().parents[1])
@@ -94,15 +95,30 @@ class Job:
         location.write_text("".join(f"{path}\n" for path in self.images[:count]))
         return str(location)
 
+    def decoded(self, count: int) -> list[np.ndarray]:
+        """The first images at the model's size."""
+        size = self.card.image_size
+        return [imaging.decode_image(Path(path).read_bytes(), 3, size)[0] for path in self.images[:count]]
 
-def in_turns(steps: Mapping[str, Callable[[], object]], rounds: int, *, warm: bool = True) -> dict[str, float]:
-    """Median seconds of each, one after the other in every round; with `warm`, a round before does not count."""
+    def their_scale(self, image: Image.Image) -> float:
+        """With which milesial's network sees as many pixels as ours; theirs keeps the sides' ratio."""
+        height, width = self.card.image_size
+        return (height * width / (image.width * image.height)) ** 0.5
+
+    @property
+    def quantized(self) -> str | None:
+        """Stem of the network in int8, if it is used here."""
+        return Pipeline.of(self.model, MaskOptions()).quantized if self.device == "cpu" else None
+
+
+def in_turns(steps: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of each, one after the other in every round; a round before, which warms up, does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(rounds + warm):
+    for number in range(rounds + 1):
         for name, step in steps.items():
             started = time.perf_counter()
             step()
-            if number >= warm:
+            if number:
                 seconds[name].append(time.perf_counter() - started)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
@@ -135,8 +151,6 @@ def on_one_thread(function: Callable[[], object]) -> Callable[[], object]:
 
 def by_pillow(data: bytes, size_hw: tuple[int, int]) -> np.ndarray:
     """As tutorials do: the whole photograph, then its small copy."""
-    import io
-
     with Image.open(io.BytesIO(data)) as image:
         return np.asarray(image.convert("RGB").resize(size_hw[::-1], Image.Resampling.BILINEAR))
 
@@ -211,15 +225,13 @@ def networks(job: Job) -> Iterator[tuple[str, backends.Network]]:
         yield "OpenVINO fp32", backends.load(job.model, how(job, "fp32", "openvino"))[0]
         if engine.bf16_is_fast(torch.device("cpu")):
             yield "OpenVINO bf16", backends.load(job.model, how(job, "bf16", "openvino"))[0]
-        quantized = checkpoint.read_choice(job.model, checkpoint.INT8, job.card)
-        if quantized is not None:
-            stem = f"{job.model}/{quantized['network']}"
-            yield "OpenVINO int8", backends.load(job.model, how(job, "int8", "openvino"), stem)[0]
+        if job.quantized is not None:
+            yield "OpenVINO int8", backends.load(job.model, how(job, "int8", "openvino"), job.quantized)[0]
 
 
 def model_section(job: Job) -> Iterator[Line]:
     engine.keep_freed_memory()
-    decoded = [imaging.decode_image(Path(path).read_bytes(), 3, job.card.image_size)[0] for path in job.images[:16]]
+    decoded = job.decoded(16)
     ways = dict(networks(job))
     upcoming = itertools.cycle(decoded)
 
@@ -247,27 +259,25 @@ def model_section(job: Job) -> Iterator[Line]:
 class Milesial:
     """milesial/Pytorch-UNet's predict.py, its own code in its own checkout, weights random: image in, PNG out."""
 
-    def __init__(self, checkout: Path, out: Path, pixels: int) -> None:
+    def __init__(self, checkout: Path, job: Job) -> None:
         sys.path.insert(0, str(checkout))
         self.code = importlib.import_module("predict")
-        self.out, self.pixels = out, pixels
+        self.job, self.out = job, job.folder / "milesial"
+        self.out.mkdir()
         self.network = importlib.import_module("unet").UNet(n_channels=3, n_classes=2)
 
     def __call__(self, path: str) -> None:
         image = Image.open(path)
-        # As many pixels as our network sees; theirs keeps the sides' ratio.
-        scale = (self.pixels / (image.width * image.height)) ** 0.5
-        mask = self.code.predict_img(self.network, image, torch.device("cpu"), scale)
+        mask = self.code.predict_img(self.network, image, torch.device("cpu"), self.job.their_scale(image))
         self.code.mask_to_image(mask, [0, 1]).save(self.out / f"{Path(path).stem}_OUT.png")
 
 
-def steady(run: Callable[[Callable[[int, int, int], None]], object]) -> tuple[float, float]:
-    """(seconds an image between the first and the last that were reported done, seconds until the first)."""
+def steady(run: Callable[[Callable[[int, int, int], None]], object]) -> float:
+    """Seconds an image between the first and the last that were reported done."""
     told: list[tuple[float, int]] = []
-    started = time.perf_counter()
     run(lambda done, _failed, images: told.append((time.perf_counter(), done)) if images and done else None)
     (begun, first), (ended, last) = told[0], told[-1]
-    return (ended - begun) / max(1, last - first), begun - started
+    return (ended - begun) / max(1, last - first)
 
 
 def predict_section(job: Job) -> Iterator[Line]:
@@ -278,14 +288,9 @@ def predict_section(job: Job) -> Iterator[Line]:
         config = PredictConfig(model=job.model, inputs=(job.listed(96),), out=out, device=job.device)
         predict(config, local=local, on_progress=on_progress)
 
-    network, _ = backends.load(job.model, how(job), quantized_of(job))
-    decoded = [imaging.decode_image(Path(path).read_bytes(), 3, job.card.image_size)[0] for path in job.images[:8]]
-    milesial = None
-    if job.milesial is not None:
-        height, width = job.card.image_size
-        out = job.folder / "milesial"
-        out.mkdir()
-        milesial = Milesial(job.milesial, out, height * width)
+    network, _ = backends.load(job.model, how(job), job.quantized)
+    decoded = job.decoded(8)
+    milesial = None if job.milesial is None else Milesial(job.milesial, job)
     seconds: dict[str, list[float]] = {}
     with _ray(False):
         for _ in range(job.rounds):
@@ -300,17 +305,12 @@ def predict_section(job: Job) -> Iterator[Line]:
             for image in decoded:
                 _mask(network, image, job)
             seconds.setdefault("model alone", []).append((time.perf_counter() - started) / len(decoded))
-            seconds.setdefault("--local", []).append(steady(partial(ours, True))[0])
-            seconds.setdefault("through Ray", []).append(steady(partial(ours, False))[0])
+            seconds.setdefault("--local", []).append(steady(partial(ours, True)))
+            seconds.setdefault("through Ray", []).append(steady(partial(ours, False)))
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     alone = medians["model alone"]
     notes = {name: f"{alone / medians[name]:.3f} of the model's own rate" for name in ("--local", "through Ray")}
     yield from table("predict", medians, notes)
-
-
-def quantized_of(job: Job) -> str | None:
-    chosen = checkpoint.read_choice(job.model, checkpoint.INT8, job.card)
-    return f"{job.model}/{chosen['network']}" if chosen is not None and job.device == "cpu" else None
 
 
 # train
@@ -430,22 +430,21 @@ class Way:
     chunk: int = 64
     """As in a folder of 4,096 images or more."""
 
-    def columns(self, start: int, count: int) -> dict[str, Any]:
-        paths = [self.images[number % len(self.images)] for number in range(start, start + count)]
-        names = [f"{number:07d}" for number in range(start, start + count)]
-        return {
+    def load(self, number: int) -> stages.Chunk:
+        start, count = number * self.chunk, self.chunk
+        rows_here = range(start, start + count)
+        paths = [self.images[row % len(self.images)] for row in rows_here]
+        names = [f"{row:07d}" for row in rows_here]
+        columns: dict[str, Any] = {
             "path": [os.fsencode(path) for path in paths],
             "name": [name.encode() for name in names],
             "output": [f"{name}.png".encode() for name in names],
-            "number": [start // self.chunk] * count,
-            "row": list(range(start, start + count)),
+            "number": [number] * count,
+            "row": list(rows_here),
             "size": [0] * count,
             "mtime_ns": [0] * count,
             "redone": [False] * count,
         }
-
-    def load(self, number: int) -> stages.Chunk:
-        columns = self.columns(number * self.chunk, self.chunk)
         return stages.Chunks(columns, self.chunk)(0)
 
     def stages(self) -> tuple[stages.Before, _NoModel, stages.Stage]:
@@ -570,7 +569,7 @@ def memory_section(job: Job) -> Iterator[Line]:
             seconds = []
             for turn in range(3 if count == 500 else 1):
                 config = config_of(out=str(job.folder / f"{count}-{turn}"))
-                seconds.append(steady(lambda tell, c=config: predict(c, on_progress=tell))[0])  # type: ignore[misc]
+                seconds.append(steady(lambda tell, c=config: predict(c, on_progress=tell)))  # type: ignore[misc]
         rates[count] = statistics.median(seconds)
         more = (peak.mine - peak.before) / 2**20
         note = f"driver {more:.0f} MB more than before, all other processes {peak.theirs / 2**20:.0f} MB"
@@ -618,8 +617,7 @@ def _theirs_cold(job: Job, image: str) -> Callable[[], object]:
     code = f"import torch; from unet import UNet; torch.save(UNet(3, 2).state_dict(), {str(weights)!r})"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=job.milesial)
     with Image.open(image) as opened:
-        height, width = job.card.image_size
-        scale = (height * width / (opened.width * opened.height)) ** 0.5
+        scale = job.their_scale(opened)
     arguments = ["-m", str(weights), "-i", image, "-o", str(job.folder / "theirs.png"), "-s", str(scale)]
     command = [sys.executable, "predict.py", *arguments]
     return lambda: subprocess.run(command, check=True, capture_output=True, cwd=job.milesial)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import make_model
 
-from unet_ray import backends, checkpoint
+from unet_ray import backends, checkpoint, engine
 from unet_ray.backends import How
 from unet_ray.config import UserError
 from unet_ray.segmenter import Segmenter
@@ -128,7 +128,7 @@ def test_a_compiled_network_says_what_torch_says_and_without_a_compiler_torch_go
 
 
 def test_compiling_is_for_many_images_of_a_large_network(tmp_path, monkeypatch):
-    monkeypatch.setattr(backends, "bf16_is_fast", lambda _device: True)
+    monkeypatch.setattr(engine, "bf16_is_fast", lambda _device: True)
     small = checkpoint.read_card(str(make_model(tmp_path / "small")))
     settings = [("model.base_channels", 64), ("model.depth", 4), ("data.image_size", 512)]
     large = checkpoint.read_card(str(make_model(tmp_path / "large", *settings)))

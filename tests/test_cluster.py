@@ -160,8 +160,7 @@ def check_launcher(config: dict[str, Any]) -> None:
     validate_config(prepare_config(copy.deepcopy(config)))
     kinds = config.get("available_node_types", {})
     assert not kinds or config["head_node_type"] in kinds
-    known = set(schema["properties"]["provider"]["properties"]) | {"region", "availability_zone", "worker_ips"}
-    assert not set(config["provider"]) - known
+    assert not set(config["provider"]) - set(schema["properties"]["provider"]["properties"])
     for kind in kinds.values():
         assert not set(kind["node_config"]) - NODE_KEYS[config["provider"]["type"]], "unknown keys of a machine"
 

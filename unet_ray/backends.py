@@ -25,7 +25,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from unet_ray import checkpoint, storage
 from unet_ray.checkpoint import ModelCard
 from unet_ray.config import UserError
-from unet_ray.engine import autocast, bf16_is_fast
+from unet_ray.engine import autocast, in_bf16
 from unet_ray.models import SegmentationModel, build
 from unet_ray.models.base import continue_edge
 
@@ -61,7 +61,8 @@ class How:
 
     @property
     def bf16(self) -> bool:
-        return self.precision == "bf16" or (self.precision in ("auto", "int8") and bf16_is_fast(self.device))
+        """Whether what is not int8 is computed in it."""
+        return in_bf16(self.device, "auto" if self.precision == "int8" else self.precision)
 
 
 def load(location: str, how: How, quantized: str | None = None) -> tuple[Network, ModelCard]:
@@ -139,9 +140,8 @@ def floating_point_operations(card: ModelCard) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
     height, width = card.image_size
+    model, margin = _without_weights(card).eval(), 2 * card.model.margin
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        model = build(dataclasses.replace(card.model, pretrained=False)).eval()
-        margin = 2 * card.model.margin
         model(torch.empty(1, card.model.in_channels, height + margin, width + margin, dtype=torch.uint8))
     return counter.get_total_flops()
 
@@ -165,7 +165,7 @@ class OpenVino:
     def __init__(self, network: Any, card: ModelCard, how: How) -> None:
         import openvino
 
-        self.network, self.core, self.step = network, openvino.Core(), _step(card)
+        self.network, self.core, self.step = network, openvino.Core(), _without_weights(card).step
         self.same = card.model.padding == "same"
         self.settings = {
             "INFERENCE_PRECISION_HINT": "bf16" if how.bf16 else "f32",
@@ -205,10 +205,10 @@ class _ChannelsLast(nn.Module):
         return self.model(image_NHWC.permute(0, 3, 1, 2))
 
 
-def _step(card: ModelCard) -> int:
-    """What sides of images must be multiples of."""
+def _without_weights(card: ModelCard) -> SegmentationModel:
+    """The network's form, which takes neither memory nor time."""
     with torch.device("meta"):
-        return build(dataclasses.replace(card.model, pretrained=False)).step
+        return build(dataclasses.replace(card.model, pretrained=False))
 
 
 def exported(location: str, card: ModelCard) -> Any:

@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -79,14 +80,13 @@ class CachedDecoder:
 
 Write = Callable[[Pairs], None]
 """Decodes pairs and writes them as one file of the cache; runs anywhere."""
+Run = Callable[[Write, list[Pairs]], Iterable[None]]
+"""Calls the function with each of the lists, in whatever order and wherever, and yields as they are done."""
 
 
-def filled(
-    pairs: Sequence[Pair], decoder: Decoder, location: str, run: Callable[[Write, list[Pairs]], Iterable[None]]
-) -> CachedDecoder:
+def filled(pairs: Sequence[Pair], decoder: Decoder, location: str, run: Run) -> CachedDecoder:
     """The decoder with all pairs in the cache at `location`: those that are not there yet are put there.
 
-    `run` calls the function with each of the lists, in whatever order and wherever, and yields as they are done.
     Raises UserError that names the file for what can't be decoded.
     """
     folder = storage.join(storage.absolute(location), _key(decoder))
@@ -190,9 +190,8 @@ class _WritePart:
         return entry
 
 
-def in_threads(threads: int) -> Callable[[Write, list[Pairs]], Iterator[None]]:
+def in_threads(threads: int) -> Run:
     """For `filled`: in this process."""
-    from concurrent.futures import ThreadPoolExecutor
 
     def run(write: Write, parts: list[Pairs]) -> Iterator[None]:
         with ThreadPoolExecutor(threads) as pool:

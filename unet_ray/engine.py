@@ -160,8 +160,12 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     """The arithmetic of a forward pass: `auto`, `fp32`, `bf16` or (on CUDA) `fp16`."""
     if precision == "fp16":
         return torch.autocast(device.type, torch.float16)
-    use = precision == "bf16" or (precision == "auto" and bf16_is_fast(device))
-    return torch.autocast(device.type, torch.bfloat16) if use else contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16) if in_bf16(device, precision) else contextlib.nullcontext()
+
+
+def in_bf16(device: torch.device, precision: str) -> bool:
+    """Whether `bf16`, or `auto` on a device that is good at it, was asked for."""
+    return precision == "bf16" or (precision == "auto" and bf16_is_fast(device))
 
 
 def check_precision(precision: str, device: str) -> None:

@@ -61,6 +61,7 @@ def quantize(
         raise UserError("unet-ray quantize takes one model, in its own precision")
     plain = Pipeline.of(config.model, dataclasses.replace(config, precision="auto"))
     plain = dataclasses.replace(plain, quantized=None)
+    options = dataclasses.replace(plain.options, precision="int8")  # not `auto`, which may fall back to torch
     card = plain.card
     known = evaluation.pairs_of_run(config.model, "train")
     chosen = np.random.default_rng(0).choice(len(known), min(calibration, len(known)), replace=False)
@@ -79,7 +80,7 @@ def quantize(
     pairs = evaluation.pairs_of(config)
     both = [
         evaluation.evaluate(config, pipeline=pipeline, pairs=pairs, local=True, on_progress=on_progress)
-        for pipeline in (plain, dataclasses.replace(plain, quantized=stem))
+        for pipeline in (plain, dataclasses.replace(plain, quantized=stem, options=options))
     ]
     before, after = (float(scores.dice.mean or 0) for scores in both)
     result = Quantization(before - after <= MAY_FALL, before, after, both[0].images, len(images))

@@ -175,16 +175,19 @@ def _train_here(config: TrainConfig, parts: Split, out: str, on_epoch: OnEpoch) 
     engine.check_precision(config.train.precision, device.type)
     if config.compute.cpus_per_worker:
         torch.set_num_threads(config.compute.cpus_per_worker)
-    decoder: Decodes = Decoder.of(config)
-    if config.compute.cache:
-        run = cache.in_threads(os.cpu_count() or 1)
-        decoder = cache.filled(parts.pairs, Decoder.of(config), config.compute.cache, run)
+    decoder = _decoder(config, parts.pairs, cache.in_threads(os.cpu_count() or 1))
     fits = rows.fits_in_memory(len(parts.pairs), decoder, config.compute.memory_fraction)
     kind = rows.MemoryRows if fits else rows.StreamedRows
     train_rows, val_rows = parts.rows(kind(parts.pairs, decoder))
     _write_start(config, parts, out)
     with _shortages_are_said(out):
         engine.fit(config, train_rows, val_rows, out, device=device, report=on_epoch)
+
+
+def _decoder(config: TrainConfig, pairs: list[Pair], run: cache.Run) -> Decodes:
+    """What makes rows of pairs; with a cache, once all of them lie in it."""
+    decoder, location = Decoder.of(config), config.compute.cache
+    return cache.filled(pairs, decoder, location, run) if location else decoder
 
 
 def _train_on_ray(
@@ -246,9 +249,7 @@ def _fit_once(config: TrainConfig, parts: Split, out: str, device: str, follower
 
     compute = config.compute
     datasets.check_workers(compute.fewest_workers, device, compute.cpus_per_worker)
-    decoder: Decodes = Decoder.of(config)
-    if compute.cache:
-        decoder = cache.filled(parts.pairs, Decoder.of(config), compute.cache, datasets.fill_cache)
+    decoder = _decoder(config, parts.pairs, datasets.fill_cache)
     # Every node may come to hold every row, so the smallest one's store decides.
     fits = len(parts.pairs) * decoder.row_bytes() <= compute.memory_fraction * datasets.object_store_of_smallest_node()
     cpus = int(datasets.cluster_total("CPU"))
