@@ -46,7 +46,20 @@ from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from unet_ray import backends, checkpoint, datasets, engine, imaging, masks, models, records, rows, stages, training
+from unet_ray import (
+    backends,
+    checkpoint,
+    compiling,
+    datasets,
+    engine,
+    imaging,
+    masks,
+    models,
+    records,
+    rows,
+    stages,
+    training,
+)
 from unet_ray.checkpoint import ModelCard
 from unet_ray.cli import _ray
 from unet_ray.config import Cleanup, MaskOptions, PredictConfig, TrainConfig, UserError, load_train_config
@@ -242,7 +255,7 @@ def model_section(job: Job) -> Iterator[Line]:
 
     seconds = in_turns({name: partial(one, network) for name, network in ways.items()}, job.rounds)
     expected = [_mask(ways["plain fp32"], image, job) for image in decoded[:8]]
-    flops = backends.floating_point_operations(job.card)
+    flops = compiling.floating_point_operations(job.card.model, job.card.image_size)
     notes = {}
     for name, network in ways.items():
         agree = np.mean(

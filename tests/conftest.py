@@ -12,6 +12,8 @@ from PIL import Image
 
 # One mode for all Rays of the tests: the job client would otherwise not send the token that a local Ray asks for.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+# Of the bucket in test_buckets.py. Set here, because Ray's workers have the environment that Ray was started in.
+os.environ |= {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_EC2_METADATA_DISABLED": "true"}
 
 REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -102,6 +104,14 @@ def real_data() -> Path:
 def _no_foreign_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests never join a Ray that happens to run on this machine."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Predictions in chunks of 8 images, however fast the network."""
+    from unet_ray import ledger
+
+    monkeypatch.setattr(ledger, "SECONDS", 0.0)
 
 
 def make_model(folder: Path, *settings: tuple[str, object], seed: int = 0) -> Path:

@@ -1,7 +1,6 @@
 """A bucket over HTTP: images read from it, masks and manifest written to it, killed and gone on."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -28,9 +27,6 @@ def bucket():
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_EC2_METADATA_DISABLED": "true"}
-    before = {name: os.environ.get(name) for name in keys}
-    os.environ.update(keys)
     import boto3
 
     client = boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1")
@@ -38,8 +34,6 @@ def bucket():
     endpoint = urllib.parse.quote(f"{host}:{port}", safe="")
     yield client, f"?scheme=http&region=us-east-1&endpoint_override={endpoint}"
     server.stop()
-    for name, value in before.items():
-        os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def uploaded(client, folder, prefix: str) -> None:

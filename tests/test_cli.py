@@ -117,7 +117,7 @@ def test_one_truncated_image_does_not_stop_the_folder(trained, tmp_path):
         assert (summary["images"], summary["failed"], summary["already_done"]) == (10, 3, 10)
 
 
-def test_a_stopped_prediction_goes_on_and_ends_the_same(trained, tmp_path, monkeypatch):
+def test_a_stopped_prediction_goes_on_and_ends_the_same(trained, tmp_path, monkeypatch, small_chunks):
     folder = tmp_path / "images"
     folder.mkdir()
     for number in range(30):

@@ -214,6 +214,28 @@ def test_a_runs_config_runs_again_and_the_same_command_gives_the_same_figures(di
     assert weights(tmp_path / "one") == weights(tmp_path / "two")
 
 
+@pytest.mark.slow
+def test_a_compiled_training_takes_the_same_steps(discs, tmp_path, caplog):
+    lines = []
+    for name, compiled in (("plain", False), ("compiled", True)):
+        config = config_for(discs, ("compute.compile", compiled))
+        lines.append(training.train(config, str(tmp_path / name), local=True).best)
+    assert lines[1]["train_loss"] == pytest.approx(lines[0]["train_loss"], rel=1e-3)
+    assert not [record for record in caplog.records if "compiled" in record.getMessage()]
+
+
+def test_training_is_compiled_where_that_saves_more_than_it_costs(monkeypatch):
+    monkeypatch.setattr(engine, "bf16_is_fast", lambda _device: True)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    large = load_train_config(settings=[("model.base_channels", 64), ("model.depth", 4), ("data.image_size", 512)])
+    cpu = torch.device("cpu")
+    assert not engine._compiles(large, 50, 1, cpu)
+    assert engine._compiles(large, 5000, 1, cpu)
+    assert not engine._compiles(load_train_config(settings=TINY), 5000, 1, cpu)
+    off = dataclasses.replace(large, compute=dataclasses.replace(large.compute, compile=False))
+    assert not engine._compiles(off, 5000, 1, cpu)
+
+
 def test_early_stopping_waits_as_long_as_asked_and_resuming_does_not_wait_anew(discs, tmp_path):
     config = config_for(discs, ("train.epochs", 30), ("train.patience", 3), ("train.learning_rate", 1e-9))
     result = training.train(config, str(tmp_path / "run"), local=True)

@@ -15,6 +15,7 @@ LAYERS = [
     {"masks", "models.base", "volumes"},
     {"models.unet", "models.baselines"},
     {"models"},
+    {"compiling"},
     {"checkpoint", "rows", "ledger"},
     {"cache", "engine"},
     {"backends"},

@@ -11,7 +11,7 @@ import pytest
 
 from unet_ray import ledger
 from unet_ray.config import UserError
-from unet_ray.ledger import PART_ROWS, Ledger, held
+from unet_ray.ledger import PART_ROWS, Ledger, RowCost, held
 from unet_ray.records import ImageFile
 
 
@@ -31,7 +31,7 @@ def book(folder, **options) -> Ledger:
 
 
 def survey(folder, found) -> int:
-    return book(folder).survey(iter(found), outputs_of, 1000)
+    return book(folder).survey(iter(found), outputs_of, RowCost(1000, 1.0))
 
 
 def todo(ledger_: Ledger) -> list[int]:
@@ -93,8 +93,8 @@ def test_each_image_is_in_one_chunk_of_one_part(tmp_path):
 
 
 def test_large_rows_make_small_chunks():
-    assert [ledger.chunk_rows(4096, size) for size in (1, 2**20, 2**24, 2**30)] == [64, 64, 4, 1]
-    assert ledger.chunk_rows(10, 1) == 8
+    assert [ledger.chunk_rows(4096, RowCost(size, 1.0)) for size in (1, 2**20, 2**24, 2**30)] == [64, 64, 4, 1]
+    assert [ledger.chunk_rows(500, RowCost(1, seconds)) for seconds in (1.0, 0.0125, 0.001)] == [8, 20, 64]
 
 
 def test_a_listing_that_was_stopped_goes_on_and_ends_with_the_same_files(tmp_path):

@@ -173,7 +173,7 @@ def test_a_mistyped_input_does_not_stand_in_the_way_of_the_right_one(model, tmp_
     assert run(model, folder, tmp_path / "out").already_done == 3
 
 
-def test_a_full_disk_is_one_line_and_costs_nothing_that_is_done(model, tmp_path, monkeypatch):
+def test_a_full_disk_is_one_line_and_costs_nothing_that_is_done(model, tmp_path, monkeypatch, small_chunks):
     folder = make_photos(tmp_path / "images", 40)
     write, room = storage.write_bytes, [25]
 
@@ -355,7 +355,7 @@ def test_names_that_cannot_work_are_refused(name):
 
 
 @pytest.mark.slow
-def test_ray_and_one_process_write_the_same_files(ray_cluster, model, tmp_path):
+def test_ray_and_one_process_write_the_same_files(ray_cluster, model, tmp_path, small_chunks):
     folder = make_photos(tmp_path / "images", 40)
     make_bad(folder / "bad")
     summaries = {}

@@ -5,7 +5,6 @@ Legend: N images, C channels, K classes (1 for a single logit), H, W pixels.
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import itertools
 import logging
@@ -22,11 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from unet_ray import checkpoint, storage
+from unet_ray import checkpoint, compiling, storage
 from unet_ray.checkpoint import ModelCard
+from unet_ray.compiling import Compiled, first_line, floating_point_operations, without_weights
 from unet_ray.config import UserError
 from unet_ray.engine import autocast, in_bf16
-from unet_ray.models import SegmentationModel, build
+from unet_ray.models import SegmentationModel
 from unet_ray.models.base import continue_edge
 
 log = logging.getLogger("unet_ray")
@@ -37,13 +37,6 @@ Network = Callable[[Tensor], Tensor]
 EXPORTED = "openvino"
 """Folder of a model directory for the network as OpenVINO reads it; may be deleted."""
 INSTALL = "pip install 'unet_ray[cpu]'"
-
-COMPILE_SECONDS = {"cpu": 30.0, "cuda": 60.0}
-"""What compiling costs: 19 s measured for base 64 on two cores, 7 to 28 s on others; CUDA assumed, not measured."""
-COMPILE_GAIN = 0.05
-"""Share of the time that a compiled network saves: 5 % measured on AVX-512 cores in bf16, 12 % on AMX cores."""
-FLOPS = {"cpu": 0.2e12, "cuda": 200e12}
-"""Rate at which a CPU thread, or a GPU, gets through a network in bf16: two AVX-512 cores measured, a GPU assumed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +81,7 @@ def load(location: str, how: How, quantized: str | None = None) -> tuple[Network
         except Exception as error:  # a converter's errors are of many kinds
             if wanted or how.backend == "openvino":
                 raise UserError(f"{location}: OpenVINO can't run it: {error}") from None
-            log.warning("OpenVINO can't run this network, torch does: %s", _first_line(error))
+            log.warning("OpenVINO can't run this network, torch does: %s", first_line(error))
     model, card = checkpoint.load_model(location)
     fold_batch_norm(model.eval())
     model = model.to(how.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -100,50 +93,24 @@ class Torch:
     """A network as torch runs it, compiled or not."""
 
     def __init__(self, model: SegmentationModel, how: How, *, compiled: bool) -> None:
-        self.model, self.how = model, how
+        self.how = how
         self.run: Callable[[Tensor], Tensor] = model
         if compiled:
-            # Freezing lets the compiler lay the weights out for the processor. Inductor keeps what it has compiled in a
-            # folder of the machine, where other processes and later runs find it.
+            # Freezing lets the compiler lay the weights out for the processor.
             options: dict[str, Any] = {"freezing": True} if how.device.type == "cpu" else {}
-            self.run = torch.compile(model, dynamic=False, options=options)
+            self.run = Compiled(model, **options)
 
     def __call__(self, image_NCHW: Tensor) -> Tensor:
         with autocast(self.how.device, self.how.precision):
-            try:
-                return self.run(image_NCHW).float()
-            except Exception as error:
-                if self.run is self.model or isinstance(error, torch.OutOfMemoryError):
-                    raise
-                # Most often there is no C++ compiler, or Python's headers are missing.
-                log.warning("this network can't be compiled here, it runs as it is: %s", _first_line(error))
-                self.run = self.model
-                return self.run(image_NCHW).float()
+            return self.run(image_NCHW).float()
 
 
 def compiling_pays(card: ModelCard, how: How) -> bool:
-    """Whether a process that segments `how.images` images saves twice what compiling costs.
-
-    Decided from the network's own operations and measured rates rather than a clock, so that a prediction that is
-    stopped and goes on decides alike.
-    """
-    kind = how.device.type
-    if not how.images or not (how.bf16 or kind == "cuda"):
+    """Whether compiling pays for a process that segments `how.images` images."""
+    if not how.images:
         return False
-    threads = torch.get_num_threads() if kind == "cpu" else 1
-    seconds = floating_point_operations(card) / (FLOPS[kind] * threads)
-    return how.images * seconds * COMPILE_GAIN > 2 * COMPILE_SECONDS[kind]
-
-
-def floating_point_operations(card: ModelCard) -> int:
-    """Of a network on one image of its size: a multiplication and an addition are two."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    height, width = card.image_size
-    model, margin = _without_weights(card).eval(), 2 * card.model.margin
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        model(torch.empty(1, card.model.in_channels, height + margin, width + margin, dtype=torch.uint8))
-    return counter.get_total_flops()
+    operations = how.images * floating_point_operations(card.model, card.image_size)
+    return compiling.pays(operations, how.device, bf16=how.bf16)
 
 
 def fold_batch_norm(model: nn.Module) -> None:
@@ -165,7 +132,7 @@ class OpenVino:
     def __init__(self, network: Any, card: ModelCard, how: How) -> None:
         import openvino
 
-        self.network, self.core, self.step = network, openvino.Core(), _without_weights(card).step
+        self.network, self.core, self.step = network, openvino.Core(), without_weights(card.model).step
         self.same = card.model.padding == "same"
         self.settings = {
             "INFERENCE_PRECISION_HINT": "bf16" if how.bf16 else "f32",
@@ -203,12 +170,6 @@ class _ChannelsLast(nn.Module):
 
     def forward(self, image_NHWC: Tensor) -> Tensor:
         return self.model(image_NHWC.permute(0, 3, 1, 2))
-
-
-def _without_weights(card: ModelCard) -> SegmentationModel:
-    """The network's form, which takes neither memory nor time."""
-    with torch.device("meta"):
-        return build(dataclasses.replace(card.model, pretrained=False))
 
 
 def exported(location: str, card: ModelCard) -> Any:
@@ -306,7 +267,3 @@ def _read(stem: str) -> Any:
         storage.read_bytes(with_end(stem, ".xml")),
         openvino.Tensor(np.frombuffer(storage.read_bytes(with_end(stem, ".bin")), np.uint8)),
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

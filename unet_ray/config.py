@@ -334,6 +334,9 @@ class ComputeConfig:
     """Resized images stay in memory when they take at most this share of it; otherwise each epoch streams them."""
     cache: str | None = None
     """Folder or URI where resized images and masks are kept for later epochs and runs (`unet_ray.cache`)."""
+    compile: bool | None = None
+    """Compile the network (torch.compile) for training; null: where that saves twice what it costs, which the network's
+    operations, the images and the epochs decide (`unet_ray.compiling`)."""
     retries: int = 3
     """How often in a row, without an epoch finished in between, training starts again from the last finished epoch
     after a worker or a node was lost (through Ray)."""

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from unet_ray import checkpoint, losses, metrics, storage
+from unet_ray import checkpoint, compiling, losses, metrics, storage
 from unet_ray.augment import augment
 from unet_ray.checkpoint import TrainingState
 from unet_ray.config import DataConfig, FitConfig, ModelConfig, TrainConfig, UserError
@@ -217,6 +217,8 @@ class Training:
     network: SegmentationModel
     model: nn.Module
     """The network itself, or DistributedDataParallel around it."""
+    forward: Callable[[Tensor], Tensor]
+    """`model`, perhaps compiled."""
     optimizer: torch.optim.Optimizer
     loss: losses.Loss
     scaler: torch.amp.GradScaler
@@ -259,7 +261,7 @@ class Training:
             waits = isinstance(self.model, DistributedDataParallel) and number < count
             with self.model.no_sync() if waits else contextlib.nullcontext():  # type: ignore[operator]
                 with autocast(self.device, self.config.train.precision):
-                    logits = self.model(image)
+                    logits = self.forward(image)
                 loss = self.loss(logits, mask, border).mean() * part.share
                 self.scaler.scale(loss).backward()
             total += loss.detach()
@@ -403,6 +405,7 @@ def prepare(config: TrainConfig, device: torch.device) -> Training:
     return Training(
         network=network,
         model=network,
+        forward=network,
         optimizer=build_optimizer(fit_config, network),
         loss=losses.build(fit_config, config.model.num_classes),
         scaler=torch.amp.GradScaler(device.type, enabled=fit_config.precision == "fp16"),
@@ -430,7 +433,9 @@ def fit(
     ) or TrainingState(0, -1.0, config.to_yaml())
     history = [line for line in read_metrics(out) if line["epoch"] <= state.epoch]
     if world > 1:
-        training.model = _over_ranks(training.network, device)
+        training.model = training.forward = _over_ranks(training.network, device)
+    if _compiles(config, len(train_rows), world, device):
+        training.forward = compiling.Compiled(training.model)
 
     for epoch in range(state.epoch + 1, fit_config.epochs + 1):
         val_dices = [line["val_dice"] for line in history]
@@ -485,6 +490,20 @@ def fit(
             write_metrics(out, history)
             checkpoint.save_state(last, state, training.network, training.optimizer, training.scaler, training.ema)
         report(line)
+
+
+def _compiles(config: TrainConfig, rows: int, world: int, device: torch.device) -> bool:
+    """Whether the network is compiled for training."""
+    if config.compute.compile is not None:
+        return config.compute.compile
+    fit_config = config.train
+    height, width = (config.data.tile,) * 2 if config.data.tile else config.data.size_hw
+    # The backward pass computes the gradients of inputs and of weights, each as much as the forward pass.
+    operations = 3 * compiling.floating_point_operations(config.model, (height, width)) * rows * fit_config.epochs
+    plan = batch_plan(rows, fit_config.batch_size, seed=0, epoch=1, world=world, accumulate=fit_config.accumulate)
+    sizes = len({len(part.indices) for step in plan for part in step})
+    bf16 = in_bf16(device, fit_config.precision)
+    return compiling.pays(operations / world, device, bf16=bf16, sizes=sizes)
 
 
 def _over_ranks(network: SegmentationModel, device: torch.device) -> DistributedDataParallel:

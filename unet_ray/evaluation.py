@@ -98,7 +98,7 @@ def _measure(
         "path": [os.fsencode(pair.image) for pair in pairs],
         "mask_path": [os.fsencode(pair.mask) for pair in pairs],
     }
-    chunks = stages.Chunks(columns, ledger.chunk_rows(len(pairs), pipeline.row_bytes()))
+    chunks = stages.Chunks(columns, ledger.chunk_rows(len(pairs), pipeline.row_cost()))
     compare = stages.Compare(card, config.tolerance, tuple(map(Cleanup.parse, cleanups)))
     versions, classes = 1 + len(cleanups), card.model.num_classes
     scored: list[tuple[str, np.ndarray, int, np.ndarray]] = []

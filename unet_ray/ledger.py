@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import islice, pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -38,8 +38,9 @@ from unet_ray.records import ImageFile
 WORK = ".work"
 PART = "part-{:06d}"
 PART_ROWS = 4096
-MIN_ROWS, MAX_ROWS, MAX_BYTES = 8, 64, 64 * 2**20
-"""Rows of a chunk; `MAX_BYTES` of it stay below the 128 MiB at which Ray Data splits a block in two."""
+MIN_ROWS, MAX_ROWS, MAX_BYTES, SECONDS = 8, 64, 64 * 2**20, 0.25
+"""Rows of a chunk; `MAX_BYTES` of it stay below the 128 MiB at which Ray Data splits a block in two. Handing a chunk
+around takes Ray some hundredths of a second, so that short folders are not cut finer than into `SECONDS` of work."""
 MANIFEST = "manifest.parquet"
 LOCK, BEAT_SECONDS, DEAD_AFTER_SECONDS = "lock.json", 10.0, 35.0
 READERS = 16
@@ -87,6 +88,15 @@ RESULT = ["size", "mtime_ns", "status"]
 Columns = dict[str, Any]
 
 
+class RowCost(NamedTuple):
+    """What an image costs."""
+
+    bytes: int
+    """The largest that its row gets on its way."""
+    seconds: float
+    """About how long two CPU cores take over it."""
+
+
 @dataclass(frozen=True, slots=True)
 class PartState:
     """How far a part is."""
@@ -117,18 +127,17 @@ class Ledger:
         self,
         images: Iterable[ImageFile],
         outputs_of: Callable[[ImageFile], Iterator[str]],
-        row_bytes: int,
+        cost: RowCost,
         on_listed: Callable[[int], None] = lambda _count: None,
     ) -> int:
         """Writes down the images that are not known yet, and the new size and time of those that have changed.
 
-        `outputs_of` proposes paths for an image's mask; the first that no other image has is taken. `row_bytes`: the
-        largest that a row gets on its way. Returns how many different images there are. Memory grows by about 60
-        bytes an image.
+        `outputs_of` proposes paths for an image's mask; the first that no other image has is taken. Returns how
+        many different images there are. Memory grows by about 60 bytes an image.
         """
         known, taken, sizes, times = self._known()
         earlier = len(sizes)
-        writer = _PartWriter(self, len(self.parts()), row_bytes)
+        writer = _PartWriter(self, len(self.parts()), cost)
         changed: dict[int, tuple[int, int]] = {}
         seen_again = np.zeros(earlier, bool)
         count, fresh = 0, earlier
@@ -411,8 +420,8 @@ def _payload(name: str, good: pa.Table) -> pa.Table:
 class _PartWriter:
     """Collects inputs and writes them, a part at a time."""
 
-    def __init__(self, ledger: Ledger, number: int, row_bytes: int) -> None:
-        self.ledger, self.number, self.row_bytes = ledger, number, row_bytes
+    def __init__(self, ledger: Ledger, number: int, cost: RowCost) -> None:
+        self.ledger, self.number, self.cost = ledger, number, cost
         self.rows: list[tuple] = []
 
     def add(self, image: ImageFile, output: bytes) -> None:
@@ -426,7 +435,7 @@ class _PartWriter:
             return
         columns = zip(*self.rows, strict=True)
         table = pa.table([pa.array(c, f.type) for c, f in zip(columns, INPUTS_SCHEMA, strict=True)], INPUTS_SCHEMA)
-        data = to_parquet(table, row_group_size=chunk_rows(len(table), self.row_bytes))
+        data = to_parquet(table, row_group_size=chunk_rows(len(table), self.cost))
         storage.write_bytes(self.ledger._inputs_file(self.number), data)
         self.number += 1
         self.rows = []
@@ -464,9 +473,10 @@ def _digests(names: list[bytes]) -> np.ndarray:
     return np.frombuffer(data, np.uint64).reshape(-1, 2)
 
 
-def chunk_rows(rows: int, row_bytes: int) -> int:
-    """Rows of a chunk in a part of so many, each of which gets at most `row_bytes` large on its way."""
-    return min(max(rows // 64, MIN_ROWS), MAX_ROWS, max(1, MAX_BYTES // row_bytes))
+def chunk_rows(rows: int, cost: RowCost) -> int:
+    """Rows of a chunk in a part of so many."""
+    fewest = max(MIN_ROWS, int(SECONDS / cost.seconds))
+    return min(max(rows // 64, fewest), MAX_ROWS, max(1, MAX_BYTES // cost.bytes))
 
 
 def readable(name: bytes) -> str:
