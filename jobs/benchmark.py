@@ -495,7 +495,7 @@ def overhead_section(job: Job) -> Iterator[Line]:
                 ("--local", lambda *parts: stages.run_here(range(count), parts[0], parts[1], parts[2])),
                 (
                     "through Ray",
-                    lambda *parts: datasets.run_on_cluster(range(count), *parts, workers=1, device="cpu"),
+                    lambda *parts: datasets.run_on_cluster(range(count), *parts, workers=1, device="cpu", shared={}),
                 ),
             ):
                 way = Way(job.card, str(job.folder / f"{name}{turn}"), job.images)
@@ -648,6 +648,21 @@ SECTIONS: dict[str, Callable[[Job], Iterator[Line]]] = {
 }
 
 
+def prices(lines: Sequence[Line], an_hour: Mapping[str, float], batch_size: int) -> Iterator[Line]:
+    """What a million images cost on a machine like this one: the prices are the user's, the rates were measured."""
+    rates = {(line.section, line.name): line.seconds for line in lines if line.seconds}
+    step = rates.get(("train", "unet_ray"))
+    each = {
+        "predicted through Ray": rates.get(("predict", "through Ray")),
+        "trained on once": step and step / batch_size,
+    }
+    for (what, seconds), (machine, amount) in itertools.product(each.items(), an_hour.items()):
+        if seconds:
+            hours = seconds * 1e6 / 3600
+            note = f"a million images: {hours:,.1f} hours of one machine, {hours * amount:,.2f} at {amount:g} an hour"
+            yield Line("price", f"{what}, {machine}", seconds, None, note)
+
+
 def random_model(folder: Path) -> str:
     """A model directory of the U-Net that most people run, with random weights."""
     config = load_train_config(settings=[*BASE_64, ("data.mask_values", [0, 1])])
@@ -676,6 +691,13 @@ def shown(line: Line) -> str:
 @click.option("--recipe", help="Settings of the training step.  [default: U-Net of 64 channels, 512, batch 4]")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="One such setting; may be repeated.")
 @click.option("--rounds", default=3, show_default=True, type=click.IntRange(min=1))
+@click.option(
+    "--price",
+    "price_list",
+    multiple=True,
+    metavar="NAME=AMOUNT",
+    help="Of an hour of a machine like this one: also says what a million images cost; may be repeated.",
+)
 @click.option("--json", "json_file", metavar="FILE", help="Also write the lines there.")
 def main(
     images: str,
@@ -687,6 +709,7 @@ def main(
     recipe: str | None,
     settings: tuple[str, ...],
     rounds: int,
+    price_list: tuple[str, ...],
     json_file: str | None,
 ) -> None:
     """Measure how fast this machine decodes, predicts and trains, beside the ways others do it."""
@@ -699,7 +722,12 @@ def main(
         values = masks.infer_values([pair.mask for pair in pairs], config.model.num_classes, config.data)
         data = dataclasses.replace(config.data, images=images, masks=masks_folder, mask_values=values)
         config = dataclasses.replace(config, data=data)
-    lines, failed = [], False
+    lines: list[Line] = []
+    failed = False
+    try:
+        an_hour = {name: float(amount) for name, _, amount in (text.rpartition("=") for text in price_list)}
+    except ValueError:
+        raise UserError(f"--price {' '.join(price_list)}: write NAME=AMOUNT, e.g. spot=0.35") from None
     with tempfile.TemporaryDirectory(prefix="unet-ray-benchmark-") as folder:
         location = checkpoint.model_directory(model) if model else random_model(Path(folder, "model"))
         job = Job(
@@ -720,12 +748,15 @@ def main(
             try:
                 for line in SECTIONS[name](job):
                     click.echo(shown(line))
-                    lines.append(dataclasses.asdict(line))
+                    lines.append(line)
             except Exception as error:  # a peer that is not all there must not cost an hour's measurements
                 failed = True
                 click.echo(f"{name}: {type(error).__name__}: {error}", err=True)
+    for line in prices([*lines], an_hour, config.train.batch_size):
+        click.echo(shown(line))
+        lines.append(line)
     if json_file:
-        Path(json_file).write_text(json.dumps(lines, indent=2) + "\n")
+        Path(json_file).write_text(json.dumps([dataclasses.asdict(line) for line in lines], indent=2) + "\n")
     sys.exit(failed)
 
 

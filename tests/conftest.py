@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
@@ -15,7 +24,8 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 # Of the bucket in test_buckets.py. Set here, because Ray's workers have the environment that Ray was started in.
 os.environ |= {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_EC2_METADATA_DISABLED": "true"}
 
-REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+ROOT = Path(__file__).resolve().parents[1]
+REAL_DATA = ROOT.parent / "shared" / "data"
 
 
 def disc(size: int, centre: tuple[float, float], radius: float) -> np.ndarray:
@@ -73,8 +83,6 @@ RUN_FILES = [
 @pytest.fixture(scope="session")
 def ray_cluster():
     """One Ray with 4 CPUs for all tests that need one (started where the first of them runs, ended at the end)."""
-    import tempfile
-
     import ray
 
     with tempfile.TemporaryDirectory(prefix="ur-", ignore_cleanup_errors=True) as temporary:
@@ -91,6 +99,136 @@ def ray_cluster():
         )
         yield ray
         ray.shutdown()
+
+
+BIN = Path(sys.executable).parent
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Of a command: this Python's programs."""
+    return {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", **more}
+
+
+SYSTEM = "--system-config=" + json.dumps(
+    {
+        "num_workers_soft_limit": 10,  # as the command does
+        # A node that is killed is missed after 5 seconds rather than 20, one that is slow is not.
+        "health_check_period_ms": 1000,
+        "health_check_failure_threshold": 5,
+        "health_check_timeout_ms": 10_000,
+    }
+)
+
+
+class Machines:
+    """A Ray cluster of nodes started one by one, as on one's own machines, on 127.0.0.2, 127.0.0.3 and so on: Ray takes
+    127.0.0.1 for a mistake, these not."""
+
+    def __init__(self, **variables: str) -> None:
+        self.temporary = tempfile.TemporaryDirectory(prefix="ur-", ignore_cleanup_errors=True)
+        self.variables = {"AUTOSCALER_UPDATE_INTERVAL_S": "1", **variables}
+        self.running: list[psutil.Process] = []
+        self.started = 0
+        self.port, self.dashboard_port = free_port(), free_port()
+        self.address, self.dashboard = f"127.0.0.2:{self.port}", f"http://127.0.0.1:{self.dashboard_port}"
+
+    def __enter__(self) -> Machines:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        for machine in reversed(self.running):
+            self.kill(machine)
+        self.temporary.cleanup()
+
+    def _start(self, *arguments: str, prefix: Sequence[str] = ()) -> psutil.Process:
+        self.started += 1
+        address = f"--node-ip-address=127.0.0.{1 + self.started}"
+        command = [str(BIN / "ray"), "start", "--block", address, "--disable-usage-stats"]
+        log = Path(self.temporary.name, f"{self.started}.log")
+        with log.open("wb") as stream:
+            process = subprocess.Popen(
+                [*prefix, *command, f"--object-store-memory={200 * 2**20}", *arguments],
+                env=environment(**self.variables),
+                stdout=stream,
+                stderr=stream,
+                start_new_session=True,
+            )
+        machine = psutil.Process(process.pid)
+        self.running.append(machine)
+        # One by one: where several start at once on two cores, Ray gives up on some.
+        while "Ray runtime started" not in log.read_text():
+            assert process.poll() is None, log.read_text()[-2000:]
+            time.sleep(0.1)
+        return machine
+
+    def head(self, cpus: int, *arguments: str) -> psutil.Process:
+        """Returns once the dashboard answers, which is last."""
+        head = self._start(
+            "--head",
+            f"--num-cpus={cpus}",
+            f"--port={self.port}",
+            "--dashboard-host=127.0.0.1",
+            f"--dashboard-port={self.dashboard_port}",
+            f"--ray-client-server-port={free_port()}",
+            f"--dashboard-agent-listen-port={free_port()}",
+            f"--temp-dir={self.temporary.name}/ray",
+            SYSTEM,
+            *arguments,
+        )
+        deadline = time.monotonic() + 120
+        while subprocess.run(
+            [str(BIN / "ray"), "job", "list", "--address", self.dashboard], env=environment(), capture_output=True
+        ).returncode:
+            assert head.is_running() and time.monotonic() < deadline, "the head did not start"
+            time.sleep(1)
+        return head
+
+    def node(self, cpus: int, *, own_folder: Path | None = None) -> psutil.Process:
+        """Returns once it has joined. `own_folder`: the node has another disk there (for root)."""
+        mount = 'mount -t tmpfs none "$0" && exec "$@"'
+        prefix = ["unshare", "--mount", "sh", "-c", mount, str(own_folder)] if own_folder else []
+        return self._start(f"--address={self.address}", f"--num-cpus={cpus}", prefix=prefix)
+
+    def kill(self, machine: psutil.Process) -> None:
+        """As when the power fails."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            everything = [machine, *machine.children(recursive=True)]
+            for process in everything:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            psutil.wait_procs(everything, timeout=20)
+        if machine in self.running:
+            self.running.remove(machine)
+
+    def command(self, *arguments: object) -> subprocess.Popen[str]:
+        """A command of ours on this cluster, its output in one stream."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "unet_ray", *map(str, arguments)],
+            env=environment(RAY_ADDRESS=self.address),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def submit(self, *arguments: object, options: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+        """`ray job submit` from the checkout."""
+        submit = [str(BIN / "ray"), "job", "submit", "--address", self.dashboard]
+        submit += ["--runtime-env", "jobs/runtime_env.yaml"]
+        return subprocess.run(
+            [*submit, *options, "--", *map(str, arguments)],
+            cwd=ROOT,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=400,
+            check=False,
+        )
 
 
 @pytest.fixture

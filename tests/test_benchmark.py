@@ -17,6 +17,7 @@ def test_it_decodes_predicts_and_trains_in_every_way_there_is(tmp_path):
     model = make_model(tmp_path / "model")
     command = [sys.executable, str(BENCHMARK), "--images", str(images), "--masks", str(masks), "--model", str(model)]
     sections = ["--section", "decode", "--section", "model", "--section", "train", "--rounds", "1", "--device", "cpu"]
+    sections += ["--price", "spot=0.36"]
     sections += [part for name, value in (*TINY, ("train.batch_size", 2)) for part in ("--set", f"{name}={value}")]
     ran = subprocess.run(
         [*command, *sections, "--json", str(tmp_path / "lines.json")], capture_output=True, text=True, check=False
@@ -29,6 +30,10 @@ def test_it_decodes_predicts_and_trains_in_every_way_there_is(tmp_path):
     assert found["decode"][0]["name"] == "Pillow, whole"
     assert {"plain fp32", "torch", "compiled"} <= {line["name"] for line in found["model"]}
     assert [line["name"] for line in found["train"]] == ["plain fp32", "unet_ray"]
+    [price] = [line for line in lines if line["section"] == "price"]
+    a_step = found["train"][1]["seconds"]
+    assert price["seconds"] == pytest.approx(a_step / 2)  # a batch of two
+    assert f"{a_step / 2 * 1e6 / 3600 * 0.36:,.2f} at 0.36 an hour" in price["note"]
     for section in found.values():
         first = section[0]["seconds"]
         for line in section:

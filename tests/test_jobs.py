@@ -1,118 +1,74 @@
 """jobs/ as plain scripts and under `ray job submit`; the README's commands."""
 
 import json
-import os
 import re
-import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
-from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import TINY, make_discs
+from conftest import BIN, ROOT, TINY, Machines, environment, make_discs
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[1]
-BIN = Path(sys.executable).parent
+from unet_ray import checkpoint
+
 QUICK = [argument for name, value in TINY for argument in ("--set", f"{name}={value}")]
 
 pytestmark = pytest.mark.slow
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def environment(**more: str) -> dict[str, str]:
-    return {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "RAY_AUTH_MODE": "disabled", **more}
-
-
 @pytest.fixture(scope="module")
 def head():
-    """A head started as on one's own machine; its dashboard's address."""
-    port = free_port()
-    with tempfile.TemporaryDirectory(prefix="ur-", ignore_cleanup_errors=True) as temporary:
-        process = subprocess.Popen(
-            [
-                str(BIN / "ray"),
-                "start",
-                "--head",
-                "--block",
-                "--num-cpus=2",
-                "--node-ip-address=127.0.0.1",
-                f"--port={free_port()}",
-                "--dashboard-host=127.0.0.1",
-                f"--dashboard-port={port}",
-                f"--ray-client-server-port={free_port()}",
-                f"--dashboard-agent-listen-port={free_port()}",
-                f"--temp-dir={temporary}",
-                '--system-config={"num_workers_soft_limit": 10}',
-                "--disable-usage-stats",
-            ],
-            env=environment(),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        address = f"http://127.0.0.1:{port}"
-        try:
-            deadline = time.monotonic() + 120
-            while subprocess.run(
-                [str(BIN / "ray"), "job", "list", "--address", address], env=environment(), capture_output=True
-            ).returncode:
-                assert process.poll() is None and time.monotonic() < deadline, "the head did not start"
-                time.sleep(1)
-            yield address
-        finally:
-            os.killpg(process.pid, signal.SIGTERM)
-            try:
-                process.wait(60)  # its own processes end one after the other
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-
-
-def submit(address: str, *entrypoint: object) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [
-            str(BIN / "ray"),
-            "job",
-            "submit",
-            "--address",
-            address,
-            "--working-dir",
-            ".",
-            "--",
-            "python",
-            *map(str, entrypoint),
-        ],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
+    """A machine started as one's own is."""
+    with Machines() as cluster:
+        cluster.head(2)
+        yield cluster
 
 
 def test_jobs_submitted_to_a_cluster_succeed_or_fail_with_their_command(head, tmp_path):
     images, masks = make_discs(tmp_path / "discs", 12)
     run, out = tmp_path / "run", tmp_path / "out"
-    trained = submit(head, "jobs/train.py", "--images", images, "--masks", masks, "--out", run, *QUICK)
+    trained = head.submit("python", "jobs/train.py", "--images", images, "--masks", masks, "--out", run, *QUICK)
     assert trained.returncode == 0, trained.stdout[-3000:] + trained.stderr[-3000:]
     assert "succeeded" in trained.stdout + trained.stderr
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
-    predicted = submit(head, "jobs/predict.py", run, images, "--out", out, "--format", "png,parquet")
+    predicted = head.submit("python", "jobs/predict.py", run, images, "--out", out, "--format", "png,parquet")
     assert predicted.returncode == 0, predicted.stdout[-3000:] + predicted.stderr[-3000:]
     assert pq.read_table(out / "manifest.parquet").num_rows == len(list((out / "masks").iterdir())) == 12
-    failed = submit(head, "jobs/predict.py", tmp_path / "no-model", images, "--out", out)
+    failed = head.submit("python", "jobs/predict.py", tmp_path / "no-model", images, "--out", out)
     assert failed.returncode == 1
     assert "no such folder" in failed.stdout and "failed" in (failed.stdout + failed.stderr).lower()
+
+
+def test_a_stopped_job_says_so_and_goes_on_where_it_was(head, tmp_path):
+    images, masks = make_discs(tmp_path / "discs", 12)
+    run = tmp_path / "run"
+    train = ["python", "jobs/train.py", "--images", images, "--masks", masks, "--out", run, *QUICK, "--epochs", 60]
+    assert head.submit(*train, options=["--submission-id", "first", "--no-wait"]).returncode == 0
+
+    def job(*arguments: str) -> str:
+        command = [str(BIN / "ray"), "job", *arguments, "--address", head.dashboard, "first"]
+        return subprocess.run(command, env=environment(), capture_output=True, text=True, check=True).stdout
+
+    def done() -> int:
+        state = checkpoint.read_state(str(run / "last"))
+        return state.epoch if state else 0
+
+    deadline = time.monotonic() + 200
+    while done() < 3:
+        assert time.monotonic() < deadline, job("logs")
+        time.sleep(0.1)
+    job("stop")
+    while "STOPPED" not in job("status").upper():
+        assert time.monotonic() < deadline, job("status")
+    assert "Stopped. What is finished is kept" in job("logs")
+    before = done()
+    assert 3 <= before < 60
+    again = head.submit(*train, "--resume")
+    assert again.returncode == 0, again.stdout[-3000:]
+    assert f"epoch {before + 1:>3}/60" in again.stdout and f"epoch {before:>3}/60" not in again.stdout
+    assert [json.loads(line)["epoch"] for line in (run / "metrics.jsonl").open()] == [*range(1, 61)]
 
 
 def test_jobs_are_plain_scripts_with_the_commands_exit_codes(tmp_path):

@@ -21,6 +21,7 @@ LAYERS = [
     {"backends"},
     {"segmenter"},
     {"stages"},
+    {"nodes"},
     {"datasets"},
     {"exports"},
     {"training", "prediction"},
@@ -30,7 +31,7 @@ LAYERS = [
     {"cli"},
     {"__main__"},
 ]
-MAY_IMPORT_RAY = {"datasets", "training", "prediction", "evaluation", "cli"}
+MAY_IMPORT_RAY = {"nodes", "datasets", "training", "prediction", "evaluation", "cli"}
 
 
 def imports() -> dict[str, set[str]]:

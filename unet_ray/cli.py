@@ -11,12 +11,15 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -42,7 +45,8 @@ LOG_EVERY_SECONDS = 10.0
 
 class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
-        """What a user can cause is one line on stderr and exit code 2; Ctrl-C is exit code 130."""
+        """What a user can cause is one line on stderr and exit code 2; Ctrl-C and SIGTERM are exit code 130."""
+        _stop_like_ctrl_c()
         try:
             return super().invoke(ctx)
         except UserError as error:
@@ -551,12 +555,23 @@ def _ray(verbose: bool) -> Iterator[None]:
         options |= {"_system_config": {"num_workers_soft_limit": max(2, cpus) + 6}}
     with nullcontext() if verbose else _stderr_to_nowhere():
         ray.init(**options)
+    _stop_like_ctrl_c()  # Ray has set its own way
     try:
         yield
     finally:
         ray.shutdown()
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _stop_like_ctrl_c() -> None:
+    """Makes SIGTERM, which `ray job stop`, Kubernetes and others send, what Ctrl-C is."""
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, stop)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -15,7 +15,7 @@ import ray.data
 from ray.data import ActorPoolStrategy, DataContext
 from ray.data._internal.execution import streaming_executor_state
 
-from unet_ray import cache
+from unet_ray import cache, nodes
 from unet_ray.config import UserError
 from unet_ray.engine import keep_freed_memory
 from unet_ray.records import Pair
@@ -31,8 +31,8 @@ NUMBERS_A_BLOCK = 4096
 LOOK_SECONDS = 0.02
 """How long Ray Data waits at most before it looks which tasks have finished."""
 
-THREADS_A_MODEL = 8
-"""CPUs a copy of the model: more threads than this gain little on one image."""
+NO_LIMIT = 4096
+"""Copies of the model on a cluster that may grow: as many as it comes to have room for."""
 
 
 def configure(verbose: bool = False) -> None:
@@ -181,48 +181,6 @@ def fill_cache(write: cache.Write, parts: list[cache.Pairs]) -> Iterator[None]:
             yield
 
 
-def object_store_of_smallest_node() -> int:
-    """Bytes that every node of the cluster can hold."""
-    stores = [node["Resources"].get("object_store_memory", 0) for node in ray.nodes() if node["Alive"]]
-    return int(min(store for store in stores if store)) if any(stores) else 0
-
-
-def cluster_total(resource: str) -> float:
-    return ray.cluster_resources().get(resource, 0)
-
-
-def pick_device(wanted: str) -> str:
-    """`auto` is CUDA where the cluster has a GPU. Raises UserError if CUDA is asked for and is not there."""
-    gpus = cluster_total("GPU")
-    if wanted == "cuda" and gpus < 1:
-        raise UserError("--device cuda: the cluster has no GPU: use --device cpu")
-    return "cuda" if wanted == "cuda" or (wanted == "auto" and gpus >= 1) else "cpu"
-
-
-def places(resource: str, each: int) -> int:
-    """How many workers of `each` CPUs or GPUs the cluster can hold at once: none spans two nodes."""
-    return sum(int(node["Resources"].get(resource, 0)) // each for node in ray.nodes() if node["Alive"])
-
-
-def check_workers(workers: int, device: str, cpus_per_worker: int = 1) -> None:
-    """Raises UserError if the cluster can't hold that many workers at once; Ray would wait for them for ever."""
-    resource, each = ("GPU", 1) if device == "cuda" else ("CPU", max(1, cpus_per_worker))
-    room = places(resource, each)
-    if workers > room:
-        per = f" of {each} CPUs" if each > 1 else ""
-        remedy = f"use --workers {room} or fewer" if room else "lower compute.cpus_per_worker"
-        raise UserError(
-            f"--workers {workers}{per}: the cluster has {int(cluster_total(resource))} {resource}s: {remedy}"
-        )
-
-
-def cpus_for_each(workers: int, spare: int) -> int:
-    """The most CPUs that each of `workers` can have on the cluster's nodes with `spare` left over; at least 1."""
-    total = int(cluster_total("CPU"))
-    fitting = (n for n in range(total, 1, -1) if places("CPU", n) >= workers and total - n * workers >= spare)
-    return next(fitting, 1)
-
-
 def run_on_cluster(
     numbers: Sequence[int],
     before: Callable[[int], Chunk],
@@ -231,46 +189,46 @@ def run_on_cluster(
     *,
     workers: int,
     device: str,
+    shared: Mapping[str, str],
 ) -> Iterator[Chunk]:
     """The stages of `stages.run_here` through Ray Data: `model(device=, threads=, copies=)` in a pool of actors that
     load it once, the other two in tasks. Yields what `after` returns, a chunk at a time, as chunks are finished.
 
-    `workers`: how many copies of the model; 0: one a GPU, or one for every `THREADS_A_MODEL` CPUs.
+    `workers`: how many copies of the model; 0: one a GPU, or one for every `nodes.THREADS_A_MODEL` CPUs, and more as
+    the cluster grows. `shared`: see `nodes.check_shared`. Ray keeps what needs no GPU off nodes that have one as long
+    as others have room.
     """
-    device = pick_device(device)
+    device = nodes.pick_device(device)
     threads: int | None = None
     if device == "cuda":
-        check_workers(workers, device)
-        workers = workers or int(cluster_total("GPU"))
-        resources = {"num_gpus": 1.0}
+        nodes.check_workers(max(1, workers), device)
+        copies, resources = nodes.room({"GPU": 1.0}), {"num_gpus": 1.0}
     else:
-        cpus = int(cluster_total("CPU"))
-        if workers >= max(2, cpus):
-            raise UserError(f"--workers {workers} leaves none of {cpus} CPUs to read images: use {max(1, cpus - 1)}")
-        workers = workers or max(1, cpus // THREADS_A_MODEL)
-        threads = max(1, cpus // workers)
-        # One CPU of each model's share stays free: with all of them held by actors, no task could ever decode. The
+        threads, copies = _on_cpus(workers)
+        # One CPU of each copy's share stays free: with all of them held by actors, no task could ever decode. The
         # threads are the whole share: decoding is short beside the model, and idle CPUs would cost more.
         resources = {"num_cpus": float(max(1, threads - 1))}
+    nodes.check_shared(shared)
+    most = workers or (NO_LIMIT if nodes.may_grow() else copies)
     tables = [
         pa.table({"number": pa.array(numbers[start : start + NUMBERS_A_BLOCK], pa.int64())})
         for start in range(0, len(numbers), NUMBERS_A_BLOCK)
     ]
     dataset = (
         ray.data.from_arrow(tables)
-        # A block a chunk, made as they are wanted: a hundred million images are not a million objects at once. Ray Data
-        # fuses the two steps, and so the second, which can't be given a share itself, takes no CPU either.
+        # A block a chunk, made as they are wanted: a hundred million images are not a million objects at once. The
+        # second step takes a whole CPU, which can't be set.
         .map_batches(lambda table: table, batch_size=NUMBERS_A_BLOCK, num_cpus=0)
         .repartition(target_num_rows_per_block=1)
-        # Half a CPU: reading is in part waiting. And a share of its own keeps Ray Data from fusing the stage into the
-        # model's actors, where decoding would not overlap with the model.
+        # Half a CPU: reading is in part waiting. And a share of its own keeps Ray Data from fusing the stage into
+        # the model's actors, where decoding would not overlap with the model.
         .map_batches(_FromNumber(before), batch_size=None, batch_format="numpy", num_cpus=0.5)
         .map_batches(
             _ModelActor,
-            fn_constructor_kwargs={"model": model, "device": device, "threads": threads, "copies": workers},
+            fn_constructor_kwargs={"model": model, "device": device, "threads": threads, "copies": workers or copies},
             batch_size=None,
             batch_format="numpy",
-            compute=ActorPoolStrategy(min_size=1, max_size=workers),
+            compute=ActorPoolStrategy(min_size=1, max_size=most),
             **resources,
         )
         .map_batches(_UnlessEmpty(after), batch_size=None, batch_format="numpy", num_cpus=0.5)
@@ -278,6 +236,24 @@ def run_on_cluster(
     for chunk in dataset.iter_batches(batch_size=None, batch_format="numpy"):
         if _rows(chunk):
             yield chunk
+
+
+def _on_cpus(workers: int) -> tuple[int, int]:
+    """(threads of each copy of the model, how many copies there is room for now). Raises UserError."""
+    nodes.make_room(1, {"CPU": 1.0}, "no node of the cluster has a CPU", "add one")
+    cpus = int(nodes.total("CPU"))
+    if cpus < 2 and not nodes.may_grow():
+        raise UserError(
+            "the cluster has one CPU; two are needed, for the model and for the images: add one, or --local"
+        )
+    if not workers:
+        threads, copies = nodes.models_on_cpus()
+        return threads, copies if threads > 1 else max(1, copies - 1)
+    if workers < max(2, cpus):
+        return nodes.cpus_for_each(workers, spare=0), workers
+    if not nodes.may_grow():
+        raise UserError(f"--workers {workers} leaves none of {cpus} CPUs to read images: use {max(1, cpus - 1)}")
+    return nodes.models_on_cpus()[0], workers
 
 
 def _rows(chunk: Chunk) -> int:

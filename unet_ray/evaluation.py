@@ -103,7 +103,14 @@ def _measure(
     versions, classes = 1 + len(cleanups), card.model.num_classes
     scored: list[tuple[str, np.ndarray, int, np.ndarray]] = []
     failures = []
-    run = pipeline.run(range(len(chunks)), chunks, compare, images=len(pairs), local=local, cluster=cluster)
+    shared = {
+        "--images": pairs[0].image,
+        "--masks": pairs[0].mask,
+        "MODEL": storage.join(pipeline.model, checkpoint.CARD),
+    }
+    run = pipeline.run(
+        range(len(chunks)), chunks, compare, images=len(pairs), shared=shared, local=local, cluster=cluster
+    )
     for result in run:
         for row, (name, error) in enumerate(zip(result["path"], result["error"], strict=True)):
             if error:

@@ -289,6 +289,12 @@ class Ledger:
         columns |= {"row": rows, "redone": np.full(len(rows), bool(told)), "number": np.full(len(rows), number)}
         return {name: values[todo] for name, values in columns.items()}
 
+    def first(self, number: int) -> str:
+        """The file of the first image of a chunk: of its own, or the Parquet file that holds it."""
+        part, chunk = divmod(number, PART_ROWS)
+        row = self._open_inputs(part).read_row_group(chunk, ["path", "source"]).slice(0, 1).to_pylist()[0]
+        return os.fsdecode(row["source"] or row["path"])
+
     def record(self, number: int, rows: np.ndarray, results: Columns) -> None:
         """Writes down what was found of some rows of a chunk: columns of `MANIFEST_SCHEMA` and of the payloads."""
         schema = self._nothing().schema

@@ -12,7 +12,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -138,12 +138,14 @@ class Pipeline:
         *,
         images: int,
         probabilities: bool = False,
+        shared: Mapping[str, str],
         local: bool,
         cluster: AbstractContextManager[None],
     ) -> Iterator[Chunk]:
         """Chunks through decode, model and `finish`; yields what that returns, as chunks are finished.
 
-        `images`: how many there are in all, those of an earlier run among them.
+        `images`: how many there are in all, those of an earlier run among them. `shared`: what all nodes must see, as
+        of `nodes.check_shared`.
         """
         if not numbers:
             return
@@ -160,7 +162,7 @@ class Pipeline:
 
             datasets.configure()
             yield from datasets.run_on_cluster(
-                numbers, before, model, after, workers=options.workers, device=options.device
+                numbers, before, model, after, workers=options.workers, device=options.device, shared=shared
             )
 
 
@@ -270,6 +272,11 @@ def predict(
                 write,
                 images=images,
                 probabilities="prob" in config.formats,
+                shared={
+                    f"--out {out}": storage.join(out, SETTINGS),
+                    "MODEL": storage.join(pipeline.model, checkpoint.CARD),
+                    **({"INPUT": book.first(numbers[0])} if numbers else {}),
+                },
                 local=local,
                 cluster=cluster,
             ):

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import os
 import threading
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 OnEpoch = Callable[[dict[str, Any]], None]
 POLL_SECONDS = 1.0
+MARK = ".seen"
 RAY_FOLDER = ".ray"
 """Ray Train's own bookkeeping inside the run directory, while it trains."""
 
@@ -127,7 +129,7 @@ def _resolved(config: TrainConfig, images: str, masks_folder: str, mask_paths: l
 
 def _check_out(config: TrainConfig, parts: Split, out: str, resume: bool) -> None:
     """Raises UserError if `out` holds something that this training would overwrite, or can't go on from."""
-    there = storage.names_in(out)
+    there = [name for name in storage.names_in(out) if not name.endswith(MARK)]
     if not there:
         return
     if not resume:
@@ -201,10 +203,10 @@ def _train_on_ray(
     import ray.exceptions
     import ray.train
 
-    from unet_ray import datasets
+    from unet_ray import datasets, nodes
 
     datasets.configure()
-    device = datasets.pick_device(config.compute.device)
+    device = nodes.pick_device(config.compute.device)
     engine.check_precision(config.train.precision, device)
     follower, failures = _Follower(out, on_epoch), 0
     while True:
@@ -245,20 +247,27 @@ def _fit_once(config: TrainConfig, parts: Split, out: str, device: str, follower
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    from unet_ray import datasets
+    from unet_ray import datasets, nodes
 
     compute = config.compute
-    datasets.check_workers(compute.fewest_workers, device, compute.cpus_per_worker)
+    first = parts.pairs[0]
+    with _marked(out) as mark:
+        places = {f"--out {out}": mark, "--images": first.image, "--masks": first.mask}
+        # Before there are workers, too: a node that has just died is asked for its answer until Ray knows.
+        nodes.check_shared(places)
+        if nodes.check_workers(compute.fewest_workers, device, compute.cpus_per_worker, compute.most_workers):
+            nodes.check_shared(places)
     decoder = _decoder(config, parts.pairs, datasets.fill_cache)
     # Every node may come to hold every row, so the smallest one's store decides.
-    fits = len(parts.pairs) * decoder.row_bytes() <= compute.memory_fraction * datasets.object_store_of_smallest_node()
-    cpus = int(datasets.cluster_total("CPU"))
-    if not fits and device == "cpu" and compute.fewest_workers >= cpus:
+    fits = len(parts.pairs) * decoder.row_bytes() <= compute.memory_fraction * nodes.object_store_of_smallest()
+    cpus = int(nodes.total("CPU"))
+    # A GPU's worker holds a CPU too.
+    if not fits and compute.fewest_workers * max(1, compute.cpus_per_worker) >= cpus:
         raise UserError(
             f"--workers {compute.fewest_workers} leaves none of {cpus} CPUs to stream the images, which don't fit in "
             f"memory: use --workers {max(1, cpus - 1)}, or --local"
         )
-    threads = compute.cpus_per_worker or datasets.cpus_for_each(compute.most_workers, spare=0 if fits else 1)
+    threads = compute.cpus_per_worker or nodes.cpus_for_each(compute.most_workers, spare=0 if fits else 1)
     kind: type[MaterialisedRows] | type[RayStreamedRows]
     kind = datasets.MaterialisedRows if fits else datasets.RayStreamedRows
     train_rows, val_rows = parts.rows(kind(parts.pairs, decoder))
@@ -288,6 +297,17 @@ def _fit_once(config: TrainConfig, parts: Split, out: str, device: str, follower
     # What an interrupted run left would make Ray take this one for finished and train nothing.
     storage.delete_folder(storage.join(out, RAY_FOLDER))
     _fit_and_follow(trainer, follower)
+
+
+@contextmanager
+def _marked(out: str) -> Iterator[str]:
+    """A file in the run directory, for other nodes to look for."""
+    mark = storage.join(out, f"{uuid.uuid4().hex}{MARK}")
+    storage.write_bytes(mark, b"")
+    try:
+        yield mark
+    finally:
+        storage.delete_file(mark)
 
 
 def _fit_and_follow(trainer: TorchTrainer, follower: _Follower) -> None:

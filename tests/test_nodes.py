@@ -1,0 +1,249 @@
+"""Clusters of several nodes, each a `ray start` on 127.0.0.1: nodes that die and come, heads that die, autoscaling."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+from conftest import TINY, Machines, environment, make_discs, make_model, make_photos
+from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
+
+from unet_ray import checkpoint, training
+from unet_ray.config import load_train_config
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """Slow enough to be caught at work."""
+    settings = [("model.base_channels", 16), ("model.depth", 4), ("data.image_size", 128)]
+    return make_model(tmp_path_factory.mktemp("model"), *settings)
+
+
+def working(machine: psutil.Process, kind: str) -> list[psutil.Process]:
+    """The processes below a machine's raylet that are at such work."""
+    try:
+        return [p for p in machine.children(recursive=True) if kind in "".join(p.cmdline()[:1])]
+    except psutil.Error:
+        return []
+
+
+def until(condition, process: subprocess.Popen | None = None, seconds: float = 200):
+    """Waits for what `condition` returns, as long as the process runs."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert process is None or process.poll() is None, process.communicate()[0][-3000:]
+        assert time.monotonic() < deadline, "it took too long"
+        time.sleep(0.05)
+    return found
+
+
+def lines(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def epochs_done(run: Path) -> int:
+    state = checkpoint.read_state(str(run / "last"))
+    return state.epoch if state else 0
+
+
+def done_in(out: Path) -> dict[Path, int]:
+    """Each mask that the ledger says is done -> when it was written."""
+    found = {}
+    for folder in (out / "manifest.parquet", out / ".work/done"):
+        for part in folder.rglob("[!.]*.parquet"):
+            try:
+                outputs = pq.read_table(part, columns=["output"])["output"].to_pylist()
+            except FileNotFoundError:  # made a part of the manifest meanwhile
+                continue
+            found |= {out / name: (out / name).stat().st_mtime_ns for name in outputs if name}
+    return found
+
+
+@pytest.fixture(scope="module")
+def machines():
+    """A head that runs nothing and three nodes of two CPUs."""
+    with Machines() as cluster:
+        cluster.head(0)
+        for _ in range(3):
+            cluster.node(2)
+        yield cluster
+
+
+def test_training_goes_on_with_the_nodes_that_are_left(machines, tmp_path):
+    images, masks = make_discs(tmp_path / "discs", 21)
+    same = [*TINY, ("model.norm", "none"), ("data.val_fraction", 0.33), ("train.epochs", 40)]
+    same += [("train.learning_rate", 1e-3), ("data.images", str(images)), ("data.masks", str(masks))]
+    training.train(load_train_config(settings=same), str(tmp_path / "undisturbed"), local=True)
+    run = tmp_path / "run"
+    settings = [*same, ("compute.cpus_per_worker", 2), ("compute.workers", [1, 2])]
+    process = machines.command(
+        "train", "--out", run, *(part for name, value in settings for part in ("--set", f"{name}={value}"))
+    )
+    for _ in range(2):
+        before = epochs_done(run)
+        until(lambda before=before: epochs_done(run) >= before + 3, process)
+        machines.kill(next(m for m in machines.running[1:] if working(m, "RayTrainWorker")))
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output[-3000:]
+    assert output.count("lost a worker") == 2, output
+    workers = [line["workers"] for line in lines(run)]
+    assert workers[0] == 2 and workers[-1] == 1, workers
+    for ours, theirs in zip(lines(run), lines(tmp_path / "undisturbed"), strict=True):
+        for name in ("epoch", "val_pixels", "train_loss", "val_loss"):
+            assert ours[name] == pytest.approx(theirs[name], rel=5e-3), (ours["epoch"], name)
+
+
+def test_predicting_loses_a_node_and_gets_one(machines, model, tmp_path):
+    while len(machines.running) < 3:  # the head and two
+        machines.node(2)
+    folder, out = make_photos(tmp_path / "images", 1000), tmp_path / "out"
+    process = machines.command("predict", model, folder, "--out", out, "--precision", "fp32")
+    until(lambda: len(done_in(out)) > 60, process)
+    machines.kill(next(m for m in machines.running[1:] if working(m, "_ModelActor")))
+    before = done_in(out)
+    added = machines.node(2)
+    until(lambda: working(added, "ray::MapBatches") or working(added, "_ModelActor"), process)
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output[-3000:]
+    rows = pq.read_table(out / "manifest.parquet").to_pylist()
+    assert len({row["path"] for row in rows}) == len(rows) == 1000
+    assert {row["status"] for row in rows} == {"ok"}
+    assert before.items() <= done_in(out).items(), "what was done stays as it was"
+
+
+def test_a_folder_that_only_one_node_sees_is_refused(machines, model, tmp_path):
+    local = tmp_path / "local"
+    local.mkdir()
+    if subprocess.run(["unshare", "--mount", "true"], check=False, capture_output=True).returncode:
+        pytest.skip("only root can give a node a disk of its own")
+    machines.node(2, own_folder=local)
+    images, masks = make_discs(tmp_path / "discs", 6)
+    hidden, _ = make_discs(local, 6)
+    tiny = [part for name, value in TINY for part in ("--set", f"{name}={value}")]
+    for arguments, named in (
+        (("train", "--images", images, "--masks", masks, "--out", local / "run", *tiny), f"--out {local / 'run'}"),
+        (("train", "--images", hidden, "--masks", masks, "--out", tmp_path / "run", *tiny), "--images"),
+        (("predict", model, images, "--out", local / "out"), f"--out {local / 'out'}"),
+    ):
+        process = machines.command(*arguments)
+        output = process.communicate(timeout=200)[0]
+        assert process.returncode == 2, output[-3000:]
+        assert f"Error: {named}: the node 127.0.0." in output and f"does not see {local}" in output
+        assert "use a folder that all nodes share" in output
+    assert not list((local / "run").iterdir())  # nothing of it is in the way of another try
+
+
+def test_a_cluster_whose_head_died_is_started_again_and_the_same_command_goes_on(model, tmp_path):
+    folder, out = make_photos(tmp_path / "images", 500), tmp_path / "out"
+    arguments = ("predict", model, folder, "--out", out, "--precision", "fp32")
+    with Machines() as first:
+        head = first.head(0)
+        first.node(2)
+        process = first.command(*arguments)
+        until(lambda: len(done_in(out)) > 60, process)
+        first.kill(head)
+        process.kill()  # a job's command runs on the head
+        process.communicate()
+        before = done_in(out)
+    assert 60 < len(before) < 500
+    with Machines() as second:
+        second.head(0)
+        second.node(2)
+        process = second.command(*arguments, "--json")
+        output = process.communicate(timeout=300)[0]
+        assert process.returncode == 0, output[-3000:]
+    summary = json.loads(output[output.index("{") :])
+    assert (summary["images"], summary["ok"], summary["already_done"]) == (500, 500, len(before))
+    assert before.items() <= done_in(out).items()
+
+
+def autoscaling(address: str, idle_minutes: float) -> dict:
+    """What `ray start --autoscaling-config` takes: up to two nodes of three CPUs, which Ray starts on this machine."""
+    commands = ("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands")
+    starts = ("head_start_ray_commands", "worker_start_ray_commands")
+    files = ("cluster_synced_files", "rsync_exclude", "rsync_filter")
+    worker = {"resources": {"CPU": 3, "object_store_memory": 150 * 2**20}, "node_config": {}}
+    return {
+        "cluster_name": "fake",
+        "provider": {
+            "type": "external",
+            "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+            "gcs_address": address,
+            "head_node_id": FAKE_HEAD_NODE_ID,
+            "launch_multiple": True,
+        },
+        "max_workers": 2,
+        "upscaling_speed": 10.0,
+        "idle_timeout_minutes": idle_minutes,
+        "head_node_type": "ray.head.default",
+        "available_node_types": {
+            "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+            "worker": {**worker, "min_workers": 0, "max_workers": 2},
+        },
+        **{"auth": {}, "docker": {}, "file_mounts": {}, "file_mounts_sync_continuously": False},
+        **{name: [] for name in (*commands, *starts, *files)},
+    }
+
+
+def nodes_of(address: str) -> int:
+    """How many nodes with CPUs the cluster has."""
+    alive = "sum(node['Alive'] and 'CPU' in node['Resources'] for node in ray.nodes())"
+    code = f"import ray; ray.init(logging_level='ERROR', log_to_driver=False); print({alive})"
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment(RAY_ADDRESS=address),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return int(ran.stdout.split()[-1])
+
+
+def test_an_autoscaling_cluster_grows_for_a_prediction_and_shrinks_after_it(tmp_path):
+    settings = [("model.base_channels", 32), ("model.depth", 4), ("data.image_size", 256)]
+    model = make_model(tmp_path / "model", *settings)
+    folder, out = make_photos(tmp_path / "images", 200), tmp_path / "out"
+    variables = {
+        "RAY_FAKE_CLUSTER": "1",
+        "RAY_enable_autoscaler_v2": "1",  # as KubeRay's
+        "RAY_NODE_TYPE_NAME": "ray.head.default",
+        "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,
+        "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
+        # Ray starts the nodes by itself, and with this one keeps them on 127.0.0.1.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    }
+    with Machines(**variables) as cluster:
+        config = tmp_path / "autoscaling.json"
+        config.write_text(json.dumps(autoscaling(cluster.address, 0.2)))
+        head = cluster.head(0, f"--autoscaling-config={config}")
+        assert nodes_of(cluster.address) == 0
+        arguments = ("predict", model, folder, "--out", out, "--precision", "fp32", "--device", "cpu")
+        process = cluster.command(*arguments)
+
+        def raylets_at_work() -> int:
+            raylets = [p for p in head.children(recursive=True) if p.name() == "raylet"]
+            return sum(bool(working(raylet, "_ModelActor")) for raylet in raylets)
+
+        until(lambda: raylets_at_work() == 2, process)
+        output = process.communicate(timeout=300)[0]
+        assert process.returncode == 0, output[-3000:]
+        assert pq.read_table(out / "manifest.parquet").num_rows == 200
+        # What no node could ever hold is said within a minute; meanwhile those that are idle go.
+        images, masks = make_discs(tmp_path / "discs", 6)
+        begun = time.monotonic()
+        process = cluster.command(
+            *("train", "--images", images, "--masks", masks, "--out", tmp_path / "run", "--device", "cpu"),
+            *("--workers", 2, "--set", "compute.cpus_per_worker=8"),
+            *(part for name, value in TINY for part in ("--set", f"{name}={value}")),
+        )
+        output = process.communicate(timeout=300)[0]
+        assert process.returncode == 2, output[-3000:]
+        assert "no node that would do is being started" in output
+        assert time.monotonic() - begun < 60 + 30  # a command's start included
+        until(lambda: not nodes_of(cluster.address))

@@ -1,0 +1,228 @@
+"""The cluster's nodes: what they have room for, asking an autoscaler for more, and whether they see the same files."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+import ray.exceptions
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from unet_ray import storage
+from unet_ray.config import UserError
+
+log = logging.getLogger("unet_ray")
+
+THREADS_A_MODEL = 8
+"""CPUs a copy of the model: more threads than this gain little on one image."""
+SIGN_SECONDS = 30.0
+"""How long an autoscaler has to begin with what it is asked for: it looks every five seconds."""
+STALL_SECONDS = 900.0
+"""How long a machine may take from being ordered to being a node: minutes for one with a GPU."""
+STEP_SECONDS = 1.0
+
+Bundle = dict[str, float]
+"""What one worker takes of a node: resource -> amount."""
+
+
+def alive() -> list[dict[str, Any]]:
+    """Ray's description of each node."""
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def total(resource: str) -> float:
+    """How much of a resource all nodes together have."""
+    return sum(node["Resources"].get(resource, 0) for node in alive())
+
+
+def object_store_of_smallest() -> int:
+    """Bytes that every node that runs something can hold."""
+    stores = [node["Resources"].get("object_store_memory", 0) for node in _working()]
+    return int(min((store for store in stores if store), default=0))
+
+
+def _working() -> list[dict[str, Any]]:
+    """The nodes that run anything; the head of a launched cluster has no CPU to give."""
+    return [node for node in alive() if node["Resources"].get("CPU", 0) or node["Resources"].get("GPU", 0)]
+
+
+def room(bundle: Bundle) -> int:
+    """How many workers of such a share the nodes hold at once: none spans two nodes."""
+    return sum(
+        min(int(node["Resources"].get(name, 0) / amount + 1e-9) for name, amount in bundle.items()) for node in alive()
+    )
+
+
+def cpus_for_each(workers: int, spare: int) -> int:
+    """The most CPUs that each of `workers` can have on the nodes with `spare` left over; at least 1."""
+    cpus = int(total("CPU"))
+    fitting = (n for n in range(cpus, 1, -1) if room({"CPU": n}) >= workers and cpus - n * workers >= spare)
+    return next(fitting, 1)
+
+
+def models_on_cpus() -> tuple[int, int]:
+    """(CPUs for each copy of a model, how many copies the nodes hold); CPUs as the largest node divides best."""
+    largest = max([int(node["Resources"].get("CPU", 0)) for node in alive()], default=0)
+    each = max(1, largest // max(1, largest // THREADS_A_MODEL))
+    return each, max(1, room({"CPU": each}))
+
+
+def pick_device(wanted: str) -> str:
+    """`auto` is CUDA where the cluster has a GPU, or has nothing yet and gets one when it asks. Raises UserError if
+    CUDA is asked for and can't be had."""
+    if wanted == "cpu":
+        return "cpu"
+    gpu = {"GPU": 1.0}
+    if room(gpu):
+        return "cuda"
+    if wanted == "cuda":
+        make_room(1, gpu, "--device cuda: the cluster has no GPU", "use --device cpu")
+        return "cuda"
+    if _working() or not may_grow():
+        return "cpu"
+    try:
+        make_room(1, gpu, "the cluster has no GPU yet", "")
+    except UserError:
+        return "cpu"
+    return "cuda"
+
+
+def check_workers(workers: int, device: str, cpus_per_worker: int = 1, most: int | None = None) -> bool:
+    """Waits until the cluster has room for that many workers at once, and asks its autoscaler for nodes where it has
+    not, enough for `most`. Returns whether nodes have come. Raises UserError if there can't be room; Ray would wait for
+    ever."""
+    each = max(1, cpus_per_worker)
+    bundle: Bundle = {"GPU": 1.0} if device == "cuda" else {"CPU": float(each)}
+    there, kind = room(bundle), "GPU" if device == "cuda" else "CPU"
+    per = f" of {each} CPUs" if kind == "CPU" and each > 1 else ""
+    remedy = f"use --workers {there} or fewer" if there else "lower compute.cpus_per_worker"
+    trouble = f"--workers {workers}{per}: the cluster has {int(total(kind))} {kind}s"
+    return make_room(workers, bundle, trouble, remedy, most)
+
+
+def make_room(workers: int, bundle: Bundle, trouble: str, remedy: str, most: int | None = None) -> bool:
+    """Waits until the nodes have room for `workers` such bundles. Where they haven't, a cluster that may grow is asked
+    for nodes for `most` (`workers`). Returns whether it was waited for.
+
+    Raises UserError(`trouble`: `remedy`) if it can't grow, or does not begin to.
+    """
+    if room(bundle) >= workers:
+        return False
+    if not may_grow():
+        raise UserError(f"{trouble}: {remedy}")
+    log.warning("%s: asking for nodes", trouble)
+    # What is pending is what an autoscaler provides for. Unlike a request through its API this is gone with the job.
+    group = placement_group([bundle] * max(workers, most or 0), strategy="PACK")
+    try:
+        nodes, coming = len(alive()), 0
+        changed, begun = time.monotonic(), False
+        while room(bundle) < workers:
+            time.sleep(STEP_SECONDS)
+            now_there, now_coming = len(alive()), _coming()
+            if (now_there, now_coming) != (nodes, coming):
+                nodes, coming, changed = now_there, now_coming, time.monotonic()
+                begun = True
+                log.warning("%d nodes, %d more starting", nodes, coming)
+            patience = STALL_SECONDS if begun and coming else SIGN_SECONDS
+            if time.monotonic() - changed > patience:
+                raise UserError(f"{trouble}, and no node that would do is being started: {remedy}")
+    finally:
+        remove_placement_group(group)
+    return True
+
+
+def may_grow() -> bool:
+    """Whether an autoscaler that can add nodes looks after this cluster."""
+    report = _report_of_v1()
+    if report is not None:
+        # Where nodes were started by hand, Ray's autoscaler only watches, and invents a type for each of them.
+        kinds = report.get("active_nodes", {})
+        return not kinds or any(not kind.startswith("node_") for kind in kinds)
+    status = _status_of_v2()
+    return status is not None and any(
+        kind and not kind.startswith("node_") for kind in (node.ray_node_type_name for node in _active(status))
+    )
+
+
+def _coming() -> int:
+    """How many nodes the autoscaler is starting."""
+    report = _report_of_v1()
+    if report is not None:
+        return sum(report.get("pending_launches", {}).values()) + len(report.get("pending_nodes", []))
+    status = _status_of_v2()
+    if status is None:
+        return 0
+    return sum(launch.count for launch in status.pending_launches) + len(status.pending_nodes)
+
+
+def _report_of_v1() -> dict[str, Any] | None:
+    """What the autoscaler of Ray's cluster launcher last wrote down, which `ray status` prints."""
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    text = _internal_kv_get("__autoscaling_status")
+    return json.loads(text).get("autoscaler_report", {}) if text else None
+
+
+def _status_of_v2() -> Any:
+    """What the autoscaler of KubeRay says; None if there is none."""
+    from ray.autoscaler.v2.sdk import get_cluster_status
+
+    try:
+        return get_cluster_status(ray.get_runtime_context().gcs_address)
+    except Exception as error:  # whatever it is, it says of no node that it is coming
+        log.info("the autoscaler can't be asked: %s", error)
+        return None
+
+
+def _active(status: Any) -> list[Any]:
+    return [*status.active_nodes, *status.idle_nodes]
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def _unseen(locations: list[str]) -> list[str]:
+    return [location for location in locations if not os.path.exists(location)]  # noqa: PTH110 - names may be no UTF-8
+
+
+def check_shared(places: Mapping[str, str]) -> None:
+    """Raises UserError unless every node sees what this one sees. `places`: what it is called -> a file of it.
+
+    Buckets are taken to be seen by all.
+    """
+    others = [node for node in _working() if node["NodeID"] != ray.get_runtime_context().get_node_id()]
+    seen = {
+        name: location
+        for name, location in places.items()
+        if not storage.is_uri(location) and os.path.exists(location)  # noqa: PTH110
+    }
+    if not others or not seen:
+        return
+    for node, missing in _ask(others, [*seen.values()]):
+        for name, location in seen.items():
+            if location in missing:
+                raise UserError(
+                    f"{name}: the node {node} does not see {location}: use a folder that all nodes share (NFS, say), "
+                    "or a bucket (s3://, gs://)"
+                )
+
+
+def _ask(nodes: list[dict[str, Any]], locations: list[str]) -> list[tuple[str, list[str]]]:
+    """(address, what it does not see) of each node that answers."""
+    asked = [
+        _unseen.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
+            locations
+        )
+        for node in nodes
+    ]
+    found = []
+    for node, answer in zip(nodes, asked, strict=True):
+        try:
+            found.append((node["NodeManagerAddress"], ray.get(answer, timeout=120)))
+        except (ray.exceptions.RayError, TimeoutError) as error:  # it is lost, which is seen to elsewhere
+            log.info("%s did not say what it sees: %s", node["NodeManagerAddress"], error)
+    return found
