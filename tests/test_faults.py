@@ -153,56 +153,6 @@ def test_a_killed_driver_is_resumed(discs, undisturbed, tmp_path):
     assert_close(run, undisturbed)
 
 
-NODE_LOST = """
-import json, sys
-from ray.cluster_utils import Cluster
-import ray
-from unet_ray import training
-from unet_ray.config import load_train_config
-
-settings, out, kill_after = json.loads(sys.argv[1])
-local = {"node_ip_address": "127.0.0.1", "object_store_memory": 200 * 2**20}
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False, **local})
-second = cluster.add_node(num_cpus=2, **local)
-ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-assert ray.cluster_resources()["CPU"] == 4
-
-def on_epoch(line):
-    print("epoch", line["epoch"], "workers", line["workers"], flush=True)
-    if line["epoch"] == kill_after:
-        cluster.remove_node(second, allow_graceful=False)  # SIGKILL to its raylet
-
-watch = training.Watch(on_epoch=on_epoch, on_retry=lambda why, epoch: print("retry after", epoch, why, flush=True))
-config = load_train_config(settings=settings)
-training.train(config, out, watch=watch)
-ray.shutdown()
-cluster.shutdown()
-"""
-
-
-def test_with_a_node_lost_training_goes_on_where_there_is_room(discs, tmp_path):
-    same = [("compute.cpus_per_worker", 2)]
-    local = config_for(discs, *same, ("compute.cpus_per_worker", 0))
-    training.train(local, str(tmp_path / "undisturbed"), local=True)
-    run = tmp_path / "run"
-    arguments = json.dumps([settings(discs, *same, ("compute.workers", [1, 2])), str(run), 3])
-    # On Linux, too, Ray stays on 127.0.0.1 with this variable alone.
-    environment = {**os.environ, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-    result = subprocess.run(
-        [sys.executable, "-c", NODE_LOST, arguments],
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-        env=environment,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr[-3000:]
-    assert "retry after" in result.stdout, result.stdout
-    workers = [line["workers"] for line in lines(run)]
-    assert workers[0] == 2 and workers[-1] == 1 and workers == sorted(workers, reverse=True)
-    assert_close(run, tmp_path / "undisturbed")
-
-
 FULL_DISK = """
 import json, resource, sys
 from unet_ray import training

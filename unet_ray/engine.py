@@ -416,7 +416,13 @@ def prepare(config: TrainConfig, device: torch.device) -> Training:
 
 
 def fit(
-    config: TrainConfig, train_rows: Rows, val_rows: Rows, out: str, *, device: torch.device, report: Report
+    config: TrainConfig,
+    train_rows: Rows,
+    val_rows: Rows,
+    out: str,
+    *,
+    device: torch.device,
+    report: Report = lambda _line: None,
 ) -> None:
     """Trains from the run's last finished epoch, or from the start, and writes the run directory.
 

@@ -333,23 +333,16 @@ def _fit_and_follow(trainer: TorchTrainer, follower: _Follower) -> None:
 
 def _train_worker(loop: dict[str, Any]) -> None:
     """What each of Ray Train's workers runs."""
-    import ray.train
     import ray.train.torch
     import torch
 
     if loop["threads"] is not None:
         torch.set_num_threads(loop["threads"])
-    # Ray moves workers to a folder of its own, and its report is a barrier, so every rank calls it.
     train_rows, val_rows = loop["rows"]
     with _shortages_are_said(loop["out"]):
-        engine.fit(
-            loop["config"],
-            train_rows,
-            val_rows,
-            loop["out"],
-            device=ray.train.torch.get_device(),
-            report=ray.train.report,
-        )
+        # Nothing is reported to Ray, which takes a report in two seconds, however short the epochs: what there is to
+        # know stands in the run directory.
+        engine.fit(loop["config"], train_rows, val_rows, loop["out"], device=ray.train.torch.get_device())
 
 
 def _raise_what_repeats(error: BaseException) -> None:
