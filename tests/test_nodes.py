@@ -205,7 +205,7 @@ def nodes_of(address: str) -> int:
 def test_an_autoscaling_cluster_grows_for_a_prediction_and_shrinks_after_it(tmp_path):
     settings = [("model.base_channels", 32), ("model.depth", 4), ("data.image_size", 256)]
     model = make_model(tmp_path / "model", *settings)
-    folder, out = make_photos(tmp_path / "images", 120), tmp_path / "out"
+    folder, out = make_photos(tmp_path / "images", 260), tmp_path / "out"
     variables = {
         "RAY_FAKE_CLUSTER": "1",
         "RAY_enable_autoscaler_v2": "1",  # as KubeRay's
@@ -230,7 +230,7 @@ def test_an_autoscaling_cluster_grows_for_a_prediction_and_shrinks_after_it(tmp_
         until(lambda: raylets_at_work() == 2, process)
         output = process.communicate(timeout=300)[0]
         assert process.returncode == 0, output[-3000:]
-        assert pq.read_table(out / "manifest.parquet").num_rows == 120
+        assert pq.read_table(out / "manifest.parquet").num_rows == 260
         # What no node could ever hold is said within a minute; meanwhile those that are idle go.
         images, masks = make_discs(tmp_path / "discs", 6)
         begun = time.monotonic()
