@@ -138,7 +138,7 @@ def test_a_folder_that_only_one_node_sees_is_refused(machines, model, tmp_path):
 
 
 def test_a_cluster_whose_head_died_is_started_again_and_the_same_command_goes_on(machines, model, tmp_path):
-    folder, out = make_photos(tmp_path / "images", 500), tmp_path / "out"
+    folder, out = make_photos(tmp_path / "images", 260), tmp_path / "out"
     arguments = ("predict", model, folder, "--out", out, "--precision", "fp32")
     process = machines.command(*arguments)
     until(lambda: len(done_in(out)) > 60, process)
@@ -224,8 +224,7 @@ def test_an_autoscaling_cluster_grows_for_a_prediction_and_shrinks_after_it(tmp_
         process = cluster.command(*arguments)
 
         def raylets_at_work() -> int:
-            raylets = [p for p in head.children(recursive=True) if p.name() == "raylet"]
-            return sum(bool(working(raylet, "_ModelActor")) for raylet in raylets)
+            return sum(bool(working(process, "ray::Map")) for process in working(head, "raylet/raylet"))
 
         until(lambda: raylets_at_work() == 2, process)
         output = process.communicate(timeout=300)[0]
