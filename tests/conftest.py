@@ -267,6 +267,29 @@ def make_model(folder: Path, *settings: tuple[str, object], seed: int = 0) -> Pa
     return folder
 
 
+def epochs_done(run: Path) -> int:
+    """Of a training, as its last checkpoint says."""
+    from unet_ray import checkpoint
+
+    state = checkpoint.read_state(str(run / "last"))
+    return state.epoch if state else 0
+
+
+def recorded(out: Path) -> dict[Path, int]:
+    """Each mask that a prediction's ledger says is done -> when it was written."""
+    import pyarrow.parquet as pq
+
+    found = {}
+    for folder in (out / "manifest.parquet", out / ".work/done"):
+        for part in folder.rglob("[!.]*.parquet"):
+            try:
+                outputs = pq.read_table(part, columns=["output"])["output"].to_pylist()
+            except FileNotFoundError:  # made a part of the manifest meanwhile
+                continue
+            found |= {out / name: (out / name).stat().st_mtime_ns for name in outputs if name}
+    return found
+
+
 def make_photos(folder: Path, count: int, *, seed: int = 0) -> Path:
     """Smooth noise of many sizes, JPEG and PNG by turns, in three subfolders."""
     generator = np.random.default_rng(seed)

@@ -17,7 +17,7 @@ import psutil
 import pytest
 import ray.train
 import torch
-from conftest import TINY, make_discs
+from conftest import TINY, epochs_done, make_discs
 
 from unet_ray import checkpoint, training
 from unet_ray.config import UserError, load_train_config
@@ -55,11 +55,6 @@ def config_for(discs, *more):
 def lines(run: Path) -> list[dict]:
     text = (run / "metrics.jsonl").read_text()
     return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in text.splitlines()]
-
-
-def epochs_done(run: Path) -> int:
-    state = checkpoint.read_state(str(run / "last"))
-    return state.epoch if state else 0
 
 
 def when_epoch_is_done(run: Path, epoch: int, act) -> threading.Thread:

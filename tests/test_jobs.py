@@ -8,10 +8,8 @@ import time
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import BIN, ROOT, TINY, Machines, environment, make_discs
+from conftest import BIN, ROOT, TINY, Machines, environment, epochs_done, make_discs
 from PIL import Image
-
-from unet_ray import checkpoint
 
 QUICK = [argument for name, value in TINY for argument in ("--set", f"{name}={value}")]
 
@@ -51,19 +49,15 @@ def test_a_stopped_job_says_so_and_goes_on_where_it_was(head, tmp_path):
         command = [str(BIN / "ray"), "job", *arguments, "--address", head.dashboard, "first"]
         return subprocess.run(command, env=environment(), capture_output=True, text=True, check=True).stdout
 
-    def done() -> int:
-        state = checkpoint.read_state(str(run / "last"))
-        return state.epoch if state else 0
-
     deadline = time.monotonic() + 200
-    while done() < 3:
+    while epochs_done(run) < 3:
         assert time.monotonic() < deadline, job("logs")
         time.sleep(0.1)
     job("stop")
     while "STOPPED" not in job("status").upper():
         assert time.monotonic() < deadline, job("status")
     assert "Stopped. What is finished is kept" in job("logs")
-    before = done()
+    before = epochs_done(run)
     assert 3 <= before < 60
     again = head.submit(*train, "--resume")
     assert again.returncode == 0, again.stdout[-3000:]

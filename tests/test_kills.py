@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pyarrow.parquet as pq
 import pytest
-from conftest import make_bad, make_model, make_photos
+from conftest import make_bad, make_model, make_photos, recorded
 
 pytestmark = pytest.mark.slow
 FORMATS = "png,parquet,rle,kaggle,coco"
@@ -48,21 +48,6 @@ def contents(out: Path) -> dict[str, bytes]:
     }
     for part in (out / "manifest.parquet").iterdir():
         found[part.name] = pq.read_table(part).drop_columns("milliseconds").to_pylist()
-    return found
-
-
-def recorded(out: Path) -> dict[Path, int]:
-    """Each mask that the ledger says is done -> when it was written."""
-    found = {}
-    for folder in (out / "manifest.parquet", out / ".work/done"):
-        for part in folder.rglob("*.parquet"):
-            if part.name.startswith("."):
-                continue
-            try:
-                outputs = pq.read_table(part, columns=["output"])["output"].to_pylist()
-            except FileNotFoundError:  # made a part of the manifest meanwhile
-                continue
-            found |= {out / name: (out / name).stat().st_mtime_ns for name in outputs if name}
     return found
 
 

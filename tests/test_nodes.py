@@ -1,4 +1,4 @@
-"""Clusters of several nodes, each a `ray start` on 127.0.0.1: nodes that die and come, heads that die, autoscaling."""
+"""Clusters of several nodes, each a `ray start` on this machine: nodes that die and come, dead heads, autoscaling."""
 
 import json
 import subprocess
@@ -9,10 +9,10 @@ from pathlib import Path
 import psutil
 import pyarrow.parquet as pq
 import pytest
-from conftest import TINY, Machines, environment, make_discs, make_model, make_photos
+from conftest import TINY, Machines, environment, epochs_done, make_discs, make_model, make_photos, recorded
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 
-from unet_ray import checkpoint, training
+from unet_ray import training
 from unet_ray.config import load_train_config
 
 pytestmark = pytest.mark.slow
@@ -45,24 +45,6 @@ def until(condition, process: subprocess.Popen | None = None, seconds: float = 2
 
 def lines(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def epochs_done(run: Path) -> int:
-    state = checkpoint.read_state(str(run / "last"))
-    return state.epoch if state else 0
-
-
-def done_in(out: Path) -> dict[Path, int]:
-    """Each mask that the ledger says is done -> when it was written."""
-    found = {}
-    for folder in (out / "manifest.parquet", out / ".work/done"):
-        for part in folder.rglob("[!.]*.parquet"):
-            try:
-                outputs = pq.read_table(part, columns=["output"])["output"].to_pylist()
-            except FileNotFoundError:  # made a part of the manifest meanwhile
-                continue
-            found |= {out / name: (out / name).stat().st_mtime_ns for name in outputs if name}
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -104,9 +86,9 @@ def test_predicting_loses_a_node_and_gets_one(machines, model, tmp_path):
         machines.node(2)
     folder, out = make_photos(tmp_path / "images", 1000), tmp_path / "out"
     process = machines.command("predict", model, folder, "--out", out, "--precision", "fp32")
-    until(lambda: len(done_in(out)) > 60, process)
+    until(lambda: len(recorded(out)) > 60, process)
     machines.kill(next(m for m in machines.running[1:] if working(m, "_ModelActor")))
-    before = done_in(out)
+    before = recorded(out)
     added = machines.node(2)
     until(lambda: working(added, "ray::MapBatches") or working(added, "_ModelActor"), process)
     output = process.communicate(timeout=300)[0]
@@ -114,7 +96,7 @@ def test_predicting_loses_a_node_and_gets_one(machines, model, tmp_path):
     rows = pq.read_table(out / "manifest.parquet").to_pylist()
     assert len({row["path"] for row in rows}) == len(rows) == 1000
     assert {row["status"] for row in rows} == {"ok"}
-    assert before.items() <= done_in(out).items(), "what was done stays as it was"
+    assert before.items() <= recorded(out).items(), "what was done stays as it was"
 
 
 def test_a_folder_that_only_one_node_sees_is_refused(machines, model, tmp_path):
@@ -138,16 +120,16 @@ def test_a_folder_that_only_one_node_sees_is_refused(machines, model, tmp_path):
 
 
 def test_a_cluster_whose_head_died_is_started_again_and_the_same_command_goes_on(machines, model, tmp_path):
-    folder, out = make_photos(tmp_path / "images", 260), tmp_path / "out"
+    folder, out = make_photos(tmp_path / "images", 500), tmp_path / "out"
     arguments = ("predict", model, folder, "--out", out, "--precision", "fp32")
     process = machines.command(*arguments)
-    until(lambda: len(done_in(out)) > 60, process)
+    until(lambda: len(recorded(out)) > 60, process)
     machines.kill(machines.running[0])
     process.kill()  # a job's command runs on the head
     process.communicate()
     for machine in [*machines.running]:
         machines.kill(machine)
-    before = done_in(out)
+    before = recorded(out)
     assert 60 < len(before) < 500
     with Machines() as second:
         second.head(0)
@@ -157,7 +139,7 @@ def test_a_cluster_whose_head_died_is_started_again_and_the_same_command_goes_on
         assert process.returncode == 0, output[-3000:]
     summary = json.loads(output[output.index("{") :])
     assert (summary["images"], summary["ok"], summary["already_done"]) == (500, 500, len(before))
-    assert before.items() <= done_in(out).items()
+    assert before.items() <= recorded(out).items()
 
 
 def autoscaling(address: str, idle_minutes: float) -> dict:
@@ -224,7 +206,7 @@ def test_an_autoscaling_cluster_grows_for_a_prediction_and_shrinks_after_it(tmp_
         process = cluster.command(*arguments)
 
         def raylets_at_work() -> int:
-            return sum(bool(working(process, "ray::Map")) for process in working(head, "raylet/raylet"))
+            return sum(bool(working(raylet, "ray::Map")) for raylet in working(head, "raylet/raylet"))
 
         until(lambda: raylets_at_work() == 2, process)
         output = process.communicate(timeout=300)[0]

@@ -103,11 +103,7 @@ def _measure(
     versions, classes = 1 + len(cleanups), card.model.num_classes
     scored: list[tuple[str, np.ndarray, int, np.ndarray]] = []
     failures = []
-    shared = {
-        "--images": pairs[0].image,
-        "--masks": pairs[0].mask,
-        "MODEL": storage.join(pipeline.model, checkpoint.CARD),
-    }
+    shared = {"--images": pairs[0].image, "--masks": pairs[0].mask}
     run = pipeline.run(
         range(len(chunks)), chunks, compare, images=len(pairs), shared=shared, local=local, cluster=cluster
     )

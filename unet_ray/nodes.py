@@ -121,15 +121,14 @@ def make_room(workers: int, bundle: Bundle, trouble: str, remedy: str, most: int
     group = placement_group([bundle] * max(workers, most or 0), strategy="PACK")
     try:
         nodes, coming = len(alive()), 0
-        changed, begun = time.monotonic(), False
+        changed = time.monotonic()
         while room(bundle) < workers:
             time.sleep(STEP_SECONDS)
             now_there, now_coming = len(alive()), _coming()
             if (now_there, now_coming) != (nodes, coming):
                 nodes, coming, changed = now_there, now_coming, time.monotonic()
-                begun = True
                 log.warning("%d nodes, %d more starting", nodes, coming)
-            patience = STALL_SECONDS if begun and coming else SIGN_SECONDS
+            patience = STALL_SECONDS if coming else SIGN_SECONDS
             if time.monotonic() - changed > patience:
                 raise UserError(f"{trouble}, and no node that would do is being started: {remedy}")
     finally:
@@ -145,9 +144,9 @@ def may_grow() -> bool:
         kinds = report.get("active_nodes", {})
         return not kinds or any(not kind.startswith("node_") for kind in kinds)
     status = _status_of_v2()
-    return status is not None and any(
-        kind and not kind.startswith("node_") for kind in (node.ray_node_type_name for node in _active(status))
-    )
+    there = [] if status is None else [*status.active_nodes, *status.idle_nodes]
+    kinds = [node.ray_node_type_name for node in there]
+    return any(kind and not kind.startswith("node_") for kind in kinds)
 
 
 def _coming() -> int:
@@ -178,10 +177,6 @@ def _status_of_v2() -> Any:
     except Exception as error:  # whatever it is, it says of no node that it is coming
         log.info("the autoscaler can't be asked: %s", error)
         return None
-
-
-def _active(status: Any) -> list[Any]:
-    return [*status.active_nodes, *status.idle_nodes]
 
 
 @ray.remote(num_cpus=0, max_retries=0)

@@ -144,8 +144,8 @@ class Pipeline:
     ) -> Iterator[Chunk]:
         """Chunks through decode, model and `finish`; yields what that returns, as chunks are finished.
 
-        `images`: how many there are in all, those of an earlier run among them. `shared`: what all nodes must see, as
-        of `nodes.check_shared`.
+        `images`: how many there are in all, those of an earlier run among them. `shared`: what all nodes must see
+        beside the model, as of `nodes.check_shared`.
         """
         if not numbers:
             return
@@ -161,6 +161,7 @@ class Pipeline:
             from unet_ray import datasets
 
             datasets.configure()
+            shared = {**shared, "MODEL": storage.join(self.model, checkpoint.CARD)}
             yield from datasets.run_on_cluster(
                 numbers, before, model, after, workers=options.workers, device=options.device, shared=shared
             )
@@ -274,7 +275,6 @@ def predict(
                 probabilities="prob" in config.formats,
                 shared={
                     f"--out {out}": storage.join(out, SETTINGS),
-                    "MODEL": storage.join(pipeline.model, checkpoint.CARD),
                     **({"INPUT": book.first(numbers[0])} if numbers else {}),
                 },
                 local=local,

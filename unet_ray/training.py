@@ -261,8 +261,8 @@ def _fit_once(config: TrainConfig, parts: Split, out: str, device: str, follower
     # Every node may come to hold every row, so the smallest one's store decides.
     fits = len(parts.pairs) * decoder.row_bytes() <= compute.memory_fraction * nodes.object_store_of_smallest()
     cpus = int(nodes.total("CPU"))
-    # A GPU's worker holds a CPU too.
-    if not fits and compute.fewest_workers * max(1, compute.cpus_per_worker) >= cpus:
+    each = max(1, compute.cpus_per_worker) if device == "cpu" else 1  # a GPU's worker holds a CPU too
+    if not fits and compute.fewest_workers * each >= cpus:
         raise UserError(
             f"--workers {compute.fewest_workers} leaves none of {cpus} CPUs to stream the images, which don't fit in "
             f"memory: use --workers {max(1, cpus - 1)}, or --local"
