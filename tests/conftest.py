@@ -69,6 +69,19 @@ TINY = [
 """Settings of a network that trains in a second."""
 
 
+SLOW = [
+    *TINY,
+    ("model.base_channels", 8),
+    ("data.image_size", 128),
+    # No batch norm, and small steps: what several workers compute then stays within rounding of what one does.
+    ("model.norm", "none"),
+    ("train.learning_rate", 2e-4),
+    ("train.epochs", 24),
+    ("data.val_fraction", 0.33),
+]
+"""Settings of a training whose epochs take some tenths of a second, so that it can be caught at work."""
+
+
 RUN_FILES = [
     "config.yaml",
     "last/state.safetensors",

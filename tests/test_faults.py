@@ -17,7 +17,7 @@ import psutil
 import pytest
 import ray.train
 import torch
-from conftest import TINY, epochs_done, make_discs
+from conftest import SLOW, epochs_done, make_discs
 
 from unet_ray import checkpoint, training
 from unet_ray.config import UserError, load_train_config
@@ -26,21 +26,18 @@ pytestmark = pytest.mark.slow
 TIMES = {"seconds", "train_seconds", "wait_seconds", "images_per_second"}
 # Without dropout, whose draws are each rank's own: the number of workers differs. test_engine.py resumes with it.
 SETTINGS = [
-    *TINY,
-    ("model.norm", "none"),
-    ("data.val_fraction", 0.33),
+    *SLOW,
     ("augment.elastic", 2),
     ("train.schedule", "cosine"),
     ("train.ema", 0.9),
-    ("train.epochs", 12),
-    ("train.learning_rate", 1e-3),
     ("compute.cpus_per_worker", 1),
 ]
+EPOCHS = dict(SETTINGS)["train.epochs"]
 
 
 @pytest.fixture(scope="module")
 def discs(tmp_path_factory) -> tuple[Path, Path]:
-    return make_discs(tmp_path_factory.mktemp("discs"), 21)
+    return make_discs(tmp_path_factory.mktemp("discs"), 21, size=128)
 
 
 def settings(discs, *more):
@@ -102,8 +99,8 @@ def test_a_killed_worker_costs_its_epoch_and_nothing_else(ray_cluster, discs, un
     )
     training.train(config_for(discs, ("compute.workers", 2)), str(run), watch=watch)
     killer.join()
-    assert len(retried) == 1 and 3 <= retried[0][1] < 12, retried
-    assert told == list(range(1, 13))
+    assert len(retried) == 1 and 3 <= retried[0][1] < EPOCHS, retried
+    assert told == list(range(1, EPOCHS + 1))
     assert_close(run, undisturbed)
     assert {line["workers"] for line in lines(run)} == {2}
     assert not (run / ".ray").exists()
@@ -127,8 +124,9 @@ def test_a_killed_driver_is_resumed(discs, undisturbed, tmp_path):
         try:
             deadline = time.monotonic() + 240
             while epochs_done(run) < 2 and process.poll() is None and time.monotonic() < deadline:
+                if not started and epochs_done(run):
+                    started = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
                 time.sleep(0.02)
-            started = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
         finally:
             process.kill()
             process.wait()
@@ -138,13 +136,13 @@ def test_a_killed_driver_is_resumed(discs, undisturbed, tmp_path):
                 time.sleep(0.2)
             for left in filter(psutil.Process.is_running, started):
                 left.kill()
-    assert not training_on
+    assert started and not training_on
     done = epochs_done(run)
-    assert 2 <= done < 12
+    assert 2 <= done < EPOCHS
     ran = []
     watch = training.Watch(on_epoch=lambda line: ran.append(line["epoch"]))
     training.train(config_for(discs), str(run), local=True, resume=True, watch=watch)
-    assert ran == list(range(done + 1, 13))
+    assert ran == list(range(done + 1, EPOCHS + 1))
     assert_close(run, undisturbed)
 
 

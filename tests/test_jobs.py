@@ -8,7 +8,7 @@ import time
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import BIN, ROOT, TINY, Machines, environment, epochs_done, make_discs
+from conftest import BIN, ROOT, SLOW, TINY, Machines, environment, epochs_done, make_discs
 from PIL import Image
 
 QUICK = [argument for name, value in TINY for argument in ("--set", f"{name}={value}")]
@@ -16,53 +16,40 @@ QUICK = [argument for name, value in TINY for argument in ("--set", f"{name}={va
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def head():
-    """A machine started as one's own is."""
+def test_submitted_jobs_are_stopped_go_on_succeed_and_fail_as_their_command(tmp_path):
+    images, masks = make_discs(tmp_path / "discs", 21, size=128)
+    run, out = tmp_path / "run", tmp_path / "out"
+    settings = [argument for name, value in SLOW for argument in ("--set", f"{name}={value}")]
+    train = ["python", "jobs/train.py", "--images", images, "--masks", masks, "--out", run, *settings]
     with Machines() as cluster:
         cluster.head(2)
-        yield cluster
+        assert cluster.submit(*train, options=["--submission-id", "first", "--no-wait"]).returncode == 0
 
+        def job(*arguments: str) -> str:
+            command = [str(BIN / "ray"), "job", *arguments, "--address", cluster.dashboard, "first"]
+            return subprocess.run(command, env=environment(), capture_output=True, text=True, check=True).stdout
 
-def test_jobs_submitted_to_a_cluster_succeed_or_fail_with_their_command(head, tmp_path):
-    images, masks = make_discs(tmp_path / "discs", 12)
-    run, out = tmp_path / "run", tmp_path / "out"
-    trained = head.submit("python", "jobs/train.py", "--images", images, "--masks", masks, "--out", run, *QUICK)
-    assert trained.returncode == 0, trained.stdout[-3000:] + trained.stderr[-3000:]
-    assert "succeeded" in trained.stdout + trained.stderr
-    assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
-    predicted = head.submit("python", "jobs/predict.py", run, images, "--out", out, "--format", "png,parquet")
-    assert predicted.returncode == 0, predicted.stdout[-3000:] + predicted.stderr[-3000:]
-    assert pq.read_table(out / "manifest.parquet").num_rows == len(list((out / "masks").iterdir())) == 12
-    failed = head.submit("python", "jobs/predict.py", tmp_path / "no-model", images, "--out", out)
-    assert failed.returncode == 1
-    assert "no such folder" in failed.stdout and "failed" in (failed.stdout + failed.stderr).lower()
-
-
-def test_a_stopped_job_says_so_and_goes_on_where_it_was(head, tmp_path):
-    images, masks = make_discs(tmp_path / "discs", 12)
-    run = tmp_path / "run"
-    train = ["python", "jobs/train.py", "--images", images, "--masks", masks, "--out", run, *QUICK, "--epochs", 60]
-    assert head.submit(*train, options=["--submission-id", "first", "--no-wait"]).returncode == 0
-
-    def job(*arguments: str) -> str:
-        command = [str(BIN / "ray"), "job", *arguments, "--address", head.dashboard, "first"]
-        return subprocess.run(command, env=environment(), capture_output=True, text=True, check=True).stdout
-
-    deadline = time.monotonic() + 200
-    while epochs_done(run) < 3:
-        assert time.monotonic() < deadline, job("logs")
-        time.sleep(0.1)
-    job("stop")
-    while "STOPPED" not in job("status").upper():
-        assert time.monotonic() < deadline, job("status")
-    assert "Stopped. What is finished is kept" in job("logs")
-    before = epochs_done(run)
-    assert 3 <= before < 60
-    again = head.submit(*train, "--resume")
-    assert again.returncode == 0, again.stdout[-3000:]
-    assert f"epoch {before + 1:>3}/60" in again.stdout and f"epoch {before:>3}/60" not in again.stdout
-    assert [json.loads(line)["epoch"] for line in (run / "metrics.jsonl").open()] == [*range(1, 61)]
+        deadline = time.monotonic() + 200
+        while epochs_done(run) < 2:
+            assert time.monotonic() < deadline, job("logs")
+            time.sleep(0.1)
+        job("stop")
+        while "STOPPED" not in job("status").upper():
+            assert time.monotonic() < deadline, job("status")
+        assert "Stopped. What is finished is kept" in job("logs")
+        before = epochs_done(run)
+        assert 2 <= before < 24
+        again = cluster.submit(*train, "--resume")
+        assert again.returncode == 0, again.stdout[-3000:] + again.stderr[-3000:]
+        assert "succeeded" in again.stdout + again.stderr
+        assert f"epoch {before + 1:>3}/24" in again.stdout and f"epoch {before:>3}/24" not in again.stdout
+        assert [json.loads(line)["epoch"] for line in (run / "metrics.jsonl").open()] == [*range(1, 25)]
+        predicted = cluster.submit("python", "jobs/predict.py", run, images, "--out", out, "--format", "png,parquet")
+        assert predicted.returncode == 0, predicted.stdout[-3000:] + predicted.stderr[-3000:]
+        assert pq.read_table(out / "manifest.parquet").num_rows == len(list((out / "masks").iterdir())) == 21
+        failed = cluster.submit("python", "jobs/predict.py", tmp_path / "no-model", images, "--out", out)
+        assert failed.returncode == 1
+        assert "no such folder" in failed.stdout and "failed" in (failed.stdout + failed.stderr).lower()
 
 
 def test_jobs_are_plain_scripts_with_the_commands_exit_codes(tmp_path):

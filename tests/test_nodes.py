@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pyarrow.parquet as pq
 import pytest
-from conftest import TINY, Machines, environment, epochs_done, make_discs, make_model, make_photos, recorded
+from conftest import SLOW, TINY, Machines, environment, epochs_done, make_discs, make_model, make_photos, recorded
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 
 from unet_ray import training
@@ -49,54 +49,33 @@ def lines(run: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def machines():
-    """A head that runs nothing and three nodes of two CPUs."""
+    """A head that runs nothing and two nodes of two CPUs."""
     with Machines() as cluster:
         cluster.head(0)
-        for _ in range(3):
+        for _ in range(2):
             cluster.node(2)
         yield cluster
 
 
-def test_training_goes_on_with_the_nodes_that_are_left(machines, tmp_path):
-    images, masks = make_discs(tmp_path / "discs", 21)
-    same = [*TINY, ("model.norm", "none"), ("data.val_fraction", 0.33), ("train.epochs", 40)]
-    same += [("train.learning_rate", 1e-3), ("data.images", str(images)), ("data.masks", str(masks))]
+def test_training_goes_on_with_the_node_that_is_left(machines, tmp_path):
+    images, masks = make_discs(tmp_path / "discs", 21, size=128)
+    same = [*SLOW, ("data.images", str(images)), ("data.masks", str(masks))]
     training.train(load_train_config(settings=same), str(tmp_path / "undisturbed"), local=True)
     run = tmp_path / "run"
     settings = [*same, ("compute.cpus_per_worker", 2), ("compute.workers", [1, 2])]
     process = machines.command(
         "train", "--out", run, *(part for name, value in settings for part in ("--set", f"{name}={value}"))
     )
-    for _ in range(2):
-        before = epochs_done(run)
-        until(lambda before=before: epochs_done(run) >= before + 3, process)
-        machines.kill(next(m for m in machines.running[1:] if working(m, "RayTrainWorker")))
+    until(lambda: epochs_done(run) >= 2, process)
+    machines.kill(next(m for m in machines.running[1:] if working(m, "RayTrainWorker")))
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 0, output[-3000:]
-    assert output.count("lost a worker") == 2, output
+    assert output.count("lost a worker") == 1, output
     workers = [line["workers"] for line in lines(run)]
     assert workers[0] == 2 and workers[-1] == 1, workers
     for ours, theirs in zip(lines(run), lines(tmp_path / "undisturbed"), strict=True):
         for name in ("epoch", "val_pixels", "train_loss", "val_loss"):
-            assert ours[name] == pytest.approx(theirs[name], rel=5e-3), (ours["epoch"], name)
-
-
-def test_predicting_loses_a_node_and_gets_one(machines, model, tmp_path):
-    while len(machines.running) < 3:  # the head and two
-        machines.node(2)
-    folder, out = make_photos(tmp_path / "images", 1000), tmp_path / "out"
-    process = machines.command("predict", model, folder, "--out", out, "--precision", "fp32")
-    until(lambda: len(recorded(out)) > 60, process)
-    machines.kill(next(m for m in machines.running[1:] if working(m, "_ModelActor")))
-    before = recorded(out)
-    added = machines.node(2)
-    until(lambda: working(added, "ray::MapBatches") or working(added, "_ModelActor"), process)
-    output = process.communicate(timeout=300)[0]
-    assert process.returncode == 0, output[-3000:]
-    rows = pq.read_table(out / "manifest.parquet").to_pylist()
-    assert len({row["path"] for row in rows}) == len(rows) == 1000
-    assert {row["status"] for row in rows} == {"ok"}
-    assert before.items() <= recorded(out).items(), "what was done stays as it was"
+            assert ours[name] == pytest.approx(theirs[name], rel=2e-3), (ours["epoch"], name)
 
 
 def test_a_folder_that_only_one_node_sees_is_refused(machines, model, tmp_path):
@@ -104,7 +83,7 @@ def test_a_folder_that_only_one_node_sees_is_refused(machines, model, tmp_path):
     local.mkdir()
     if subprocess.run(["unshare", "--mount", "true"], check=False, capture_output=True).returncode:
         pytest.skip("only root can give a node a disk of its own")
-    machines.node(2, own_folder=local)
+    alone = machines.node(2, own_folder=local)
     images, masks = make_discs(tmp_path / "discs", 6)
     tiny = [part for name, value in TINY for part in ("--set", f"{name}={value}")]
     for arguments, named in (
@@ -117,20 +96,26 @@ def test_a_folder_that_only_one_node_sees_is_refused(machines, model, tmp_path):
         assert f"Error: {named}: the node 127.0.0." in output and f"does not see {local}" in output
         assert "use a folder that all nodes share" in output
     assert not list((local / "run").iterdir())  # nothing of it is in the way of another try
+    machines.kill(alone)
 
 
-def test_a_cluster_whose_head_died_is_started_again_and_the_same_command_goes_on(machines, model, tmp_path):
-    folder, out = make_photos(tmp_path / "images", 500), tmp_path / "out"
+def test_a_prediction_loses_a_node_gets_one_and_outlives_its_cluster(machines, model, tmp_path):
+    while len(machines.running) < 3:  # the head and two
+        machines.node(2)
+    folder, out = make_photos(tmp_path / "images", 1000), tmp_path / "out"
     arguments = ("predict", model, folder, "--out", out, "--precision", "fp32")
     process = machines.command(*arguments)
     until(lambda: len(recorded(out)) > 60, process)
+    machines.kill(next(m for m in machines.running[1:] if working(m, "_ModelActor")))
+    added = machines.node(2)
+    until(lambda: working(added, "ray::MapBatches") or working(added, "_ModelActor"), process)
     machines.kill(machines.running[0])
     process.kill()  # a job's command runs on the head
     process.communicate()
     for machine in [*machines.running]:
         machines.kill(machine)
     before = recorded(out)
-    assert 60 < len(before) < 500
+    assert 60 < len(before) < 1000
     with Machines() as second:
         second.head(0)
         second.node(2)
@@ -138,8 +123,10 @@ def test_a_cluster_whose_head_died_is_started_again_and_the_same_command_goes_on
         output = process.communicate(timeout=300)[0]
         assert process.returncode == 0, output[-3000:]
     summary = json.loads(output[output.index("{") :])
-    assert (summary["images"], summary["ok"], summary["already_done"]) == (500, 500, len(before))
-    assert before.items() <= recorded(out).items()
+    assert (summary["images"], summary["ok"], summary["already_done"]) == (1000, 1000, len(before))
+    rows = pq.read_table(out / "manifest.parquet").to_pylist()
+    assert len({row["path"] for row in rows}) == len(rows) == 1000
+    assert before.items() <= recorded(out).items(), "what was done stays as it was"
 
 
 def autoscaling(address: str, idle_minutes: float) -> dict:
