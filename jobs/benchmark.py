@@ -49,6 +49,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from unet_ray import (
     backends,
     checkpoint,
+    cluster,
     compiling,
     datasets,
     engine,
@@ -61,7 +62,6 @@ from unet_ray import (
     training,
 )
 from unet_ray.checkpoint import ModelCard
-from unet_ray.cli import _ray
 from unet_ray.config import Cleanup, MaskOptions, PredictConfig, TrainConfig, UserError, load_train_config
 from unet_ray.ledger import Ledger
 from unet_ray.prediction import Pipeline, predict
@@ -305,7 +305,7 @@ def predict_section(job: Job) -> Iterator[Line]:
     decoded = job.decoded(8)
     milesial = None if job.milesial is None else Milesial(job.milesial, job)
     seconds: dict[str, list[float]] = {}
-    with _ray(False):
+    with cluster.started():
         for _ in range(job.rounds):
             if milesial is not None:
                 started = time.perf_counter()
@@ -400,7 +400,7 @@ def epochs_section(job: Job) -> Iterator[Line]:
     measured: dict[str, tuple[float, float]] = {}
     for name, local in (("--local", True), ("through Ray", False)):
         out = str(job.folder / name)
-        training.train(config, out, local=local, cluster=_ray(False))
+        training.train(config, out, local=local, cluster=cluster.started())
         lines = engine.read_metrics(out)[1:]
         seconds = statistics.median(line["train_seconds"] for line in lines)
         waited, trained = (sum(line[key] for line in lines) for key in ("wait_seconds", "train_seconds"))
@@ -413,7 +413,7 @@ def epochs_section(job: Job) -> Iterator[Line]:
 
 
 class NoNetwork:
-    """In a Segmenter's place: a disc, whatever the image, which costs next to nothing."""
+    """In a BatchSegmenter's place: a disc, whatever the image, which costs next to nothing."""
 
     def __init__(self, card: ModelCard) -> None:
         self.card = card
@@ -482,7 +482,7 @@ def overhead_section(job: Job) -> Iterator[Line]:
     notes = {}
     seconds: dict[str, list[float]] = {}
     context = multiprocessing.get_context("spawn")
-    with _ray(False), context.Pool(cores) as pool:
+    with cluster.started(), context.Pool(cores) as pool:
         pool.map(_imported, range(cores))
         datasets.configure()
         for turn in range(job.rounds):
@@ -578,7 +578,7 @@ def memory_section(job: Job) -> Iterator[Line]:
         config_of = partial(
             PredictConfig, model=str(small), inputs=(many.listed(count),), device="cpu", backend="torch"
         )
-        with _ray(False), PeakMemory() as peak:
+        with cluster.started(), PeakMemory() as peak:
             seconds = []
             for turn in range(3 if count == 500 else 1):
                 config = config_of(out=str(job.folder / f"{count}-{turn}"))
@@ -615,7 +615,7 @@ def start_section(job: Job) -> Iterator[Line]:
     yield from table("start", in_turns({"--help": lambda: run("--help")}, 5))
     out = str(job.folder / "first")
     started = time.perf_counter()
-    with _ray(False):
+    with cluster.started():
         ready = time.perf_counter() - started
         summary = predict(PredictConfig(model=job.model, inputs=(job.listed(8),), out=out, device=job.device))
     parts = {"Ray": ready, "listing": summary.stages["listing"], "to the first masks": summary.stages["starting"]}

@@ -7,7 +7,7 @@ from conftest import make_model
 from unet_ray import backends, checkpoint, compiling, engine
 from unet_ray.backends import How
 from unet_ray.config import UserError
-from unet_ray.segmenter import Segmenter
+from unet_ray.segmenter import BatchSegmenter
 
 CPU = torch.device("cpu")
 NETWORKS = {
@@ -53,7 +53,7 @@ def test_openvinos_network_is_kept_beside_the_model_until_its_weights_change(tmp
     kept = []
     for seed in (0, 0, 1):
         make_model(tmp_path, seed=seed)
-        Segmenter(str(tmp_path), precision="fp32")
+        BatchSegmenter(str(tmp_path), precision="fp32")
         kept.append(sorted(path.name for path in (tmp_path / backends.EXPORTED).iterdir()))
     assert kept[0] == kept[1] != kept[2]
     assert [len(names) for names in kept] == [2, 2, 2]
@@ -145,10 +145,10 @@ def test_compiling_is_for_many_images_of_a_large_network(tmp_path, monkeypatch):
 def test_what_cannot_be_had_is_said(tmp_path, monkeypatch):
     location = str(make_model(tmp_path))
     with pytest.raises(UserError, match="unet-ray quantize"):
-        Segmenter(location, precision="int8")
+        BatchSegmenter(location, precision="int8")
     monkeypatch.setattr(backends.importlib.util, "find_spec", lambda _name: None)
     with pytest.raises(UserError, match=r"unet_ray\[cpu\]"):
-        Segmenter(location, backend="openvino")
+        BatchSegmenter(location, backend="openvino")
     with pytest.raises(UserError, match=r"unet_ray\[cpu\]"):
-        Segmenter(location, precision="int8")
+        BatchSegmenter(location, precision="int8")
     assert isinstance(backends.load(location, How(CPU))[0], backends.Torch)

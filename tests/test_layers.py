@@ -17,7 +17,7 @@ LAYERS = [
     {"models"},
     {"compiling"},
     {"checkpoint", "rows", "ledger"},
-    {"cache", "engine"},
+    {"cache", "engine", "imports"},
     {"backends"},
     {"segmenter"},
     {"stages"},
@@ -26,12 +26,15 @@ LAYERS = [
     {"exports"},
     {"training", "prediction"},
     {"evaluation"},
-    {"folds", "quantization"},
+    {"folds", "quantization", "doctor"},
+    {"cluster", "progress"},
+    {"api"},
+    {"report"},
     {"demo"},
     {"cli"},
     {"__main__"},
 ]
-MAY_IMPORT_RAY = {"nodes", "datasets", "training", "prediction", "evaluation", "cli"}
+MAY_IMPORT_RAY = {"nodes", "datasets", "training", "prediction", "evaluation", "cluster"}
 
 
 def imports() -> dict[str, set[str]]:

@@ -17,7 +17,7 @@ from unet_ray import backends, checkpoint, quantization, training
 from unet_ray.cli import main
 from unet_ray.config import EvaluateConfig, MaskOptions, UserError, load_train_config
 from unet_ray.prediction import Pipeline
-from unet_ray.segmenter import Segmenter
+from unet_ray.segmenter import BatchSegmenter
 
 pytestmark = pytest.mark.slow
 
@@ -34,7 +34,7 @@ def run(tmp_path_factory) -> str:
 
 
 def test_int8_is_kept_used_and_close(run):
-    plain = Segmenter(run + "/model", precision="fp32", backend="openvino")
+    plain = BatchSegmenter(run + "/model", precision="fp32", backend="openvino")
     answer = CliRunner().invoke(main, ["quantize", run, "--calibration", "8", "--json"])
     assert answer.exit_code == 0, answer.output
     result = json.loads(answer.stdout)
@@ -51,7 +51,7 @@ def test_int8_is_kept_used_and_close(run):
     network, _ = backends.load(pipeline.model, backends.How(torch.device("cpu")), pipeline.quantized)
     assert any(op.get_type_name() == "FakeQuantize" for op in network.network.get_ops())
     image = np.random.default_rng(0).integers(0, 255, (1, 40, 32, 3)).astype(np.uint8)  # not its calibration's size
-    segmenter = Segmenter(pipeline.model, quantized=pipeline.quantized)
+    segmenter = BatchSegmenter(pipeline.model, quantized=pipeline.quantized)
     both = [each(image).logits.astype(np.float32) for each in (plain, segmenter)]
     assert np.corrcoef(both[0].ravel(), both[1].ravel())[0, 1] > 0.99
     assert not np.array_equal(*both)

@@ -1,12 +1,65 @@
 """Bulk image segmentation on Ray: train a U-Net, segment whole folders or buckets, score the result.
 
-Three verbs, each a function with a typed result and a command of the same name:
+Three verbs, each a function with a typed result and a command of the same name, and a model for single images:
 
-    from unet_ray.training import train          # unet-ray train
-    from unet_ray.prediction import predict      # unet-ray predict
-    from unet_ray.evaluation import evaluate     # unet-ray evaluate
+    unet_ray.train("photos", "photo_masks", "RUN", recipe="carvana-fast")     # unet-ray train
+    unet_ray.predict("RUN", "other_photos", "MASKS")                          # unet-ray predict
+    unet_ray.evaluate("RUN")                                                  # unet-ray evaluate
+    unet_ray.Segmenter("RUN")(image).mask
 
-Importing this package loads neither torch nor Ray.
+Importing this package loads neither torch nor Ray; the first use of one of these loads torch.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from unet_ray.api import (
+        PredictSummary,
+        Scores,
+        SegmentedImage,
+        Segmenter,
+        TrainResult,
+        Watch,
+        evaluate,
+        import_milesial,
+        predict,
+        train,
+    )
+    from unet_ray.config import UserError
+    from unet_ray.report import write as write_report
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "PredictSummary",
+    "Scores",
+    "SegmentedImage",
+    "Segmenter",
+    "TrainResult",
+    "UserError",
+    "Watch",
+    "evaluate",
+    "import_milesial",
+    "predict",
+    "train",
+    "write_report",
+]
+
+_ELSEWHERE = {"UserError": ("config", "UserError"), "write_report": ("report", "write")}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    module, attribute = _ELSEWHERE.get(name, ("api", name))
+    value = getattr(import_module(f"{__name__}.{module}"), attribute)
+    globals()[name] = value  # found at once from now on
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -155,6 +155,48 @@ def load_model(location: str) -> tuple[SegmentationModel, ModelCard]:
     return model, card
 
 
+MAY_DIFFER = ("num_classes", "dropout", "pretrained")
+"""Of `model.`, what a network may have otherwise than the one whose weights it starts from."""
+
+
+def model_settings_of(location: str) -> list[tuple[str, Any]]:
+    """The `model.` settings, dotted names and values, of the network in a run or model directory, for
+    `load_train_config`. Raises UserError."""
+    card = read_card(model_directory(storage.absolute(location)))
+    values = dataclasses.asdict(dataclasses.replace(card.model, pretrained=False))
+    return [(f"model.{name}", value) for name, value in values.items()]
+
+
+def check_init(location: str, config: ModelConfig) -> str:
+    """The model directory of `train.init`. Raises UserError unless a network of this config can start from it."""
+    location = model_directory(storage.absolute(location))
+    theirs = read_card(location).model
+    for field in dataclasses.fields(ModelConfig):
+        ours, other = getattr(config, field.name), getattr(theirs, field.name)
+        if ours != other and field.name not in MAY_DIFFER:
+            raise UserError(
+                f"--init {location}: its model.{field.name} is {other}, not {ours}: set model.{field.name} to {other}"
+            )
+    return location
+
+
+def start_from(location: str, network: SegmentationModel) -> None:
+    """Gives a network the weights of a run or model directory; its last layer stays as it is where that has another
+    number of classes. Raises UserError if they don't fit."""
+    given, card = load_model(check_init(location, network.config))
+    tensors = given.state_dict()
+    if card.model.num_classes != network.config.num_classes:
+        fresh = network.state_dict()
+        tensors |= {name: fresh[name] for name in _of_head(network)}
+    network.load_state_dict(tensors)
+
+
+def _of_head(network: SegmentationModel) -> set[str]:
+    """Names of the last layer's tensors."""
+    mine = {id(tensor) for tensor in network.head.state_dict(keep_vars=True).values()}
+    return {name for name, tensor in network.state_dict(keep_vars=True).items() if id(tensor) in mine}
+
+
 def read_cleanup(location: str, card: ModelCard) -> str:
     """The clean-up that was chosen for the model in this directory; `none` if none was, or for other weights."""
     chosen = read_choice(location, CLEANUP, card)
@@ -251,6 +293,11 @@ def load_state(
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path}: not the state of this training ({' '.join(str(error).split())[:200]})") from None
     return state
+
+
+def has_state(location: str) -> bool:
+    """Whether a training has saved its state there."""
+    return storage.exists(storage.join(location, STATE))
 
 
 def read_state(location: str) -> TrainingState | None:

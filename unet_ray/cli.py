@@ -8,23 +8,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
 import shlex
-import shutil
-import signal
 import sys
-import tempfile
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from unet_ray import __version__, storage
+from unet_ray.cluster import started, stop_like_ctrl_c
 from unet_ray.config import (
     EvaluateConfig,
     PredictConfig,
@@ -34,19 +28,18 @@ from unet_ray.config import (
     recipe_names,
     recipe_text,
 )
+from unet_ray.progress import ImagesDisplay, TrainingDisplay, duration, say, speed
 
 if TYPE_CHECKING:
-    from unet_ray.metrics import Scores
     from unet_ray.training import Split, Watch
 
 F = TypeVar("F", bound=Callable[..., Any])
-LOG_EVERY_SECONDS = 10.0
 
 
 class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """What a user can cause is one line on stderr and exit code 2; Ctrl-C and SIGTERM are exit code 130."""
-        _stop_like_ctrl_c()
+        stop_like_ctrl_c()
         try:
             return super().invoke(ctx)
         except UserError as error:
@@ -131,6 +124,7 @@ _mask_options = _options(
     ),
     click.option("--max-pixels", type=int, metavar="N", help="Larger images fail undecoded.  [default: 200000000]"),
 )
+_no_report = click.option("--no-report", is_flag=True, help="Don't write report.html.")
 _as_json = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, nothing else.")
 
 
@@ -152,7 +146,9 @@ _as_json = click.option("--json", "as_json", is_flag=True, help="One JSON object
 @click.option(
     "--folds", type=int, metavar="K", help="Cross-validation: K runs in RUN/fold-1 …, each part held out once."
 )
+@click.option("--init", metavar="MODEL", help="Start from the weights of this run or model, and take its network.")
 @click.option("--resume", is_flag=True, help="Go on from the last finished epoch in RUN.")
+@_no_report
 @_workers_range
 @_machine
 def train(
@@ -164,6 +160,7 @@ def train(
     settings: tuple[str, ...],
     folds: int | None,
     resume: bool,
+    no_report: bool,
     local: bool,
     verbose: bool,
     **flags: Any,
@@ -174,30 +171,34 @@ def train(
     Example:
       unet-ray train --images train --masks train_masks --out RUN --recipe carvana-fast --group-by '^[^_]+'
 
-    Writes RUN/model (the best epoch), RUN/last (to go on from), RUN/metrics.jsonl, RUN/config.yaml, RUN/split.csv and
-    RUN/tensorboard.
+    Writes RUN/model (the best epoch), RUN/last (to go on from), RUN/metrics.jsonl, RUN/config.yaml, RUN/split.csv,
+    RUN/tensorboard and, at the end, RUN/report.html to look at.
     """
     if recipe and config_file:
         raise UserError("--recipe and --config both say all settings: give one of them")
+    network: list[tuple[str, Any]] = []
+    if flags["init"] is not None:
+        from unet_ray.checkpoint import model_settings_of
+
+        network = model_settings_of(flags["init"])
     config = load_train_config(
         recipe=recipe,
         config_file=_read_text(config_file, "--config") if config_file else None,
-        settings=[*map(_setting, settings), *_flag_settings({"images": images, "masks": masks, **flags})],
+        settings=[*network, *map(_setting, settings), *_flag_settings({"images": images, "masks": masks, **flags})],
     )
     from unet_ray.training import train as run
 
-    watch = _watch(config)
     if folds is not None:
         from unet_ray.folds import cross_validate
 
-        with nullcontext() if local else _ray(verbose):
+        with TrainingDisplay(config) as display, nullcontext() if local else started(verbose):
             summary = cross_validate(
                 config,
                 out,
                 folds,
                 local=local,
                 resume=resume,
-                watch=watch,
+                watch=_watch(config, display),
                 on_fold=click.echo,
                 on_scores=lambda fold, dice: click.echo(f"{fold}: Dice {dice:.4f} on the images held out"),
             )
@@ -205,9 +206,11 @@ def train(
             mean, sd = summary.mean_and_sd(name)
             click.echo(f"{label:<16} {mean:.4f} ± {sd:.4f} (mean and sd of {folds} folds)")
         return
-    result = run(config, out, local=local, resume=resume, cluster=_ray(verbose), watch=watch)
+    with TrainingDisplay(config) as display:
+        result = run(config, out, local=local, resume=resume, cluster=started(verbose), watch=_watch(config, display))
     best = result.best
-    click.echo(f"best: epoch {best['epoch']}, validation Dice {best['val_dice']:.4f}: {storage.join(out, 'model')}")
+    click.echo(f"best: epoch {best['epoch']}, validation Dice {best['val_dice']:.4f}")
+    _say_places(model=storage.join(out, "model"), **_reported(out, no_report))
     _say_next(f"unet-ray evaluate {shlex.quote(out)}", f"unet-ray predict {shlex.quote(out)} FOLDER --out MASKS")
 
 
@@ -231,6 +234,7 @@ def train(
     "--allow-failures", metavar="N|P%", default="0", show_default=True, help="Images that may fail with exit 0."
 )
 @_mask_options
+@_no_report
 @_as_json
 @_workers
 @_machine
@@ -241,6 +245,7 @@ def predict(
     formats: str,
     overlay: bool,
     allow_failures: str,
+    no_report: bool,
     as_json: bool,
     local: bool,
     verbose: bool,
@@ -255,8 +260,9 @@ def predict(
     Example:
       unet-ray predict RUN photos --out MASKS --format png,parquet
 
-    Writes OUT/masks/<path below the input>.png, OUT/manifest.parquet with one row an image, and OUT/summary.json.
-    Started again after a stop, it does only what is missing. Exit code 1: some images failed.
+    Writes OUT/masks/<path below the input>.png, OUT/manifest.parquet with one row an image, OUT/summary.json, and
+    OUT/report.html to look at. Started again after a stop, it does only what is missing. Exit code 1: some images
+    failed.
     """
     config = PredictConfig(
         model=model,
@@ -270,21 +276,24 @@ def predict(
     allowed = _allowance(allow_failures)
     from unet_ray.prediction import predict as run
 
-    summary = run(config, local=local, cluster=_ray(verbose), on_progress=_ProgressPrinter("segmented"))
+    with ImagesDisplay("segmented") as display:
+        summary = run(config, local=local, cluster=started(verbose), on_progress=display)
+    places = {"masks": storage.join(out, "masks")} if {"png"} & set(config.formats) else {"output": out}
+    places |= _reported(out, no_report)
     if as_json:
         click.echo(json.dumps(summary.to_json()))
     else:
         new = summary.images - summary.already_done
-        earlier = f"{summary.already_done} of them by an earlier run"
-        speed = f"{summary.images_per_second:.2f} images/s, start included"
-        details = [earlier] * bool(summary.already_done) + [speed] * bool(new)
-        click.echo(
-            f"{summary.ok} of {summary.images} images segmented, {summary.failed} failed: {out} ({', '.join(details)})"
-        )
+        click.echo(f"{summary.ok} of {summary.images} images segmented, {summary.failed} failed")
+        if summary.already_done:
+            click.echo(f"{summary.already_done} of them by an earlier run")
+        if new:
+            click.echo(f"{new} in {duration(summary.seconds)}, {speed(summary.images_per_second)}, start included")
         for reason, count in list(summary.failures.items())[:5]:
-            click.echo(f"  {count} x {reason}")
+            say(f"  {count} x {reason}")
         if summary.cleanup != "none":
             click.echo(f"masks were cleaned up: {summary.cleanup}")
+        _say_places(**places)
     if summary.failed > allowed(summary.images):
         sys.exit(1)
 
@@ -322,12 +331,7 @@ def evaluate(
     Example:
       unet-ray evaluate RUN --images train --masks train_masks --against OTHER_RUN
     """
-    values = None
-    if mask_values is not None:
-        try:
-            values = tuple(int(value) for value in mask_values.split(","))
-        except ValueError:
-            raise UserError(f"--mask-values {mask_values!r}: numbers with commas, e.g. 0,255") from None
+    values = None if mask_values is None else _numbers(mask_values, "--mask-values", "0,255")
     config = EvaluateConfig(model=model, mask_values=values, **_given(options))
     from unet_ray import evaluation, metrics
 
@@ -339,9 +343,10 @@ def evaluate(
     if choose_cleanup:
         if against is not None or table is not None:
             raise UserError("--choose-cleanup goes without --against and --table")
-        choice = evaluation.choose_cleanup(
-            config, pairs=pairs, local=local, cluster=_ray(verbose), on_progress=_ProgressPrinter("scored")
-        )
+        with ImagesDisplay("scored") as display:
+            choice = evaluation.choose_cleanup(
+                config, pairs=pairs, local=local, cluster=started(verbose), on_progress=display
+            )
         if as_json:
             click.echo(json.dumps(dataclasses.asdict(choice)))
             return
@@ -350,11 +355,13 @@ def evaluate(
             click.echo(f"{name:<20} {dice:.4f}" + ("  <- kept for predict" if name == choice.chosen else ""))
         return
     comparison = None
-    with nullcontext() if local or against is None else _ray(verbose):
-        score = functools.partial(evaluation.evaluate, pairs=pairs, local=local, cluster=_ray(verbose))
-        scores = score(config, on_progress=_ProgressPrinter("scored"))
+    with nullcontext() if local or against is None else started(verbose):
+        score = functools.partial(evaluation.evaluate, pairs=pairs, local=local, cluster=started(verbose))
+        with ImagesDisplay("scored") as display:
+            scores = score(config, on_progress=display)
         if against is not None:
-            other = score(dataclasses.replace(config, model=against), on_progress=_ProgressPrinter("scored"))
+            with ImagesDisplay("scored") as display:
+                other = score(dataclasses.replace(config, model=against), on_progress=display)
             comparison = metrics.compare(scores.each, other.each)
     if table is not None:
         evaluation.write_table(scores, table)
@@ -364,7 +371,9 @@ def evaluate(
             result["against"] = {"model": against, **other.to_json(), "comparison": comparison.to_json()}
         click.echo(json.dumps(result))
     else:
-        _say_scores(scores)
+        click.echo(scores.table())
+        for path, reason in scores.failures[:5]:
+            click.echo(f"  not scored: {path}: {reason}", err=True)
         if comparison is not None:
             low, high = comparison.ci95
             click.echo(
@@ -389,9 +398,10 @@ def quantize(run: str, calibration: int, as_json: bool) -> None:
     """
     from unet_ray import quantization
 
-    result = quantization.quantize(
-        EvaluateConfig(model=run, device="cpu"), calibration=calibration, on_progress=_ProgressPrinter("scored")
-    )
+    with ImagesDisplay("scored") as display:
+        result = quantization.quantize(
+            EvaluateConfig(model=run, device="cpu"), calibration=calibration, on_progress=display
+        )
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(result)))
     else:
@@ -402,34 +412,6 @@ def quantize(run: str, calibration: int, as_json: bool) -> None:
     if not result.kept:
         click.echo(f"refused: {result.dice - result.dice_int8:.4f} is more than {quantization.MAY_FALL}", err=True)
         sys.exit(1)
-
-
-def _say_scores(scores: Scores) -> None:
-    click.echo(f"{scores.images} images           mean    95 % interval     all pixels")
-    labels = {
-        "dice": "Dice",
-        "iou": "IoU",
-        "pixel_accuracy": "pixel accuracy",
-        "precision": "precision",
-        "recall": "recall",
-        "surface_dice": f"surface Dice {scores.tolerance:g}px",
-        "hd95": "Hausdorff95 px",
-    }
-    for name, label in labels.items():
-        score = scores.means[name]
-        if score.mean is None or score.ci95[0] is None:
-            click.echo(f"{label:<16} not defined for any image")
-            continue
-        digits = 2 if name == "hd95" else 4
-        interval = f"{score.ci95[0]:.{digits}f} – {score.ci95[1]:.{digits}f}"
-        total = "" if score.total is None else f"{score.total:9.4f}"
-        without = f"  ({score.undefined} images without an edge left out)" if score.undefined else ""
-        click.echo(f"{label:<16} {score.mean:9.{digits}f}  {interval:<15}  {total}{without}".rstrip())
-    for name, row in scores.per_class.items():
-        cells = "  ".join(f"{key} {row[key]:.4f}" for key in ("dice", "iou", "iou_global") if row[key] is not None)
-        click.echo(f"{name:<16} {cells or 'does not occur'}")
-    for path, reason in scores.failures[:5]:
-        click.echo(f"  not scored: {path}: {reason}", err=True)
 
 
 @main.command()
@@ -458,6 +440,92 @@ def slices(folder: str, out: str, channels: str, labels: str, every: int) -> Non
     )
     values = ", ".join(map(str, summary.labels))
     click.echo(f"{summary.slices} slices of {summary.volumes} patients: {out}" + (f"; labels {values}" * bool(values)))
+
+
+@main.command()
+@_pairs
+@click.option("--samples", type=click.IntRange(min=1), metavar="N", help="Pairs whose pixels are read.  [default: 256]")
+@click.option("--no-timing", is_flag=True, help="Don't time a training step.")
+@_as_json
+def doctor(images: str | None, masks: str | None, samples: int | None, no_timing: bool, as_json: bool) -> None:
+    """Say what is wrong with a data set, and which settings fit it, before hours are spent on it.
+
+    \b
+    Example:
+      unet-ray doctor --images photos --masks photo_masks
+
+    Exit code 0: nothing but notes; 1: warnings; 2: errors, at which training would stop.
+    """
+    if images is None:
+        raise UserError("--images is missing: the folder of the images")
+    from unet_ray import doctor as examination
+
+    with ImagesDisplay("looked at") as display:
+        found = examination.examine(
+            images, masks, timing=not no_timing, on_progress=display, **_given({"samples": samples})
+        )
+    click.echo(json.dumps(found.to_json()) if as_json else examination.table(found))
+    sys.exit(found.exit_code)
+
+
+@main.command("import")
+@click.argument("checkpoint", metavar="CHECKPOINT.pth")
+@click.option("--out", required=True, metavar="MODEL", help="Model directory to write.")
+@click.option(
+    "--image-size",
+    required=True,
+    metavar="N|HEIGHT,WIDTH",
+    help="Size that images are resized to: that of the images times milesial's --scale.",
+)
+@click.option("--mask-values", metavar="LIST", help="Stored value of each class.  [default: as in the checkpoint]")
+@click.option("--classes", metavar="LIST", help="Their names, with commas.")
+def import_weights(checkpoint: str, out: str, image_size: str, mask_values: str | None, classes: str | None) -> None:
+    """Make a model directory of weights from milesial/Pytorch-UNet, for predict and for train --init.
+
+    \b
+    Example:
+      unet-ray import checkpoint_epoch5.pth --out MODEL --image-size 640,960
+    """
+    size = _numbers(image_size, "--image-size", "640 or 640,960")
+    if len(size) not in (1, 2):
+        raise UserError(f"--image-size {image_size}: one number, or height and width")
+    from unet_ray.imports import import_milesial
+
+    card = import_milesial(
+        checkpoint,
+        out,
+        image_size=size[0] if len(size) == 1 else (size[0], size[1]),
+        mask_values=None if mask_values is None else _numbers(mask_values, "--mask-values", "0,255"),
+        classes=None if classes is None else [name.strip() for name in classes.split(",")],
+    )
+    model = card.model
+    click.echo(
+        f"U-Net of {model.base_channels} channels, {model.depth} levels, {model.in_channels} channels in, classes "
+        + ", ".join(card.classes)
+    )
+    _say_places(model=out)
+    _say_next(
+        f"unet-ray predict {shlex.quote(out)} FOLDER --out MASKS",
+        f"unet-ray train --images DIR --masks DIR --out RUN --init {shlex.quote(out)}",
+    )
+
+
+@main.command()
+@click.argument("location", metavar="RUN|OUT")
+@click.option("--cluster", "on_cluster", is_flag=True, help="Score the validation images through Ray.")
+@click.option("--verbose", is_flag=True, help="Also show what Ray says.")
+def report(location: str, on_cluster: bool, verbose: bool) -> None:
+    """Write report.html anew, for a run or a prediction: one page to look at and to send.
+
+    \b
+    Example:
+      unet-ray report RUN
+    """
+    from unet_ray import report as page
+
+    with ImagesDisplay("scored") as display:
+        place = page.write(location, local=not on_cluster, cluster=started(verbose), on_progress=display)
+    click.echo(place)
 
 
 @main.command()
@@ -506,8 +574,9 @@ def demo(out: str, local: bool, verbose: bool) -> None:
     from unet_ray.prediction import predict as run_predict
     from unet_ray.training import train as run_train
 
-    with nullcontext() if local else _ray(verbose):
-        run_train(config, run, local=local, watch=_watch(config))
+    with nullcontext() if local else started(verbose):
+        with TrainingDisplay(config) as display:
+            run_train(config, run, local=local, watch=_watch(config, display))
         click.echo("segmenting the unseen folder")
         summary = run_predict(
             PredictConfig(model=run, inputs=(str(data / "unseen"),), out=masks, formats=("png", "parquet")), local=local
@@ -519,7 +588,8 @@ def demo(out: str, local: bool, verbose: bool) -> None:
     click.echo(
         f"Dice on {scores.images} unseen scenes of unseen cars: {scores.dice.mean:.4f} (95 % {low:.4f} – {high:.4f})"
     )
-    click.echo(f"  model  {run}/model\n  masks  {masks}/masks ({summary.ok} PNG), {masks}/masks.parquet")
+    _say_places(model=f"{run}/model", masks=f"{masks}/masks ({summary.ok} PNG), {masks}/masks.parquet")
+    _say_places(**_reported(run, False))
     unseen = shlex.quote(str(data / "unseen"))
     _say_next(
         f"unet-ray evaluate {shlex.quote(run)} --images {unseen} --masks {shlex.quote(str(data / 'unseen_masks'))}",
@@ -528,72 +598,18 @@ def demo(out: str, local: bool, verbose: bool) -> None:
     )
 
 
-@contextmanager
-def _ray(verbose: bool) -> Iterator[None]:
-    """A Ray for the command: the one this process has, else the cluster that RAY_ADDRESS names (a job has it set), else
-    one of its own on this machine, ended and cleaned up after."""
-    # Ray Train repeats each worker's print on the driver; one voice is enough.
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    if not verbose:
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's C++ side writes warnings to stderr by itself
-    import ray
-
-    if ray.is_initialized():  # a notebook or a test that has its own, and ends it
-        yield
-        return
-    options: dict[str, Any] = {} if verbose else {"log_to_driver": False, "logging_level": "ERROR"}
-    temporary = None
-    if not os.environ.get("RAY_ADDRESS"):
-        # Not just any Ray that runs on this machine: it may be somebody else's. With one CPU, a worker would hold it
-        # and no image could ever be decoded, so Ray is told of two.
-        temporary = tempfile.mkdtemp(prefix="unet-ray-")
-        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        options |= {"address": "local", "num_cpus": max(2, cpus), "include_dashboard": False}
-        options |= {"_temp_dir": temporary, "_node_ip_address": "127.0.0.1"}
-        # Ray ends idle processes beyond one a CPU within a second. Each takes seconds to start, and the stages of Ray
-        # Data need a few more than there are CPUs: kept, a short prediction took half the time.
-        options |= {"_system_config": {"num_workers_soft_limit": max(2, cpus) + 6}}
-    with nullcontext() if verbose else _stderr_to_nowhere():
-        ray.init(**options)
-    _stop_like_ctrl_c()  # Ray has set its own way
-    try:
-        yield
-    finally:
-        ray.shutdown()
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _stop_like_ctrl_c() -> None:
-    """Makes SIGTERM, which `ray job stop`, Kubernetes and others send, what Ctrl-C is."""
-
-    def stop(_number: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, stop)
-
-
-@contextmanager
-def _stderr_to_nowhere() -> Iterator[None]:
-    """Hides what C++ code prints, which Python's own redirection does not reach. Exceptions are not hidden."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
-
-
 def _setting(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals:
         raise UserError(f"--set {text!r}: write KEY=VALUE, e.g. --set model.base_channels=32")
     return name.strip(), value
+
+
+def _numbers(text: str, option: str, example: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(value) for value in text.split(","))
+    except ValueError:
+        raise UserError(f"{option} {text!r}: numbers with commas, e.g. {example}") from None
 
 
 def _flag_settings(flags: dict[str, Any]) -> list[tuple[str, Any]]:
@@ -608,11 +624,14 @@ def _flag_settings(flags: dict[str, Any]) -> list[tuple[str, Any]]:
         "cache": "compute.cache",
         "seed": "train.seed",
         "group_by": "data.group_by",
+        "init": "train.init",
         "workers": "compute.workers",
         "device": "compute.device",
         "precision": "train.precision",
     }
-    return [(names[flag], value) for flag, value in flags.items() if value is not None]
+    # Text of settings is YAML, which `data #1` or `[a-z]+` would not be; in quotes it is what it is.
+    quoted = {flag: json.dumps(value) if isinstance(value, str) else value for flag, value in flags.items()}
+    return [(names[flag], value) for flag, value in quoted.items() if value is not None]
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
@@ -635,69 +654,52 @@ def _allowance(text: str) -> Callable[[int], float]:
     return (lambda count: count * value / 100) if text.endswith("%") else (lambda _count: value)
 
 
+def _reported(location: str, no_report: bool) -> dict[str, str]:
+    """Writes report.html where a run has ended, and says where; what is finished does not fail by its page."""
+    if no_report:
+        return {}
+    from unet_ray import report
+
+    try:
+        with ImagesDisplay("scored for the report") as display:
+            report.write(location, on_progress=display)
+    except Exception as error:
+        say(f"no report.html: {type(error).__name__}: {error}", err=True)
+        return {}
+    return {"report": storage.join(location, report.REPORT)}
+
+
+def _say_places(**places: str) -> None:
+    for name, place in places.items():
+        click.echo(f"  {name:<8}{place}")
+
+
 def _say_next(*commands: str) -> None:
     click.echo("next:")
     for command in commands:
         click.echo(f"  {command}")
 
 
-def _watch(config: TrainConfig) -> Watch:
+def _watch(config: TrainConfig, display: TrainingDisplay) -> Watch:
     """What a training says."""
     from unet_ray.records import leak_report
     from unet_ray.training import Watch
 
     def start(split: Split) -> None:
-        click.echo(f"training on {len(split.train)} pairs, validating on {len(split.val)}")
+        display.tell(f"training on {len(split.train)} pairs, validating on {len(split.val)}")
         leak = leak_report(split.train_keys, split.val_keys, config.data.group_by)
         if leak.named:
-            click.echo(f"groups by {leak.pattern!r}: {leak.groups}, {leak.shared} shared by training and validation")
+            display.tell(f"groups by {leak.pattern!r}: {leak.groups}, {leak.shared} shared by training and validation")
         elif leak.shared and config.data.split_order != "name":
-            click.echo(
+            display.tell(
                 f"note: the names look like {leak.groups} groups, and {leak.shared} of them are shared by training "
                 f"and validation, whose scores will flatter: use --group-by {shlex.quote(leak.pattern or '')}"
             )
 
-    def epoch(line: dict[str, Any]) -> None:
-        click.echo(
-            f"epoch {line['epoch']:>3}/{config.train.epochs}  loss {line['train_loss']:.4f}  "
-            f"val loss {line['val_loss']:.4f}  Dice {line['val_dice']:.4f}  IoU {line['val_iou']:.4f}  "
-            f"{line['images_per_second']:.1f} images/s  {line['seconds']:.0f} s"
-        )
-
     def retry(reason: str, done: int) -> None:
-        click.echo(f"lost a worker ({reason[:200]}): going on after epoch {done}", err=True)
+        display.tell(f"lost a worker ({reason[:200]}): going on after epoch {done}", err=True)
 
-    return Watch(start, epoch, retry)
-
-
-class _ProgressPrinter:
-    """A line on stderr: rewritten in place on a terminal, a new one every ten seconds elsewhere."""
-
-    def __init__(self, verb: str) -> None:
-        self.verb, self.started, self.said = verb, time.monotonic(), 0.0
-        self.first: int | None = None
-        self.live = sys.stderr.isatty()
-
-    def __call__(self, done: int, failed: int, total: int) -> None:
-        now = time.monotonic()
-        if not total:
-            text = f"{done} images found"
-            if self.live:
-                click.echo(f"\r{text:<78}", nl=False, err=True)
-            elif now - self.said >= LOG_EVERY_SECONDS:
-                self.said = now
-                click.echo(text, err=True)
-            return
-        if self.first is None:
-            self.first, self.started, self.said = done, now, now
-        speed = (done - self.first) / max(1e-9, now - self.started)
-        left = f", {(total - done) / speed:.0f} s left" if speed and done < total else ""
-        text = f"{done} of {total} images {self.verb}, {failed} failed, {speed:.2f} images/s{left}"
-        if self.live:
-            click.echo(f"\r{text[:78]:<78}", nl=done >= total, err=True)
-        elif now - self.said >= LOG_EVERY_SECONDS:
-            self.said = now
-            click.echo(text, err=True)
+    return Watch(on_start=start, on_epoch=display.epoch, on_step=display.step, on_retry=retry)
 
 
 def run_command(name: str, arguments: Sequence[str] | None = None) -> None:

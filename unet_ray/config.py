@@ -251,6 +251,9 @@ class FitConfig:
     epochs: int = 10
     batch_size: int = 8
     """Images an optimizer step, over all workers together: the same on one worker and on eight."""
+    init: str | None = None
+    """A run or model directory whose weights the network starts from (fine-tuning). Its `model.` settings must be the
+    same but for num_classes, where another number leaves the last layer as initialised, and dropout."""
     learning_rate: float = 3e-4
     """Step size, at its highest where the schedule changes it."""
     weight_decay: float = 0.01
@@ -540,11 +543,12 @@ T = TypeVar("T")
 def from_mapping(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
     """Builds dataclass `cls` from nested mappings, as YAML gives them; unknown keys and wrong types are UserErrors."""
     hints = typing.get_type_hints(cls)
+    known = setting_names() if prefix or cls is TrainConfig else list(hints)
     arguments = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
         if key not in hints:
-            raise UserError(f"unknown setting {name!r}{_nearest(name, setting_names())}")
+            raise UserError(f"unknown setting {name!r}{_nearest(name, known)}")
         hint = hints[key]
         if dataclasses.is_dataclass(hint):
             if not isinstance(value, Mapping):

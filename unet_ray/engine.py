@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import json
 import math
 import time
@@ -35,6 +36,7 @@ METRICS, CONFIG, MODEL, LAST = "metrics.jsonl", "config.yaml", "model", "last"
 WARM_UP = 0.15
 """Share of a one-cycle schedule that goes up."""
 POLY_POWER = 0.9
+PULSE_SECONDS = 2.0
 
 MUON_SCALE = 7.0
 """Orthogonal steps are this much larger than AdamW's: 0.02, the source's, where those are 0.003."""
@@ -294,10 +296,17 @@ def average_of(network: nn.Module, decay: float) -> AveragedModel:
 
 
 def train_epoch(
-    training: Training, batches: Iterator[Batch], plan: Sequence[Step], *, epoch: int, factor: float
+    training: Training,
+    batches: Iterator[Batch],
+    plan: Sequence[Step],
+    *,
+    epoch: int,
+    factor: float,
+    on_step: Callable[[int, Tensor], None] = lambda _step, _total: None,
 ) -> float:
     """One pass over the batches, one for each part of each step of the plan. Returns this rank's part of the mean loss:
-    summed over ranks it is the mean. `factor`: see `learning_rate_at`."""
+    summed over ranks it is the mean. `factor`: see `learning_rate_at`. `on_step`: gets the number of steps done and the
+    sum of this rank's losses."""
     training.model.train()
     fit = training.config.train
     total = torch.zeros((), dtype=torch.float64, device=training.device)
@@ -306,7 +315,36 @@ def train_epoch(
         for group in training.optimizer.param_groups:
             group["lr"] = rate * group.get("scale", 1.0)
         total += training.step(((next(batches), part) for part in step), len(step), epoch)
+        on_step(number + 1, total)
     return float(total) / len(plan) / world_size()
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where an epoch stands."""
+
+    epoch: int
+    step: int
+    steps: int
+    loss: float
+    """Mean of the epoch's steps so far, of this rank's images."""
+    images_per_second: float
+    """Of all ranks."""
+
+
+class _Pulse:
+    """Tells `report` once in `PULSE_SECONDS` how far the epoch is: reading the loss makes a GPU wait."""
+
+    def __init__(self, report: Callable[[Progress], None], epoch: int, steps: int, images: int) -> None:
+        self.report, self.epoch, self.steps, self.images = report, epoch, steps, images
+        self.started = self.last = time.perf_counter()
+
+    def __call__(self, step: int, total: Tensor) -> None:
+        now = time.perf_counter()
+        if now - self.last >= PULSE_SECONDS:
+            self.last = now
+            speed = self.images * step / self.steps / (now - self.started)
+            self.report(Progress(self.epoch, step, self.steps, float(total) / step, speed))
 
 
 @torch.inference_mode()
@@ -392,13 +430,30 @@ class TrainResult:
     history: list[dict[str, Any]]
     """All lines of metrics.jsonl."""
 
+    def __repr__(self) -> str:
+        out = storage.without_secrets(self.out)
+        return (
+            f"TrainResult: {self.epochs} epochs, the best is {self.best['epoch']} with validation Dice "
+            f"{self.best['val_dice']:.4f}\n"
+            f"  model: {storage.join(out, MODEL)}\n"
+            f"  next: unet_ray.predict({out!r}, 'FOLDER', 'MASKS'), unet_ray.evaluate({out!r}), "
+            f"unet_ray.Segmenter({out!r})(image)"
+        )
 
-def prepare(config: TrainConfig, device: torch.device) -> Training:
-    """A fresh training: network, optimizer and the rest, for this process alone."""
+
+def prepare(config: TrainConfig, device: torch.device, *, resumes: bool = False) -> Training:
+    """A fresh training: network, optimizer and the rest, for this process alone.
+
+    `resumes`: weights come later, so those of `train.init` are not needed, nor those that libraries download.
+    """
     fit_config = config.train
     check_precision(fit_config.precision, device.type)
     torch.manual_seed(fit_config.seed)
-    network = build(config.model).to(device)
+    elsewhere = resumes or fit_config.init is not None
+    network = build(dataclasses.replace(config.model, pretrained=False) if elsewhere else config.model)
+    if fit_config.init is not None and not resumes:
+        checkpoint.start_from(fit_config.init, network)
+    network = network.to(device)
     network.checkpoint_activations = fit_config.checkpoint_activations
     if fit_config.channels_last:
         network = network.to(memory_format=torch.channels_last)
@@ -423,17 +478,19 @@ def fit(
     *,
     device: torch.device,
     report: Report = lambda _line: None,
+    on_step: Callable[[Progress], None] = lambda _progress: None,
 ) -> None:
     """Trains from the run's last finished epoch, or from the start, and writes the run directory.
 
-    The same in one process and in each of many: with an initialised torch.distributed group, rank 0 writes.
+    The same in one process and in each of many: with an initialised torch.distributed group, rank 0 writes, and tells
+    `on_step` every other second where it stands.
     """
     rank, world = (dist.get_rank(), world_size()) if dist.is_initialized() else (0, 1)
     fit_config = config.train
     if device.type == "cpu":
         keep_freed_memory()
-    training = prepare(config, device)
     last = storage.join(out, LAST)
+    training = prepare(config, device, resumes=checkpoint.has_state(last))
     state = checkpoint.load_state(
         last, training.network, training.optimizer, training.scaler, training.ema
     ) or TrainingState(0, -1.0, config.to_yaml())
@@ -461,8 +518,9 @@ def fit(
         )
         batches = Waiting(prefetched(train_rows.batches([part.indices for step in plan for part in step])))
         factor = plateau_factor(fit_config, val_dices)
+        pulse = _Pulse(on_step if rank == 0 else lambda _progress: None, epoch, len(plan), len(train_rows))
         train_loss = torch.tensor(
-            [train_epoch(training, batches, plan, epoch=epoch, factor=factor)], dtype=torch.float64
+            [train_epoch(training, batches, plan, epoch=epoch, factor=factor, on_step=pulse)], dtype=torch.float64
         )
         sum_over_ranks(train_loss, device)
         if not math.isfinite(train_loss):

@@ -22,6 +22,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from unet_ray.config import IGNORE, MAX_PIXELS, DataConfig, ValueRange
 
+Source = bytes | Image.Image
+"""An image as it is encoded, or open; what is open is loaded, never changed."""
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 Image.MAX_IMAGE_PIXELS = None  # ours (`MAX_PIXELS`, --max-pixels) stands in its place
 PERCENTILES = (0.5, 99.5)
@@ -62,7 +64,13 @@ def _reading() -> Iterator[None]:
 
 
 @contextmanager
-def _opened(data: bytes, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
+def _opened(data: Source, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
+    if isinstance(data, Image.Image):
+        _check_pixels(data.width * data.height, max_pixels)
+        with _reading():
+            data.load()  # so that a JPEG is no longer made smaller in place by `draft`
+            yield data
+        return
     if not data:
         raise ImageError("the file is empty")
     with _reading(), Image.open(io.BytesIO(data)) as image:
@@ -81,20 +89,20 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def decode_image(
-    data: bytes,
+    data: Source,
     channels: int,
     size_hw: tuple[int, int] | None,
     *,
     value_range: ValueRange = None,
     max_pixels: int = MAX_PIXELS,
 ) -> tuple[np.ndarray, tuple[int, int]]:
-    """An encoded image as uint8 [H,W,C], and the (height, width) it is meant to be seen at.
+    """An image as uint8 [H,W,C], and the (height, width) it is meant to be seen at.
 
     EXIF orientation is applied; the first frame of an animation is taken; palettes are looked up, alpha is dropped (or
     kept with 2 or 4 channels), what is not 8 bits is mapped to them as `DataConfig.value_range` says. Arrays (.npy of
     [H,W] or [H,W,C], TIFF of more than four channels) must have as many channels as `channels`. With `size_hw` the
     image is resized (bilinear over all source pixels); a JPEG is then decoded at the smallest of its scales that is at
-    least as large.
+    least as large (not one that is open already).
     Raises ImageError.
     """
     array = _array(data, channels, max_pixels)
@@ -166,8 +174,10 @@ def _to_8_bits(values: np.ndarray, value_range: ValueRange) -> np.ndarray:
     return np.rint(np.clip(np.nan_to_num(scaled), 0, 255)).astype(np.uint8)
 
 
-def _array(data: bytes, channels: int, max_pixels: int) -> np.ndarray | None:
+def _array(data: Source, channels: int, max_pixels: int) -> np.ndarray | None:
     """[H,W,C] of a .npy file, or of a TIFF with more channels than Pillow knows; None for all else."""
+    if isinstance(data, Image.Image):
+        return None
     if data[:6] == b"\x93NUMPY":
         with _reading():
             values = np.load(io.BytesIO(data), allow_pickle=False)
@@ -206,7 +216,7 @@ class Pixels:
     Raises ImageError, also from `window`.
     """
 
-    def __init__(self, data: bytes, channels: int, value_range: ValueRange, max_pixels: int) -> None:
+    def __init__(self, data: Source, channels: int, value_range: ValueRange, max_pixels: int) -> None:
         self.array = _array(data, channels, max_pixels)
         if self.array is not None:
             self.array = _to_8_bits(self.array, value_range)

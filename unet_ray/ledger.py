@@ -391,9 +391,9 @@ class Ledger:
         """The images' paths below their inputs."""
         return self._inputs(part, ["name"])["name"].to_pylist()
 
-    def manifest(self, columns: list[str]) -> Iterator[pa.Table]:
-        """The manifest, a part at a time."""
-        for part in self.parts():
+    def manifest(self, columns: list[str], parts: Sequence[int] | None = None) -> Iterator[pa.Table]:
+        """The manifest, a part at a time; of all parts, or of these."""
+        for part in self.parts() if parts is None else parts:
             table = self._read(MANIFEST, f"{PART.format(part)}.parquet", columns)
             if table is not None:
                 yield table

@@ -113,8 +113,8 @@ def encode_png(mask: np.ndarray, num_classes: int) -> bytes:
     lines = np.zeros((height, 1 + pixels.shape[1]), np.uint8)  # each begins with its filter, 0
     lines[:, 1:] = pixels
     header = struct.pack(">IIBBBBB", width, height, *((1, 0) if num_classes == 1 else (8, 3)), 0, 0, 0)
-    palette = [] if num_classes == 1 else [(b"PLTE", _palette())]
-    chunks = [(b"IHDR", header), *palette, (b"IDAT", zlib.compress(lines.data, ZLIB_LEVEL)), (b"IEND", b"")]
+    colours = [] if num_classes == 1 else [(b"PLTE", palette())]
+    chunks = [(b"IHDR", header), *colours, (b"IDAT", zlib.compress(lines.data, ZLIB_LEVEL)), (b"IEND", b"")]
     return PNG_SIGNATURE + b"".join(
         struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
     )
@@ -213,7 +213,7 @@ def overlay(picture: np.ndarray, mask: np.ndarray, num_classes: int) -> bytes:
     """The picture, uint8 [H,W,3], with class ids [h,w] of any size drawn over it in colours, their edges in full."""
     height, width = picture.shape[:2]
     ids = np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
-    colours = np.frombuffer(_palette(), np.uint8).reshape(256, 3)
+    colours = np.frombuffer(palette(), np.uint8).reshape(256, 3)
     if num_classes == 1:
         colours = np.array([(0, 0, 0), FOREGROUND], np.uint8)
     shown = ids > 0 if num_classes == 1 else np.ones_like(ids, bool)
@@ -230,7 +230,7 @@ def overlay(picture: np.ndarray, mask: np.ndarray, num_classes: int) -> bytes:
 
 
 @functools.cache
-def _palette() -> bytes:
+def palette() -> bytes:
     """256 colours: black for class 0, then hues a golden angle apart, so that neighbouring ids differ clearly."""
     colours = [(0.0, 0.0, 0.0)]
     for class_id in range(1, 256):

@@ -243,6 +243,36 @@ class Scores:
     def pixel_accuracy(self) -> Score:
         return self.means["pixel_accuracy"]
 
+    def __repr__(self) -> str:
+        return "\n".join([self.table(), *(f"  not scored: {path}: {reason}" for path, reason in self.failures[:5])])
+
+    def table(self) -> str:
+        """For people: each score's mean over the images, its interval, its value over all pixels; then the classes."""
+        lines = [f"{self.images} images           mean    95 % interval     all pixels"]
+        labels = {
+            "dice": "Dice",
+            "iou": "IoU",
+            "pixel_accuracy": "pixel accuracy",
+            "precision": "precision",
+            "recall": "recall",
+            "surface_dice": f"surface Dice {self.tolerance:g}px",
+            "hd95": "Hausdorff95 px",
+        }
+        for name, label in labels.items():
+            score = self.means[name]
+            if score.mean is None or score.ci95[0] is None:
+                lines.append(f"{label:<16} not defined for any image")
+                continue
+            digits = 2 if name == "hd95" else 4
+            interval = f"{score.ci95[0]:.{digits}f} – {score.ci95[1]:.{digits}f}"
+            total = "" if score.total is None else f"{score.total:9.4f}"
+            without = f"  ({score.undefined} images without an edge left out)" if score.undefined else ""
+            lines.append(f"{label:<16} {score.mean:9.{digits}f}  {interval:<15}  {total}{without}".rstrip())
+        for name, row in self.per_class.items():
+            cells = "  ".join(f"{key} {row[key]:.4f}" for key in ("dice", "iou", "iou_global") if row[key] is not None)
+            lines.append(f"{name:<16} {cells or 'does not occur'}")
+        return "\n".join(lines)
+
     def to_json(self) -> dict[str, Any]:
         result: dict[str, Any] = {"images": self.images}
         result |= {name: score.to_json() for name, score in self.means.items()}

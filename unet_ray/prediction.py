@@ -23,10 +23,10 @@ import pyarrow.compute as pc
 from unet_ray import checkpoint, compiling, engine, exports, ledger, records, stages, storage
 from unet_ray.checkpoint import ModelCard
 from unet_ray.config import Cleanup, MaskOptions, PredictConfig, UserError
-from unet_ray.ledger import PART_ROWS, Ledger, RowCost
+from unet_ray.ledger import PART_ROWS, Ledger, RowCost, objects
 from unet_ray.records import ImageFile
-from unet_ray.segmenter import Segmenter, check_ensemble
-from unet_ray.stages import Chunk, Finish, Load, Stage
+from unet_ray.segmenter import BatchSegmenter, check_ensemble
+from unet_ray.stages import Chunk, Finish, Load, Prediction, Stage
 
 SETTINGS, SUMMARY = "settings.json", "summary.json"
 OUTPUTS = (
@@ -74,6 +74,16 @@ class PredictSummary:
     stages: dict[str, float]
     """Seconds: listing, starting (Ray, the model, up to the first image done), running, and the work of each stage
     summed over all processes."""
+
+    def __repr__(self) -> str:
+        earlier = f" ({self.already_done} of them by an earlier run)" if self.already_done else ""
+        lines = [
+            f"PredictSummary: {self.ok} of {self.images} images segmented, {self.failed} failed{earlier}, "
+            f"{self.images_per_second:.2f} images/s",
+            *(f"  {count} x {reason}" for reason, count in list(self.failures.items())[:5]),
+            f"  masks and manifest: {storage.without_secrets(self.out)}",
+        ]
+        return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -130,6 +140,60 @@ class Pipeline:
     def reader(self) -> stages.Reader:
         return stages.Reader.of(self.card, self.options.max_pixels)
 
+    def segmenter(self, *, device: str, threads: int | None = None, images: int = 0) -> BatchSegmenter:
+        """The network, loaded. `threads`, `images`: see BatchSegmenter."""
+        options = self.options
+        return BatchSegmenter(
+            self.model,
+            ensemble=options.ensemble,
+            flips=self.card.flips if options.tta else "",
+            device=device,
+            precision=options.precision,
+            backend=options.backend,
+            threads=threads,
+            images=images,
+            quantized=self.quantized,
+        )
+
+    def segment(self, segmenter: BatchSegmenter, reader: stages.Reader, finish: Finish, probabilities: bool) -> Stage:
+        """The model's stage; with tiles it also reads, and finishes."""
+        options = self.options
+        if not options.tile:
+            return stages.Segment(segmenter)
+        return stages.SegmentByTiles(
+            segmenter,
+            finish,
+            reader=reader,
+            cleanup=self.cleanup,
+            tile=options.tile,
+            overlap=options.overlap,
+            probabilities=probabilities,
+        )
+
+    def decode(self, reader: stages.Reader) -> stages.Decode | None:
+        """The stage before the model's, if it is one of its own."""
+        return None if self.options.tile else stages.Decode(reader, self.card.image_size)
+
+    def after(self, finish: Finish, probabilities: bool) -> Stage:
+        """The stage after the model's."""
+        if self.options.tile:
+            return _unchanged
+        return stages.AtOwnSize(finish, self.card, self.cleanup, probabilities)
+
+    def one(self, segmenter: BatchSegmenter, path: str, reader: stages.Reader, probabilities: bool) -> Prediction:
+        """The mask of one image, or why there is none, in this process."""
+        found: list[Prediction] = []
+
+        def keep(chunk: Chunk, predictions: Iterator[Prediction]) -> Chunk:
+            found.extend(predictions)
+            return chunk
+
+        chunk = {"path": objects([os.fsencode(path)])}
+        decode = self.decode(reader)
+        segmented = self.segment(segmenter, reader, keep, probabilities)(decode(chunk) if decode else chunk)
+        self.after(keep, probabilities)(segmented)
+        return found[0]
+
     def run(
         self,
         numbers: Sequence[int],
@@ -149,10 +213,9 @@ class Pipeline:
         """
         if not numbers:
             return
-        options, reader = self.options, self.reader()
+        options = self.options
         model = _Model(self, finish, images, probabilities)
-        before = stages.Before(load, None if options.tile else stages.Decode(reader, self.card.image_size))
-        after: Stage = _unchanged if options.tile else stages.AtOwnSize(finish, self.card, self.cleanup, probabilities)
+        before, after = stages.Before(load, self.decode(self.reader())), self.after(finish, probabilities)
         if local:
             here = engine.device_here(options.device, options.workers).type
             yield from stages.run_here(numbers, before, lambda: model(device=here, threads=None), after)
@@ -178,29 +241,9 @@ class _Model:
 
     def __call__(self, *, device: str, threads: int | None, copies: int = 1) -> Stage:
         """`copies`: of the model in all, that share the images."""
-        pipeline, options = self.pipeline, self.pipeline.options
-        segmenter = Segmenter(
-            pipeline.model,
-            ensemble=options.ensemble,
-            flips=pipeline.card.flips if options.tta else "",
-            device=device,
-            precision=options.precision,
-            backend=options.backend,
-            threads=threads,
-            images=self.images // copies,
-            quantized=pipeline.quantized,
-        )
-        if not options.tile:
-            return stages.Segment(segmenter)
-        return stages.SegmentByTiles(
-            segmenter,
-            self.finish,
-            reader=pipeline.reader(),
-            cleanup=pipeline.cleanup,
-            tile=options.tile,
-            overlap=options.overlap,
-            probabilities=self.probabilities,
-        )
+        pipeline = self.pipeline
+        segmenter = pipeline.segmenter(device=device, threads=threads, images=self.images // copies)
+        return pipeline.segment(segmenter, pipeline.reader(), self.finish, self.probabilities)
 
 
 def _unchanged(chunk: Chunk) -> Chunk:

@@ -299,6 +299,47 @@ def _is_text(schema: pa.Schema, name: str) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
+@dataclass(frozen=True, slots=True)
+class Matches:
+    """Which masks belong to which images, and all that keeps others from being paired."""
+
+    pairs: list[Pair]
+    """Images of a name of their own with one mask, sorted by key."""
+    twice: list[str]
+    """Keys of two images and more, whose masks can't be told apart."""
+    ambiguous: dict[str, list[str]]
+    """Key of an image with two masks and more -> their paths."""
+    missing: list[ImageFile]
+    """Images without a mask."""
+    orphans: list[ImageFile]
+    """Masks without an image."""
+
+
+def match(images: Sequence[ImageFile], masks: Sequence[ImageFile], *, one_folder: bool = False) -> Matches:
+    """Pairs images and masks by name, see `find_pairs`. In one folder, masks are what ends in `MASK_SUFFIX`."""
+    if one_folder:
+        images = [image for image in images if not image.key.endswith(MASK_SUFFIX)]
+        masks = [mask for mask in masks if mask.key.endswith(MASK_SUFFIX)]
+    twice = {key: count for key, count in Counter(image.key for image in images).items() if count > 1}
+    keys = {image.key for image in images}
+    masks_of: dict[str, list[str]] = {}
+    orphans = []
+    for mask in masks:
+        # The whole name first: x_mask.png belongs to an image x_mask.jpg, if there is one, rather than to x.jpg.
+        key = next((key for key in (mask.key, mask.key.removesuffix(MASK_SUFFIX)) if key in keys), None)
+        if key is None:
+            orphans.append(mask)
+        else:
+            masks_of.setdefault(key, []).append(mask.path)
+    ambiguous = {key: found for key, found in masks_of.items() if len(found) > 1}
+    pairs = [
+        Pair(image.key, image.path, masks_of[image.key][0])
+        for image in images
+        if image.key in masks_of and image.key not in ambiguous and image.key not in twice
+    ]
+    return Matches(pairs, list(twice), ambiguous, [i for i in images if i.key not in masks_of], orphans)
+
+
 def find_pairs(images_folder: str, masks_folder: str) -> list[Pair]:
     """Each image of one folder with the mask of the same relative path and stem (`car.jpg`: `car.png` or
     `car_mask.gif`) in the other, sorted by key. The two folders may be one.
@@ -307,40 +348,27 @@ def find_pairs(images_folder: str, masks_folder: str) -> list[Pair]:
     an image, and images with two masks.
     """
     images, masks = find_images(images_folder), find_images(masks_folder)
-    if images_folder == masks_folder:
-        images = [image for image in images if not image.key.endswith(MASK_SUFFIX)]
-        masks = [mask for mask in masks if mask.key.endswith(MASK_SUFFIX)]
-    twice = [key for key, count in Counter(image.key for image in images).items() if count > 1]
-    if twice:
+    found = match(images, masks, one_folder=images_folder == masks_folder)
+    if found.twice:
         raise UserError(
-            f"{images_folder}: {_listing(twice)}: two images of the same name but for the extension, "
+            f"{images_folder}: {_listing(found.twice)}: two images of the same name but for the extension, "
             "so their masks can't be told apart; rename one"
         )
-    keys = {image.key for image in images}
-    masks_of: dict[str, list[str]] = {}
-    orphans = []
-    for mask in masks:
-        # The whole name first: x_mask.png belongs to an image x_mask.jpg, if there is one, rather than to x.jpg.
-        key = next((key for key in (mask.key, mask.key.removesuffix(MASK_SUFFIX)) if key in keys), None)
-        if key is None:
-            orphans.append(mask.name)
-        else:
-            masks_of.setdefault(key, []).append(mask.path)
-    ambiguous = [key for key, found in masks_of.items() if len(found) > 1]
-    if ambiguous:
-        names = "; ".join(f"{key}: {', '.join(PurePosixPath(p).name for p in masks_of[key])}" for key in ambiguous[:3])
-        raise UserError(f"{masks_folder}: {len(ambiguous)} image(s) with two masks ({names}): keep one each")
-    missing = [image.name for image in images if image.key not in masks_of]
-    if missing:
+    if found.ambiguous:
+        some = list(found.ambiguous.items())[:3]
+        names = "; ".join(f"{key}: {', '.join(PurePosixPath(p).name for p in paths)}" for key, paths in some)
+        raise UserError(f"{masks_folder}: {len(found.ambiguous)} image(s) with two masks ({names}): keep one each")
+    if found.missing:
         raise UserError(
-            f"{masks_folder}: no mask for {_listing(missing)}: a mask has its image's relative path and stem, "
-            f"with or without {MASK_SUFFIX}"
+            f"{masks_folder}: no mask for {_listing([image.name for image in found.missing])}: a mask has its image's "
+            f"relative path and stem, with or without {MASK_SUFFIX}"
         )
-    if orphans:
+    if found.orphans:
         raise UserError(
-            f"{images_folder}: no image for the mask(s) {_listing(orphans)}: add the images or move the masks"
+            f"{images_folder}: no image for the mask(s) {_listing([mask.name for mask in found.orphans])}: "
+            "add the images or move the masks"
         )
-    return [Pair(image.key, image.path, masks_of[image.key][0]) for image in images]
+    return found.pairs
 
 
 def group_of(key: str, pattern: str | None) -> str:
@@ -408,11 +436,16 @@ def leak_report(train_keys: Sequence[str], val_keys: Sequence[str], pattern: str
     """How many groups are shared by training and validation: groups as `pattern` finds them, or else as the names look,
     which is the first pattern that puts nearly all images in groups of two and more."""
     keys = [*train_keys, *val_keys]
-    found = pattern or next((p for p in _LOOKS_LIKE if _groups_them(keys, p)), None)
+    found = pattern or likely_groups(keys)
     if found is None:
         return LeakReport(None, False, 0, 0)
     sides = [{group_of(key, found) for key in side} for side in (train_keys, val_keys)]
     return LeakReport(found, pattern is not None, len(sides[0] | sides[1]), len(sides[0] & sides[1]))
+
+
+def likely_groups(keys: Sequence[str]) -> str | None:
+    """The pattern of the groups that the names look like, see `leak_report`; None: they look like none."""
+    return next((pattern for pattern in _LOOKS_LIKE if _groups_them(keys, pattern)), None)
 
 
 def _groups_them(keys: Sequence[str], pattern: str) -> bool:

@@ -46,7 +46,7 @@ class WholeImage:
     """uint8 [K,H,W], if they were asked for."""
 
 
-class Segmenter:
+class BatchSegmenter:
     """Loads a model once, then segments batch after batch: uint8 [N,H,W,C] at the model's image size -> Segmentation.
 
     `ensemble`: further models of the same channels, image size and classes; probabilities are averaged. `flips`: axes

@@ -26,9 +26,9 @@ import torch
 from unet_ray import imaging, masks, metrics, records, storage
 from unet_ray.checkpoint import ModelCard
 from unet_ray.config import IGNORE, Cleanup
-from unet_ray.imaging import ImageError, Pixels
+from unet_ray.imaging import ImageError, Pixels, Source
 from unet_ray.ledger import Ledger, objects, readable
-from unet_ray.segmenter import Segmenter, WholeImage
+from unet_ray.segmenter import BatchSegmenter, WholeImage
 
 Chunk = dict[str, np.ndarray]
 Load = Callable[[int], Chunk]
@@ -59,7 +59,7 @@ class Reader:
     def of(cls, card: ModelCard, max_pixels: int) -> Reader:
         return cls(card.model.in_channels, card.value_range, max_pixels)
 
-    def encoded(self, chunk: Chunk) -> Iterator[bytes | str]:
+    def encoded(self, chunk: Chunk) -> Iterator[Source | str]:
         """The file of each row, or why there is none."""
         inside = "source" in chunk and any(chunk["source"])
         stored = _from_parquet(chunk) if inside else {}
@@ -83,7 +83,7 @@ class Reader:
                 raise ImageError(f"{status.st_size} bytes, more than --max-pixels {self.max_pixels} can be")
         return storage.read_bytes(path)
 
-    def resized(self, data: bytes | str, size_hw: tuple[int, int] | None) -> tuple[np.ndarray, tuple[int, int]]:
+    def resized(self, data: Source | str, size_hw: tuple[int, int] | None) -> tuple[np.ndarray, tuple[int, int]]:
         """See `imaging.decode_image`. Raises ImageError."""
         if isinstance(data, str):
             raise ImageError(data)
@@ -91,11 +91,29 @@ class Reader:
             data, self.channels, size_hw, value_range=self.value_range, max_pixels=self.max_pixels
         )
 
-    def pixels(self, data: bytes | str) -> Pixels:
+    def pixels(self, data: Source | str) -> Pixels:
         """The image at its own size. Raises ImageError."""
         if isinstance(data, str):
             raise ImageError(data)
         return Pixels(data, self.channels, self.value_range, self.max_pixels)
+
+    def overlay(self, data: Source | str, mask: np.ndarray, num_classes: int) -> bytes:
+        """A small picture, JPEG, with the class ids, uint8 [H,W], drawn in. Raises ImageError."""
+        scale = min(1.0, OVERLAY_SIDE / max(mask.shape))
+        size = (max(1, round(mask.shape[0] * scale)), max(1, round(mask.shape[1] * scale)))
+        picture, _ = self.resized(data, size)
+        colours = picture[..., [0, 1, 2] if picture.shape[-1] in (3, 4) else [0, 0, 0]]
+        return masks.overlay(colours, mask, num_classes)
+
+
+@dataclass(frozen=True, slots=True)
+class GivenReader(Reader):
+    """Reads the one image that it was given."""
+
+    image: Source
+
+    def encoded(self, chunk: Chunk) -> Iterator[Source | str]:
+        yield from [self.image] * len(chunk["path"])
 
 
 def _from_parquet(chunk: Chunk) -> dict[int, bytes | str]:
@@ -151,7 +169,7 @@ class Decode:
 class Segment:
     """`image` -> `logits` float16 [N,K,H,W], `confidence` float32 [N]."""
 
-    def __init__(self, segmenter: Segmenter) -> None:
+    def __init__(self, segmenter: BatchSegmenter) -> None:
         self.segmenter = segmenter
 
     def __call__(self, chunk: Chunk) -> Chunk:
@@ -207,7 +225,7 @@ class SegmentByTiles:
 
     def __init__(
         self,
-        segmenter: Segmenter,
+        segmenter: BatchSegmenter,
         finish: Finish,
         *,
         reader: Reader,
@@ -246,7 +264,7 @@ class SegmentByTiles:
                 if not small:
                     upcoming = ahead.submit(self._decoded, encoded)
 
-    def _decoded(self, encoded: Iterator[bytes | str]) -> tuple[Pixels | str, float]:
+    def _decoded(self, encoded: Iterator[Source | str]) -> tuple[Pixels | str, float]:
         started = time.perf_counter()
         data = next(encoded, "")
         if data == "":  # beyond the last row
@@ -364,15 +382,12 @@ class Write:
 
     def _write_overlay(self, chunk: Chunk, row: int, mask: np.ndarray, name: str) -> None:
         # Read again, small: at its own size the picture is nowhere else on the way.
-        scale = min(1.0, OVERLAY_SIDE / max(mask.shape))
-        size = (max(1, round(mask.shape[0] * scale)), max(1, round(mask.shape[1] * scale)))
         one = {key: values[row : row + 1] for key, values in chunk.items()}
         try:
-            picture, _ = self.reader.resized(next(self.reader.encoded(one)), size)
+            drawn = self.reader.overlay(next(self.reader.encoded(one)), mask, self.card.model.num_classes)
         except ImageError:  # gone or changed meanwhile: the mask is what counts
             return
-        colours = picture[..., [0, 1, 2] if picture.shape[-1] in (3, 4) else [0, 0, 0]]
-        storage.write_bytes(self._at(OVERLAYS, name), masks.overlay(colours, mask, self.card.model.num_classes))
+        storage.write_bytes(self._at(OVERLAYS, name), drawn)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import json
 import os
 import threading
 import uuid
@@ -25,8 +26,11 @@ if TYPE_CHECKING:
     from unet_ray.datasets import MaterialisedRows, RayStreamedRows
 
 OnEpoch = Callable[[dict[str, Any]], None]
+OnStep = Callable[[engine.Progress], None]
 POLL_SECONDS = 1.0
 MARK = ".seen"
+PROGRESS = "progress.json"
+"""In `RAY_FOLDER`: where the epoch stands, written by the first worker."""
 RAY_FOLDER = ".ray"
 """Ray Train's own bookkeeping inside the run directory, while it trains."""
 
@@ -63,6 +67,8 @@ class Watch:
     """What it trains and validates on."""
     on_epoch: Callable[[dict[str, Any]], None] = lambda _line: None
     """Each line of metrics.jsonl, as it is written."""
+    on_step: Callable[[engine.Progress], None] = lambda _progress: None
+    """Where the epoch stands, every few seconds."""
     on_retry: Callable[[str, int], None] = lambda _reason, _epoch: None
     """Why a worker was lost, and after which epoch training goes on."""
 
@@ -102,6 +108,8 @@ def train(
     parts = Split([pairs[i] for i in used], [number[i] for i in train_indices], [number[i] for i in val_indices])
     config = _resolved(config, images, masks_folder, [pair.mask for pair in pairs])
     _check_out(config, parts, out, resume)
+    if (init := _init(config, out)) is not None:
+        checkpoint.check_init(init, config.model)
     watch.on_start(parts)
 
     with tracking.trackers(config, out, PurePosixPath(out).name) as track, nullcontext() if local else cluster:
@@ -111,15 +119,17 @@ def train(
             watch.on_epoch(line)
 
         if local:
-            _train_here(config, parts, out, told)
+            _train_here(config, parts, out, told, watch.on_step)
         else:
-            _train_on_ray(config, parts, out, told, watch.on_retry)
+            _train_on_ray(config, parts, out, _Follower(out, told, watch.on_step), watch.on_retry)
     return engine.result_of(out)
 
 
 def _resolved(config: TrainConfig, images: str, masks_folder: str, mask_paths: list[str]) -> TrainConfig:
     """The settings with what the data decides filled in."""
     data, fit = dataclasses.replace(config.data, images=images, masks=masks_folder), config.train
+    if fit.init is not None:
+        fit = dataclasses.replace(fit, init=storage.absolute(fit.init))
     if data.mask_values is None:
         data = dataclasses.replace(data, mask_values=masks.infer_values(mask_paths, config.model.num_classes, data))
     if fit.class_weights == "inverse":
@@ -157,6 +167,11 @@ def _check_out(config: TrainConfig, parts: Split, out: str, resume: bool) -> Non
         raise UserError(f"{out} is finished ({state.epoch} epochs): raise --epochs, or choose another --out")
 
 
+def _init(config: TrainConfig, out: str) -> str | None:
+    """Where the first weights come from, until a run has its own."""
+    return None if checkpoint.has_state(storage.join(out, engine.LAST)) else config.train.init
+
+
 def _resumable(config: TrainConfig) -> TrainConfig:
     """What must be the same for a run to go on: all but where it runs and for how long."""
     return dataclasses.replace(
@@ -170,7 +185,7 @@ def _write_start(config: TrainConfig, parts: Split, out: str) -> None:
     storage.write_bytes(storage.join(out, engine.CONFIG), config.to_yaml().encode())
 
 
-def _train_here(config: TrainConfig, parts: Split, out: str, on_epoch: OnEpoch) -> None:
+def _train_here(config: TrainConfig, parts: Split, out: str, on_epoch: OnEpoch, on_step: OnStep) -> None:
     import torch
 
     device = engine.device_here(config.compute.device, config.compute.fewest_workers)
@@ -183,7 +198,7 @@ def _train_here(config: TrainConfig, parts: Split, out: str, on_epoch: OnEpoch) 
     train_rows, val_rows = parts.rows(kind(parts.pairs, decoder))
     _write_start(config, parts, out)
     with _shortages_are_said(out):
-        engine.fit(config, train_rows, val_rows, out, device=device, report=on_epoch)
+        engine.fit(config, train_rows, val_rows, out, device=device, report=on_epoch, on_step=on_step)
 
 
 def _decoder(config: TrainConfig, pairs: list[Pair], run: cache.Run) -> Decodes:
@@ -193,7 +208,7 @@ def _decoder(config: TrainConfig, pairs: list[Pair], run: cache.Run) -> Decodes:
 
 
 def _train_on_ray(
-    config: TrainConfig, parts: Split, out: str, on_epoch: OnEpoch, on_retry: Callable[[str, int], None]
+    config: TrainConfig, parts: Split, out: str, follower: _Follower, on_retry: Callable[[str, int], None]
 ) -> None:
     """Fits, and starts again from the last finished epoch where workers or nodes are lost.
 
@@ -208,7 +223,7 @@ def _train_on_ray(
     datasets.configure()
     device = nodes.pick_device(config.compute.device)
     engine.check_precision(config.train.precision, device)
-    follower, failures = _Follower(out, on_epoch), 0
+    failures = 0
     while True:
         before = _epochs_done(out)
         try:
@@ -230,16 +245,29 @@ def _epochs_done(out: str) -> int:
 
 
 class _Follower:
-    """Tells the driver of each epoch once, by reading the metrics.jsonl that a worker, on whatever machine, writes."""
+    """Tells the driver of each epoch once, and of the steps between, by reading what a worker, on whatever machine,
+    writes into the run directory."""
 
-    def __init__(self, out: str, on_epoch: OnEpoch) -> None:
-        self.out, self.on_epoch, self.told = out, on_epoch, _epochs_done(out)
+    def __init__(self, out: str, on_epoch: OnEpoch, on_step: OnStep) -> None:
+        self.out, self.on_epoch, self.on_step, self.told = out, on_epoch, on_step, _epochs_done(out)
+        self.progress: engine.Progress | None = None
 
     def look(self) -> None:
+        try:
+            progress = engine.Progress(**json.loads(storage.read_bytes(_progress_file(self.out))))
+        except OSError:
+            progress = None
+        if progress is not None and progress != self.progress and progress.epoch > self.told:
+            self.progress = progress
+            self.on_step(progress)
         for line in engine.read_metrics(self.out):
             if line["epoch"] > self.told:
                 self.told = line["epoch"]
                 self.on_epoch(line)
+
+
+def _progress_file(out: str) -> str:
+    return storage.join(out, RAY_FOLDER, PROGRESS)
 
 
 def _fit_once(config: TrainConfig, parts: Split, out: str, device: str, follower: _Follower) -> None:
@@ -253,6 +281,8 @@ def _fit_once(config: TrainConfig, parts: Split, out: str, device: str, follower
     first = parts.pairs[0]
     with _marked(out) as mark:
         places = {f"--out {out}": mark, "--images": first.image, "--masks": first.mask}
+        if (init := _init(config, out)) is not None:
+            places["--init"] = storage.join(checkpoint.model_directory(init), checkpoint.CARD)
         # Before there are workers, too: a node that has just died is asked for its answer until Ray knows.
         nodes.check_shared(places)
         if nodes.check_workers(compute.fewest_workers, device, compute.cpus_per_worker, compute.most_workers):
@@ -339,10 +369,15 @@ def _train_worker(loop: dict[str, Any]) -> None:
     if loop["threads"] is not None:
         torch.set_num_threads(loop["threads"])
     train_rows, val_rows = loop["rows"]
+
+    def on_step(progress: engine.Progress) -> None:
+        storage.write_bytes(_progress_file(loop["out"]), json.dumps(dataclasses.asdict(progress)).encode())
+
     with _shortages_are_said(loop["out"]):
         # Nothing is reported to Ray, which takes a report in two seconds, however short the epochs: what there is to
         # know stands in the run directory.
-        engine.fit(loop["config"], train_rows, val_rows, loop["out"], device=ray.train.torch.get_device())
+        device = ray.train.torch.get_device()
+        engine.fit(loop["config"], train_rows, val_rows, loop["out"], device=device, on_step=on_step)
 
 
 def _raise_what_repeats(error: BaseException) -> None:

@@ -1,0 +1,352 @@
+"""The Python interface, for notebooks and other programs: `unet_ray.train`, `predict`, `evaluate`, `Segmenter`.
+
+Functions take plain values, build the settings of `config.py` and call what the commands call. A Ray that this process
+has (`ray.init()`) is used and left running; else each call starts one, which takes seconds, and ends it; with `local`
+there is none.
+
+The examples are run by tests/test_api.py, in a folder with `images` and `masks`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import io
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from unet_ray import checkpoint, engine, evaluation, imaging, masks, prediction, stages, storage, training
+from unet_ray.config import (
+    EvaluateConfig,
+    MaskOptions,
+    PredictConfig,
+    TrainConfig,
+    UserError,
+    from_mapping,
+    load_train_config,
+)
+from unet_ray.engine import TrainResult
+from unet_ray.imaging import ImageError, Source
+from unet_ray.imports import import_milesial
+from unet_ray.ledger import objects
+from unet_ray.metrics import Scores
+from unet_ray.prediction import OnProgress, Pipeline, PredictSummary
+from unet_ray.training import Watch
+
+Location = str | os.PathLike[str]
+"""A path, or a URI (`s3://`, `gs://`, `file://`)."""
+
+
+def train(
+    images: Location | None = None,
+    masks: Location | None = None,
+    out: Location | None = None,
+    *,
+    recipe: str | None = None,
+    config: TrainConfig | Location | None = None,
+    settings: Mapping[str, Any] | None = None,
+    init: Location | None = None,
+    local: bool = False,
+    resume: bool = False,
+    verbose: bool = False,
+    watch: Watch = Watch(),
+) -> TrainResult:
+    """Trains a U-Net on pairs of images and masks and writes the run directory `out`.
+
+    `images`, `masks`: folders; a mask has its image's relative path and stem, with or without `_mask`. Settings are the
+    defaults, or `recipe` (a name of `unet-ray recipes`), or `config` (a YAML file or a TrainConfig); `init` (a run or
+    model directory) gives the first weights and the network's own settings; `settings` (dotted names, such as
+    `train.epochs`) come last and win. `resume` goes on from the last finished epoch in `out`. `verbose` shows what Ray
+    says. `watch.on_epoch` is told each line of metrics.jsonl.
+
+    Raises UserError for what the user can mend.
+
+    >>> import unet_ray
+    >>> small = {"train.epochs": 3, "model.base_channels": 8, "data.image_size": 64}
+    >>> result = unet_ray.train("images", "masks", "RUN", settings=small, local=True)
+    >>> result.epochs, result.best["val_dice"] > 0
+    (3, True)
+    >>> finer = unet_ray.train("images", "masks", "FINER", init="RUN", settings={"train.epochs": 1}, local=True)
+    >>> finer.out.endswith("FINER")
+    True
+    """
+    if out is None:
+        raise UserError("out is missing: the run directory to write")
+    if recipe is not None and config is not None:
+        raise UserError("recipe and config both say all settings: give one of them")
+    changed = dict(settings or {})
+    if init is not None:
+        changed = {**dict(checkpoint.model_settings_of(os.fspath(init))), **changed}
+    built = load_train_config(recipe=recipe, config_file=_yaml(config), settings=changed.items())
+    # Not by way of settings, which read text as YAML, as no path is meant to be.
+    folders: dict[str, Any] = _given(images=images, masks=masks)
+    built = dataclasses.replace(built, data=dataclasses.replace(built.data, **folders))
+    if init is not None:
+        built = dataclasses.replace(built, train=dataclasses.replace(built.train, init=os.fspath(init)))
+    return training.train(built, os.fspath(out), local=local, resume=resume, cluster=_ray(local, verbose), watch=watch)
+
+
+def predict(
+    model: Location,
+    inputs: Location | Iterable[Location],
+    out: Location,
+    *,
+    formats: str | Sequence[str] = "png",
+    local: bool = False,
+    verbose: bool = False,
+    on_progress: OnProgress = lambda _done, _failed, _all: None,
+    **options: Any,
+) -> PredictSummary:
+    """Segments every image of folders, files, globs, lists (.txt, .parquet) or buckets and writes the masks into `out`.
+
+    `model`: run or model directory. `formats`: of png, parquet, rle, kaggle, coco, prob, overlay; with commas or as a
+    list. `options`: the other fields of PredictConfig, such as `tile=512`, `tta=True`, `workers=4`, `overwrite=True`.
+    `on_progress` is told (done, failed, all). Called again after a stop it does what is missing. For single images see
+    `Segmenter`.
+
+    Raises UserError for what the user can mend; an image that can't be read is counted in the summary.
+
+    >>> import unet_ray
+    >>> summary = unet_ray.predict("RUN", "images", "MASKS", formats="png,overlay", local=True)
+    >>> summary.ok, summary.failed
+    (12, 0)
+    """
+    inputs = [inputs] if isinstance(inputs, (str, os.PathLike)) else inputs
+    names = formats.split(",") if isinstance(formats, str) else formats
+    config = from_mapping(
+        PredictConfig,
+        {
+            **options,
+            "model": os.fspath(model),
+            "inputs": [os.fspath(location) for location in inputs],
+            "out": os.fspath(out),
+            "formats": [*dict.fromkeys(name.strip() for name in names)],
+        },
+    )
+    return prediction.predict(config, local=local, cluster=_ray(local, verbose), on_progress=on_progress)
+
+
+def evaluate(
+    model: Location,
+    images: Location | None = None,
+    masks: Location | None = None,
+    *,
+    local: bool = False,
+    verbose: bool = False,
+    on_progress: OnProgress = lambda _done, _failed, _all: None,
+    **options: Any,
+) -> Scores:
+    """Scores a model on pairs of images and masks, at each mask's own size.
+
+    Without `images` and `masks`: on the pairs that the run held out for validation. `options`: the other fields of
+    EvaluateConfig, such as `mask_values=[0, 255]`, `tile=512`. Raises UserError for what the user can mend.
+
+    >>> import unet_ray
+    >>> scores = unet_ray.evaluate("RUN", local=True)
+    >>> 0 <= scores.dice.mean <= 1
+    True
+    >>> unet_ray.evaluate("RUN", "images", "masks", local=True).images
+    12
+    """
+    config = from_mapping(EvaluateConfig, {**options, **_given(model=model, images=images, masks=masks)})
+    return evaluation.evaluate(config, local=local, cluster=_ray(local, verbose), on_progress=on_progress)
+
+
+def _given(**locations: Location | None) -> dict[str, str]:
+    return {name: os.fspath(location) for name, location in locations.items() if location is not None}
+
+
+def _ray(local: bool, verbose: bool) -> AbstractContextManager[None]:
+    if local:
+        return nullcontext()
+    from unet_ray.cluster import started
+
+    return started(verbose)
+
+
+def _yaml(config: TrainConfig | Location | None) -> str | None:
+    if config is None or isinstance(config, TrainConfig):
+        return None if config is None else config.to_yaml()
+    try:
+        return storage.read_bytes(storage.absolute(config)).decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config {os.fspath(config)}: {getattr(error, 'strerror', None) or error}") from None
+
+
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
+class SegmentedImage:
+    """What `Segmenter` makes of an image. In a notebook it shows itself: the image with the mask drawn in."""
+
+    mask: np.ndarray
+    """Class ids, uint8 [H,W], at the image's own size."""
+    confidence: float
+    """Probability of the decided class, mean over the pixels."""
+    classes: tuple[str, ...]
+    """Name of each class id."""
+    probabilities: np.ndarray | None
+    """uint8 [K,H,W], 255 being certain, if they were asked for; of one class (K = 1) the foreground's."""
+    num_classes: int
+    """K: 1 for one foreground class."""
+    _draw: Callable[[], bytes]
+
+    def __repr__(self) -> str:
+        height, width = self.mask.shape
+        counts = masks.pixel_counts(self.mask, len(self.classes))
+        shares = ", ".join(
+            f"{name} {count / self.mask.size:.1%}" for name, count in zip(self.classes, counts, strict=True) if count
+        )
+        return f"SegmentedImage: {width}x{height} pixels, {shares}; confidence {self.confidence:.3f}"
+
+    def save(self, location: Location) -> None:
+        """Writes the mask as `predict` does: PNG of 1 bit for one class, of a palette for more. Raises UserError."""
+        location = storage.absolute(location)
+        if not storage.split_options(location)[0].lower().endswith(".png"):
+            raise UserError(f"{location}: masks are PNG files: let the name end with .png")
+        try:
+            storage.write_bytes(location, masks.encode_png(self.mask, self.num_classes))
+        except OSError as error:
+            raise UserError(f"{location}: cannot be written: {error.strerror or error}") from None
+
+    def overlay(self) -> Image.Image:
+        """A picture of at most 1024 pixels a side with the mask drawn in; a file is read again. Raises UserError."""
+        try:
+            return Image.open(io.BytesIO(self._draw()))
+        except ImageError as error:
+            raise UserError(str(error)) from None
+
+    def _repr_jpeg_(self) -> bytes | None:
+        """For notebooks; nothing if the file is gone."""
+        try:
+            return self._draw()
+        except ImageError:
+            return None
+
+
+class Segmenter:
+    """Segments one image after another with a model that is loaded once, without Ray: what `predict` does, for arrays.
+
+    `model`: run or model directory. `tile`, `overlap`, `tta`, `ensemble`, `cleanup`, `max_pixels`, `device`,
+    `precision`, `backend`: as `predict` has them (see MaskOptions). Raises UserError for what the user can mend, also
+    of an image that can't be used.
+
+    >>> import numpy as np
+    >>> import unet_ray
+    >>> segmenter = unet_ray.Segmenter("RUN")
+    >>> result = segmenter(np.zeros((48, 72, 3), np.uint8))
+    >>> result.mask.shape, result.mask.dtype
+    ((48, 72), dtype('uint8'))
+    >>> segmenter("images/a_000.png", probabilities=True).probabilities.shape
+    (1, 32, 32)
+    >>> segmenter("images/a_000.png").save("mask.png")
+    """
+
+    def __init__(
+        self,
+        model: Location,
+        *,
+        tile: int = 0,
+        overlap: float = 0.5,
+        tta: bool = False,
+        ensemble: Sequence[Location] = (),
+        cleanup: str | None = None,
+        max_pixels: int = imaging.MAX_PIXELS,
+        device: str = "auto",
+        precision: str = "auto",
+        backend: str = "auto",
+    ) -> None:
+        options = from_mapping(
+            MaskOptions,
+            {
+                "tile": tile,
+                "overlap": overlap,
+                "tta": tta,
+                "ensemble": [os.fspath(other) for other in ensemble],
+                "cleanup": cleanup,
+                "max_pixels": max_pixels,
+                "device": device,
+                "precision": precision,
+                "backend": backend,
+            },
+        )
+        self.pipeline = Pipeline.of(os.fspath(model), options)
+        self.batches = self.pipeline.segmenter(device=engine.device_here(options.device, 1).type)
+
+    def __repr__(self) -> str:
+        card = self.pipeline.card
+        height, width = card.image_size
+        return (
+            f"Segmenter: {storage.without_secrets(self.pipeline.model)} ({card.model.name} at {width}x{height} pixels, "
+            f"classes {', '.join(self.classes)}), on {self.batches.device.type}"
+        )
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Name of each class id."""
+        card = self.pipeline.card
+        if card.classes:
+            return card.classes
+        count = card.model.num_classes
+        return ("background", "foreground") if count == 1 else tuple(f"class {k}" for k in range(count))
+
+    def __call__(self, image: Image.Image | np.ndarray | Location, *, probabilities: bool = False) -> SegmentedImage:
+        """The mask of one image of any size.
+
+        `image`: uint8 [H,W] (gray) or [H,W,C], a PIL.Image, or where a file lies. Arrays and PIL images are treated as
+        a PNG file of them would be: channels are converted as the model needs them. (A JPEG file is decoded smaller
+        than it is where that is enough, and one that Pillow has opened is not: a few pixels may differ.)
+        """
+        card, reader = self.pipeline.card, self.pipeline.reader()
+        path = ""
+        if isinstance(image, (str, os.PathLike)):
+            path = storage.absolute(image)
+        else:
+            source = _source(image, card.model.in_channels)
+            reader = stages.GivenReader(reader.channels, reader.value_range, reader.max_pixels, source)
+        found = self.pipeline.one(self.batches, path, reader, probabilities)
+        if isinstance(found, str):
+            raise UserError(f"{storage.without_secrets(path) or 'the image'}: {found}")
+        draw = functools.partial(_drawn, reader, path, found.mask, card.model.num_classes)
+        return SegmentedImage(
+            found.mask, found.confidence, self.classes, found.probabilities, card.model.num_classes, draw
+        )
+
+
+def _source(image: Image.Image | np.ndarray, channels: int) -> Source:
+    if isinstance(image, Image.Image):
+        return image
+    if not isinstance(image, np.ndarray) or image.dtype.kind not in "biuf":
+        what = f"an array of {image.dtype}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise UserError(f"an image is an array of numbers, a PIL.Image, a path or a URI, not {what}")
+    pixels = image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image
+    known = pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in imaging.MODES)
+    if known and pixels.size and pixels.dtype == np.uint8 and channels in imaging.MODES:
+        return Image.fromarray(np.ascontiguousarray(pixels))
+    # As a .npy file: other numbers of channels, other types.
+    stream = io.BytesIO()
+    np.save(stream, image, allow_pickle=False)
+    return stream.getvalue()
+
+
+def _drawn(reader: stages.Reader, path: str, mask: np.ndarray, num_classes: int) -> bytes:
+    [data] = reader.encoded({"path": objects([os.fsencode(path)])})
+    return reader.overlay(data, mask, num_classes)
+
+
+__all__ = [
+    "PredictSummary",
+    "Scores",
+    "SegmentedImage",
+    "Segmenter",
+    "TrainResult",
+    "Watch",
+    "evaluate",
+    "import_milesial",
+    "predict",
+    "train",
+]
