@@ -45,7 +45,8 @@ def trained(tmp_path_factory) -> Path:
 def test_train_says_each_epoch_and_what_is_next(discs, tmp_path):
     output = train(discs, tmp_path / "run").output
     assert "training on 10 pairs, validating on 2" in output
-    assert re.search(r"epoch +2/2  loss \d\.\d+  val loss \d\.\d+  Dice 0\.\d+", output)
+    assert re.search(r"epoch +2/2  loss \d\.\d+ val \d\.\d+  Dice 0\.\d+ IoU 0\.\d+  [\d.]+ img/s  \d+ s\n", output)
+    assert f"  report  {tmp_path / 'run'}/report.html" in output and (tmp_path / "run/report.html").exists()
     assert f"unet-ray predict {tmp_path / 'run'} FOLDER --out MASKS" in output
 
 

@@ -56,6 +56,8 @@ class PredictSummary:
     """What `predict` returns, and `summary.json` holds."""
 
     out: str
+    model: str
+    """Its directory."""
     images: int
     """Rows of the manifest."""
     ok: int
@@ -345,6 +347,7 @@ def predict(
         total = time.perf_counter() - started
         summary = PredictSummary(
             out=out,
+            model=storage.without_secrets(pipeline.model),
             images=rows,
             ok=ok,
             failed=rows - ok,

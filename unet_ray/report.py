@@ -77,6 +77,8 @@ class Chart:
 class Table:
     rows: list[list[str]]
     head: list[str] = field(default_factory=list)
+    words: bool = False
+    """All columns are text: no numbers to put below each other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -455,7 +457,7 @@ def _of_prediction(out: str) -> str:
             Section(
                 title="What failed",
                 text="In the manifest each has its row" + (f"; {more} more reasons are there." if more > 0 else "."),
-                table=Table(rows, ["images", "reason", "for example"]),
+                table=Table(rows, ["images", "reason", "for example"], words=True),
             )
         )
     least, drawn = seen.least_confident(), seen.random()
@@ -470,14 +472,13 @@ def _of_prediction(out: str) -> str:
     if seen.ok:
         sections.append(_distributions(seen))
     sections.append(_prediction_times(summary))
-    sections.append(
-        Section(
-            title="How it was made",
-            table=Table(
-                [[name, json.dumps(value) if not isinstance(value, str) else value] for name, value in settings.items()]
-            ),
-        )
-    )
+    shown = [["model", summary["model"]]]
+    shown += [
+        [name, value if isinstance(value, str) else ", ".join(value) if isinstance(value, list) else json.dumps(value)]
+        for name, value in settings.items()
+        if value
+    ]
+    sections.append(Section(title="How it was made", table=Table(shown)))
     return _page(
         title=f"{out.rstrip('/').rpartition('/')[2]}: {_plural(summary['images'], 'image')} segmented",
         subtitle=f"Predicted by unet-ray {__version__}: {out}",

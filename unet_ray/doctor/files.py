@@ -1,0 +1,195 @@
+"""What files say of themselves without their pixels, and which of them are damaged."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Literal
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from unet_ray import imaging, storage
+from unet_ray.config import ValueRange
+from unet_ray.doctor.report import Finding, error
+from unet_ray.doctor.words import number
+from unet_ray.records import ImageFile
+
+THREADS = 8
+LOOK = 128
+"""Side that images are looked at in."""
+END = 16
+"""Bytes in which the mark at a file's end is looked for."""
+END_MARKS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND", "GIF": b";"}
+TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+
+_AGAIN = "copy it again, or remove it with its partner: a training stops at it"
+DAMAGE = {
+    "file-not-there": ("can't be opened", "a link that leads nowhere, or no permission: mend or remove it"),
+    "empty-file": ("empty", _AGAIN),
+    "not-an-image": ("no image", "remove or convert it: a training stops at it"),
+    "truncated-file": ("cut off", _AGAIN),
+    "cannot-be-decoded": ("damaged", "mend or remove it with its partner: a training stops at it"),
+    "too-many-pixels": ("too large", "cut it into parts, or make it smaller"),
+}
+"""Code -> what is said of the files, and the remedy."""
+
+
+@dataclass(slots=True)
+class Header:
+    """What a file says of itself."""
+
+    name: str
+    """Relative path."""
+    format: str = ""
+    mode: str = ""
+    channels: int = 0
+    """As it is stored: 1, 2, 3 or 4 of Pillow's modes, any number of an array's."""
+    depth: Literal["8", "more", "float"] = "8"
+    """Bits of a channel: at most 8, more, or floating point."""
+    array: bool = False
+    """.npy, or TIFF of many channels: its channels must be the model's."""
+    size: tuple[int, int] = (0, 0)
+    """(width, height) in pixels as it is meant to be seen."""
+    stored: tuple[int, int] = (0, 0)
+    """The same before EXIF orientation."""
+    orientation: int = 1
+    frames: int = 1
+    code: str = ""
+    """Of `DAMAGE`; empty: nothing is known against it."""
+    trouble: str = ""
+    """More about it, or nothing."""
+
+    def damaged(self, reason: Exception) -> None:
+        """What reading raised is its damage."""
+        text = " ".join(str(reason).split())[:100]
+        self.code, self.trouble = "truncated-file" if "truncated" in text else "cannot-be-decoded", text
+
+
+def read_headers(files: Sequence[ImageFile], max_pixels: int, on_read: Callable[[Header], None]) -> dict[str, Header]:
+    """Path -> header."""
+    headers = {}
+    with ThreadPoolExecutor(THREADS) as threads:
+        for file, header in zip(files, threads.map(lambda file: _header(file, max_pixels), files), strict=True):
+            headers[file.path] = header
+            on_read(header)
+    return headers
+
+
+def damage(headers: Iterable[Header]) -> Iterator[Finding]:
+    bad = [header for header in headers if header.code]
+    for code, (what, remedy) in DAMAGE.items():
+        some = [header for header in bad if header.code == code]
+        reason = f" ({some[0].trouble})" if some and some[0].trouble else ""
+        yield from error(code, f"{number(some, 'file')} {what}{reason}", remedy, [header.name for header in some])
+
+
+def _header(file: ImageFile, max_pixels: int) -> Header:
+    if file.size <= 0:
+        return Header(file.name, code="empty-file" if file.size == 0 else "file-not-there")
+    header = Header(file.name)
+    try:
+        uri = storage.is_uri(file.path)
+        with io.BytesIO(storage.read_bytes(file.path)) if uri else Path(file.path).open("rb") as stream:
+            _read(header, stream, file.size, max_pixels)
+    except OSError as reason:
+        header.code, header.trouble = "file-not-there", reason.strerror or str(reason)
+    return header
+
+
+def _read(header: Header, stream: IO[bytes], size: int, max_pixels: int) -> None:
+    magic = stream.read(6)
+    stream.seek(0)
+    try:
+        if magic == b"\x93NUMPY":
+            _read_array(header, stream, size)
+        else:
+            _read_image(header, stream, size, max_pixels)
+    except UnidentifiedImageError:
+        if magic.startswith(TIFF_MAGIC):
+            _read_tiff(header, stream)
+        else:
+            header.code = "not-an-image"
+    except Exception as reason:  # of as many kinds as there are plugins
+        header.damaged(reason)
+    pixels = header.size[0] * header.size[1]
+    if not header.code and pixels > max_pixels:
+        header.code, header.trouble = "too-many-pixels", f"{pixels} pixels, more than {max_pixels}"
+
+
+def _read_image(header: Header, stream: IO[bytes], size: int, max_pixels: int) -> None:
+    image = Image.open(stream)
+    header.format, header.mode = image.format or "", image.mode
+    header.channels = 3 if image.mode in ("P", "PA") else len(image.getbands())
+    header.depth = "float" if image.mode == "F" else "more" if image.mode.startswith("I") else "8"
+    # Pillow's method for PNG would decode all pixels first.
+    header.orientation = Image.Image.getexif(image).get(0x0112, 1)
+    header.size = header.stored = image.size
+    if header.orientation in (5, 6, 7, 8):
+        header.size = (image.size[1], image.size[0])
+    if _ends_early(image, stream, size):
+        # It may be whole all the same: decoding tells.
+        stream.seek(0)
+        value_range: ValueRange = None if header.depth == "8" else "percentiles"
+        try:
+            imaging.decode_image(stream.read(), 3, (LOOK, LOOK), value_range=value_range, max_pixels=max_pixels)
+        except imaging.ImageError as reason:
+            header.damaged(reason)
+            header.code = "truncated-file"
+            return
+    if image.format != "MPO":  # a photograph with its preview
+        header.frames = getattr(image, "n_frames", 1)
+
+
+def _ends_early(image: Image.Image, stream: IO[bytes], size: int) -> bool:
+    """Whether a file lacks the mark of its end, or (TIFF) is shorter than its header says."""
+    if image.format == "TIFF":
+        tags = image.tag_v2  # type: ignore[attr-defined]
+        parts = ((273, 279), (324, 325))  # offsets and lengths of strips, of tiles
+        return any(
+            offset + length > size
+            for where, lengths in parts
+            for offset, length in zip(tags.get(where, ()), tags.get(lengths, ()), strict=False)
+        )
+    stream.seek(max(0, size - END))
+    return END_MARKS.get(image.format or "", b"") not in stream.read()
+
+
+def _read_array(header: Header, stream: IO[bytes], size: int) -> None:
+    version = np.lib.format.read_magic(stream)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(stream)
+    if len(shape) not in (2, 3) or dtype.kind not in "biuf" or 0 in shape:
+        header.code = "not-an-image"
+        header.trouble = f"an array {[*shape]} of {dtype}, not [height, width, channels]"
+    elif stream.tell() + int(np.prod(shape)) * dtype.itemsize > size:
+        header.code = "truncated-file"
+    else:
+        _set_array(header, "npy", (shape[1], shape[0]), shape[2] if len(shape) == 3 else 1, dtype)
+
+
+def _read_tiff(header: Header, stream: IO[bytes]) -> None:
+    """Of a TIFF that Pillow doesn't know, such as one of many channels."""
+    try:
+        import tifffile
+    except ImportError:
+        header.code, header.trouble = "cannot-be-decoded", "a TIFF that needs tifffile: install the extra `tiff`"
+        return
+    try:
+        stream.seek(0)
+        with tifffile.TiffFile(stream) as file:
+            series = file.series[0]
+            sizes = dict(zip(series.axes, series.shape, strict=True))
+            extent = (sizes["X"], sizes["Y"])
+            _set_array(header, "TIFF", extent, int(np.prod(series.shape)) // (extent[0] * extent[1]), series.dtype)
+    except Exception as reason:
+        header.damaged(reason)
+
+
+def _set_array(header: Header, kind: str, size: tuple[int, int], channels: int, dtype: np.dtype) -> None:
+    header.format, header.mode, header.channels, header.array = kind, f"{dtype}×{channels}", channels, True
+    header.depth = "float" if dtype.kind == "f" else "8" if dtype.itemsize == 1 else "more"
+    header.size = header.stored = size

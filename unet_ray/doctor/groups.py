@@ -1,0 +1,130 @@
+"""Findings about images that belong together: groups, slices and frames, copies; and whether there are enough."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import re
+import shlex
+from collections import Counter
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from unet_ray import imaging, records, storage
+from unet_ray.doctor.files import THREADS
+from unet_ray.doctor.pixels import Look
+from unet_ray.doctor.report import Finding, error, note, warning
+from unet_ray.doctor.words import number
+from unet_ray.records import ImageFile, Pair
+
+ALIKE = 0.8
+"""Neighbours that differ by less than this share of what others differ by are taken for slices or frames: 0.67
+measured for the slices of ISBI 2012, 1.02 for the unrelated images of DSB 2018."""
+MIDDLE = 4096
+"""Bytes in the middle of files of one size that are compared before the whole."""
+
+COPIES = {
+    "duplicates-with-different-masks": ("with different masks", "keep the right one: contrary labels can't be learned"),
+    "duplicates-across-groups": (
+        "in different groups",
+        "remove the copies: --group-by can't keep them on one side, so validation sees what was trained on",
+    ),
+    "duplicate-images": (
+        "with the same mask, if any",
+        "remove the copies, or keep them on one side of the split with --group-by: validation sees what was trained on",
+    ),
+}
+"""Code -> what is said, and the remedy."""
+
+
+def too_few(count: int) -> list[Finding]:
+    if count < 2:
+        text = f"{count or 'no'} pair of an image and a mask: one is needed to train on and one to validate on"
+        return error("too-few-pairs", text, "add pairs; some tens are a start where images are alike")
+    text = f"{count} pairs are few: the validation score of {max(1, round(0.2 * count))} says little"
+    remedy = "--folds 5 scores each pair once; strong augmentation helps (see `unet-ray recipes isbi2012`)"
+    return note("few-pairs", text, remedy) if count < 10 else []
+
+
+def named_groups(pairs: Sequence[Pair], pattern: str) -> list[Finding]:
+    groups = Counter(records.group_of(pair.key, pattern) for pair in pairs)
+    largest, count = groups.most_common(1)[0]
+    text = f"the names look like {len(groups)} groups, such as {largest!r} with {count} images"
+    remedy = f"--group-by {shlex.quote(pattern)} keeps each on one side of the split, as scores that don't flatter need"
+    return note("names-look-like-groups", text, remedy)
+
+
+def neighbours(looks: Sequence[Look]) -> list[Finding]:
+    """Whether images that follow each other by name are alike."""
+    thumbs = [look.thumb for look in looks]
+    if len(thumbs) < 8:
+        return []
+    half = len(thumbs) // 2
+    near, far = (
+        np.mean([np.abs(one - other).mean() for one, other in some])
+        for some in (itertools.pairwise(thumbs), zip(thumbs, thumbs[half:] + thumbs[:half], strict=True))
+    )
+    text = f"neighbours by name differ by {near / far:.0%} of what others do, as slices of a volume or frames of a film"
+    remedy = "--set data.split_order=name holds out one end of them, not some between those that were trained on"
+    return note("neighbours-alike", text, remedy) if near < ALIKE * far else []
+
+
+def duplicates(
+    images: Sequence[ImageFile], pairs: Sequence[Pair], looks: Sequence[Look], pattern: str | None
+) -> Iterator[Finding]:
+    """Images that are there more than once: of all local ones, of those in buckets the sampled."""
+    file_of, mask_of = {image.path: image for image in images}, {pair.image: pair.mask for pair in pairs}
+    flat = {look.pair.image for look in looks if look.constant}
+    local = [i.path for i in images if not storage.is_uri(i.path) and i.size > 0 and i.path not in flat]
+    copies = _copies(local)
+    copies += _same((look.digest, look.pair.image) for look in looks if storage.is_uri(look.pair.image))
+    found: dict[str, list[list[str]]] = {code: [] for code in COPIES}
+    for paths in copies:
+        matches = [] if pattern is None else [re.search(pattern, file_of[path].key) for path in paths]
+        if _differ([mask_of[path] for path in paths if path in mask_of]):
+            found["duplicates-with-different-masks"].append(paths)
+        elif len({match.group() for match in matches if match}) > 1:
+            found["duplicates-across-groups"].append(paths)
+        else:
+            found["duplicate-images"].append(paths)
+    for code, (what, remedy) in COPIES.items():
+        names = [file_of[path].name for paths in found[code] for path in paths]
+        yield from warning(code, f"{number(found[code], 'image')} there more than once, {what}", remedy, names)
+
+
+def _copies(paths: Sequence[str]) -> list[list[str]]:
+    """Local files with the same bytes, in groups: found by size, then by their middle, then as a whole."""
+
+    def middle(path: str) -> bytes:
+        with Path(path).open("rb") as stream:
+            stream.seek(Path(path).stat().st_size // 2)
+            return stream.read(MIDDLE)
+
+    def whole(path: str) -> bytes:
+        return hashlib.sha256(Path(path).read_bytes()).digest()
+
+    with ThreadPoolExecutor(THREADS) as threads:
+        groups = _same((Path(path).stat().st_size, path) for path in paths)
+        for look in (middle, whole):
+            left = list(itertools.chain(*groups))
+            groups = _same(zip(threads.map(look, left), left, strict=True))
+        return groups
+
+
+def _same(keyed: Iterable[tuple[Hashable, str]]) -> list[list[str]]:
+    """Paths that share a key, in groups of two and more."""
+    groups: dict[Hashable, list[str]] = {}
+    for key, path in keyed:
+        groups.setdefault(key, []).append(path)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _differ(masks: Sequence[str]) -> bool:
+    try:
+        values = [imaging.stored_values(storage.read_bytes(path)) for path in masks]
+    except (imaging.ImageError, OSError):
+        return False  # said elsewhere
+    return any(not np.array_equal(one, other) for one, other in itertools.pairwise(values))

@@ -1,0 +1,157 @@
+"""What the pixels of a pair say."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from unet_ray import imaging, storage
+from unet_ray.config import ValueRange
+from unet_ray.doctor.files import LOOK, Header
+from unet_ray.imaging import ImageError
+from unet_ray.records import Pair
+
+THUMB = 32
+SAME = 0.9
+"""Correlation above which an image and a mask are taken for the same picture."""
+PHOTOGRAPH = 32
+"""Values of a mask beyond which it may be the image."""
+
+
+@dataclass(slots=True, eq=False)
+class Look:
+    """What the pixels of a pair say."""
+
+    pair: Pair
+    image: Header
+    mask: Header
+    digest: bytes = b""
+    """Of the image's file."""
+    mask_digest: bytes = b""
+    lowest: tuple[int, ...] = ()
+    """Of each channel, at a side of `LOOK`."""
+    highest: tuple[int, ...] = ()
+    constant: bool = False
+    gray: bool = False
+    range: tuple[float, float] | None = None
+    """0.5th and 99.5th percentile of values of more than 8 bits."""
+    thumb: np.ndarray = field(default_factory=lambda: np.zeros((THUMB, THUMB), np.float32))
+    """In gray, less its mean."""
+    counts: dict[int, int] = field(default_factory=dict)
+    """Of a mask: stored value -> pixels; empty if it holds no such values."""
+    colours: dict[tuple[int, ...], int] = field(default_factory=dict)
+    """Of a mask in colours: colour -> pixels."""
+    no_mask: str = ""
+    """The finding's code if the mask is none."""
+
+
+def look_at(pair: Pair, headers: Mapping[str, Header]) -> Look:
+    """Reads and decodes a pair. If that fails, its header says so, and what this returns is of no use."""
+    look = Look(pair, headers[pair.image], headers[pair.mask])
+    header = look.image
+    try:
+        data = storage.read_bytes(pair.image)
+        picture = _look_at_image(look, data)
+        header = look.mask
+        _look_at_mask(look, data, storage.read_bytes(pair.mask), picture)
+    except (ImageError, OSError, ValueError) as reason:
+        header.damaged(reason)
+    return look
+
+
+def values_of(looks: Iterable[Look]) -> set[int]:
+    return {value for look in looks for value in look.counts}
+
+
+def gray_levels(path: str) -> int:
+    """Of an image; 0 if it can't be read."""
+    try:
+        return len(np.unique(imaging.decode_image(storage.read_bytes(path), 1, None, value_range="percentiles")[0]))
+    except (ImageError, OSError):
+        return 0
+
+
+def _look_at_image(look: Look, data: bytes) -> np.ndarray:
+    """Fills in what the image says. Returns it in gray, float32 [LOOK,LOOK]."""
+    header = look.image
+    channels = header.channels if header.array else 1 if header.channels < 3 else 3
+    value_range: ValueRange = None if header.depth == "8" else "percentiles"
+    array, _ = imaging.decode_image(data, channels, (LOOK, LOOK), value_range=value_range)
+    if header.depth != "8":
+        values = _stored(data)
+        low, high = np.nanpercentile(values[:: max(1, len(values) // 256)], imaging.PERCENTILES)
+        look.range = (float(low), float(high))
+    look.digest = hashlib.sha256(data).digest()
+    look.lowest, look.highest = tuple(array.min(axis=(0, 1)).tolist()), tuple(array.max(axis=(0, 1)).tolist())
+    if look.lowest == look.highest:  # at full size a few pixels may differ
+        whole, _ = imaging.decode_image(data, channels, None, value_range=value_range)
+        look.constant = bool((whole == whole[:1, :1]).all())
+    # A step or two of difference is what JPEG makes of gray.
+    look.gray = channels != 3 or int(np.ptp(array, axis=2).max()) <= 4
+    picture = array.mean(axis=2, dtype=np.float32)
+    thumb = _smaller(picture)
+    look.thumb = thumb - thumb.mean()
+    return picture
+
+
+def _look_at_mask(look: Look, image: bytes, data: bytes, picture: np.ndarray) -> None:
+    """Fills in what the mask says."""
+    header = look.mask
+    look.mask_digest = hashlib.sha256(data).digest()
+    if data == image:
+        look.no_mask = "mask-is-the-image"
+        return
+    if header.depth == "float":
+        look.no_mask = "floating-point-masks"
+        return
+    try:
+        values, numbers = np.unique(imaging.stored_values(data), return_counts=True)
+    except ImageError:
+        if header.array or header.mode not in ("RGB", "RGBA", "CMYK", "YCbCr"):
+            raise
+        with Image.open(io.BytesIO(data)) as opened:
+            look.colours = {colour: count for count, colour in opened.convert("RGB").getcolors(2**24) or []}
+        look.no_mask = "masks-in-colours"
+    else:
+        if values[0] < 0 or values[-1] >= 2**16:
+            look.no_mask = "mask-values-beyond-16-bits"
+            return
+        look.counts = dict(zip(values.tolist(), numbers.tolist(), strict=True))
+    many = max(len(look.colours), len(look.counts)) > PHOTOGRAPH
+    if many and _same_picture(picture, imaging.decode_image(data, 1, (LOOK, LOOK))[0]):
+        look.counts, look.no_mask = {}, "mask-is-the-image"
+
+
+def _same_picture(image: np.ndarray, mask: np.ndarray) -> bool:
+    """Whether a mask with the values of a photograph is the image, saved again."""
+    pictures = (image, mask[..., 0].astype(np.float32))
+    coarse = [_smaller(picture) for picture in pictures]
+    # The fine texture too: an object on a plain ground looks like its own mask.
+    fine = [p - np.kron(c, np.ones((LOOK // THUMB,) * 2)) for p, c in zip(pictures, coarse, strict=True)]
+    return all(
+        min(one.std(), other.std()) > 1e-3 and np.corrcoef(one.ravel(), other.ravel())[0, 1] > SAME
+        for one, other in (coarse, fine)
+    )
+
+
+def _smaller(picture: np.ndarray) -> np.ndarray:
+    """[LOOK,LOOK] as [THUMB,THUMB]."""
+    return picture.reshape(THUMB, LOOK // THUMB, THUMB, LOOK // THUMB).mean(axis=(1, 3))
+
+
+def _stored(data: bytes) -> np.ndarray:
+    """An image's values of more than 8 bits, as they are stored."""
+    if data[:6] == b"\x93NUMPY":
+        return np.load(io.BytesIO(data), allow_pickle=False)
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return np.asarray(image)
+    except UnidentifiedImageError:
+        import tifffile
+
+        return tifffile.imread(io.BytesIO(data))

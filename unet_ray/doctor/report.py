@@ -1,0 +1,145 @@
+"""What an examination returns, and how a terminal shows it."""
+
+from __future__ import annotations
+
+import dataclasses
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+from unet_ray.config import TrainConfig, load_train_config
+from unet_ray.doctor.words import counts, percent, some
+from unet_ray.progress import duration
+
+NAMED = 20
+"""Files that a finding lists."""
+SHOWN_CLASSES = 16
+
+Level = Literal["error", "warning", "note"]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that is wrong, or worth knowing."""
+
+    level: Level
+    code: str
+    """Its name, such as `mask-of-another-size`."""
+    text: str
+    """One line: what, how many, up to three names."""
+    remedy: str
+    files: tuple[str, ...] = ()
+    """Names below their folder, at most `NAMED`."""
+
+
+def _finding(level: Level, code: str, text: str, remedy: str, files: Sequence[str] | None = None) -> list[Finding]:
+    if files is None:
+        return [Finding(level, code, text, remedy)]
+    return [Finding(level, code, f"{text}: {some(files)}", remedy, tuple(files[:NAMED]))] if files else []
+
+
+error, warning, note = partial(_finding, "error"), partial(_finding, "warning"), partial(_finding, "note")
+"""A finding, whose text ends with the names of its files; none where these are an empty list."""
+
+
+@dataclass(frozen=True, slots=True)
+class Suggestion:
+    """Settings that fit the data."""
+
+    recipe: str
+    image_size: int | tuple[int, int]
+    """As `data.image_size`."""
+    settings: tuple[tuple[str, str], ...]
+    """Where they differ from the recipe's: dotted name and YAML value, as `--set` takes them."""
+    command: str
+    """The whole `unet-ray train …`, quoted for a shell."""
+
+    def config(self) -> TrainConfig:
+        """What the command trains."""
+        return load_train_config(recipe=self.recipe, settings=self.settings)
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What the suggested training takes on this machine."""
+
+    seconds_per_epoch: float
+    row_bytes: int
+    """Of all decoded pairs."""
+    fits: bool
+    """They stay in memory; otherwise each epoch decodes them again."""
+    device: str
+    measured: str
+    """How, in words."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What `examine` returns."""
+
+    images: str
+    masks: str | None
+    pairs: int
+    facts: dict[str, Any]
+    """Numbers of `images`, `masks` and `sampled` pairs; files of each of `image_formats`, `image_modes`, `image_sizes`,
+    and of the masks'; masks with each of `mask_values`; `class_shares` of the pixels; `empty_masks`; `groups`."""
+    findings: tuple[Finding, ...]
+    """Errors first, then warnings, then notes."""
+    suggestion: Suggestion | None
+    expected: Expected | None
+
+    @property
+    def exit_code(self) -> int:
+        """0: nothing, or notes only; 1: warnings; 2: errors."""
+        levels = {finding.level for finding in self.findings}
+        return 2 if "error" in levels else 1 if "warning" in levels else 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for JSON; `exit_code` among them."""
+        return {**dataclasses.asdict(self), "exit_code": self.exit_code}
+
+
+def table(report: Report) -> str:
+    """The report for a terminal, at most 80 columns but for the command to copy."""
+    lines = [f"images       {report.images}", f"masks        {report.masks or 'none given'}"]
+    lines += [line for label, text in _facts(report.facts, report.pairs) for line in _wrapped(f"{label:<12} ", text)]
+    for finding in report.findings:
+        lines += ["", *_wrapped(f"{finding.level:<8} ", f"{finding.text} [{finding.code}]")]
+        lines += _wrapped("         -> ", finding.remedy)
+    if not report.findings:
+        lines += ["", "nothing to complain of"]
+    if report.suggestion is not None:
+        lines += ["", "suggested", f"  {report.suggestion.command}"]
+    if report.expected is not None:
+        expected = report.expected
+        fits = "fit in memory" if expected.fits else "do not fit in memory: each epoch decodes them, or see --cache"
+        text = (
+            f"{duration(max(1.0, expected.seconds_per_epoch))} an epoch on {expected.device} ({expected.measured}); "
+            f"the decoded pairs take {expected.row_bytes / 2**30:.2g} GiB and {fits}"
+        )
+        lines += _wrapped("expected     ", text)
+    return "\n".join(lines)
+
+
+def _facts(facts: Mapping[str, Any], pairs: int) -> Iterator[tuple[str, str]]:
+    yield "found", f"{facts['images']} images, {facts['masks']} masks, {pairs} pairs"
+    if facts["sampled"]:
+        yield "pixels", f"read of {'all' if facts['sampled'] == pairs else facts['sampled']} pairs"
+    for kind in ("image", "mask"):
+        parts = [facts[f"{kind}_{what}"] for what in ("formats", "modes", "sizes")]
+        if any(parts):
+            yield f"{kind} files", "; ".join(map(counts, parts))
+    if facts["class_shares"]:
+        shares = [f"{value}: {percent(share)}" for value, share in facts["class_shares"].items()]
+        more = f" and {len(shares) - SHOWN_CLASSES} more" if len(shares) > SHOWN_CLASSES else ""
+        yield "mask values", f"{', '.join(shares[:SHOWN_CLASSES])}{more} of the pixels"
+    if facts["empty_masks"]:
+        yield "empty masks", f"{facts['empty_masks']} of {facts['sampled']}"
+    if facts["groups"]:
+        yield "groups", f"{facts['groups']['groups']} by {facts['groups']['pattern']!r}"
+
+
+def _wrapped(first: str, text: str) -> list[str]:
+    return textwrap.wrap(text, 80, initial_indent=first, subsequent_indent=" " * len(first), break_on_hyphens=False)
