@@ -614,7 +614,7 @@ def test_the_suggested_command_trains_what_was_seen(discs, plant, recipe, expect
     )
     data = dict(sections["data"], mask_values=list(values))
     decoder = Decoder.of(load_train_config(settings=[*config_settings({**sections, "data": data})]))
-    for pair in pairs:
+    for pair in pairs[:3]:
         assert decoder(pair.image, pair.mask)["image"].shape[-1] == config.model.in_channels
 
 
@@ -664,18 +664,18 @@ def test_the_table_is_80_columns_wide_and_the_json_is_plain(discs):
     assert plain["exit_code"] == 2 and plain["findings"][0]["code"] == "truncated-file"
 
 
-def test_a_training_step_is_timed(discs):
+def test_a_training_step_is_timed(tmp_path):
     import torch
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # two that wait for each other take a hundred times as long where others work too
     try:
-        report = doctor.examine(*map(str, discs))
+        report = doctor.examine(*map(str, make_discs(tmp_path / "d", 2)))
     finally:
         torch.set_num_threads(threads)
     expected = report.expected
     assert 0 < expected.seconds_per_epoch < 600 and expected.fits
-    assert expected.row_bytes == 12 * 128 * 128 * 4
+    assert expected.row_bytes == 2 * 128 * 128 * 4
     assert f"an epoch on {expected.device}" in " ".join(doctor.table(report).split())
 
 
@@ -689,7 +689,7 @@ def test_a_training_step_is_timed(discs):
     ],
 )
 def test_the_real_sets_are_clean(real_data, folder, names, recipe):
-    report = examine(*(real_data / folder / name for name in names), samples=40)
+    report = examine(*(real_data / folder / name for name in names), samples=12)
     assert not troubles(report)
     assert report.suggestion.recipe == recipe
     name, settings = flags_of(report.suggestion.command)
@@ -700,7 +700,7 @@ def test_troubles_planted_in_real_files_are_found(real_data, tmp_path):
     images, masks = tmp_path / "train", tmp_path / "train_masks"
     images.mkdir()
     masks.mkdir()
-    for path in sorted((REAL_DATA / "carvana" / "train").iterdir())[:12]:
+    for path in sorted((REAL_DATA / "carvana" / "train").iterdir())[:8]:
         shutil.copy(path, images)
         shutil.copy(REAL_DATA / "carvana" / "train_masks" / f"{path.stem}_mask.gif", masks)
     names = sorted(path.stem for path in images.iterdir())

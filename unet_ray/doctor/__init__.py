@@ -33,6 +33,7 @@ HEADERS = 20_000
 """Where there are more files, headers are read of the sample only, as they are of files in a bucket."""
 THREADS = 8
 SHOWN = 20
+"""Kinds of each sort in `Report.facts`."""
 LEVELS = ("error", "warning", "note")
 
 OnProgress = Callable[[int, int, int], None]
@@ -106,13 +107,13 @@ def _read(
     files = [*found.images, *found.masks]
     many = len(files) > HEADERS
     files = [f for f in files if f.path in sampled or f.size <= 0 or not (many or storage.is_uri(f.path))]
-    bad: set[str] = set()
+    bad: set[int] = set()
     done = 0
 
     def report(pending: int, *headers: Header) -> None:
         nonlocal done
         done += 1
-        bad.update(header.name for header in headers if header.code)
+        bad.update(id(header) for header in headers if header.code)
         on_progress(done, len(bad), done + pending)
 
     headers = read_headers(files, max_pixels, lambda header: report(len(files) - done - 1 + len(sampled) // 2, header))

@@ -109,10 +109,9 @@ def _read(header: Header, stream: IO[bytes], size: int, max_pixels: int) -> None
         else:
             _read_image(header, stream, size, max_pixels)
     except UnidentifiedImageError:
+        header.code = "not-an-image"
         if magic.startswith(TIFF_MAGIC):
             _read_tiff(header, stream)
-        else:
-            header.code = "not-an-image"
     except Exception as reason:  # of as many kinds as there are plugins
         header.damaged(reason)
     pixels = header.size[0] * header.size[1]
@@ -175,16 +174,16 @@ def _read_tiff(header: Header, stream: IO[bytes]) -> None:
     """Of a TIFF that Pillow doesn't know, such as one of many channels."""
     try:
         import tifffile
-    except ImportError:
-        header.code, header.trouble = "cannot-be-decoded", "a TIFF that needs tifffile: install the extra `tiff`"
-        return
-    try:
+
         stream.seek(0)
         with tifffile.TiffFile(stream) as file:
             series = file.series[0]
             sizes = dict(zip(series.axes, series.shape, strict=True))
             extent = (sizes["X"], sizes["Y"])
+            header.code = ""
             _set_array(header, "TIFF", extent, int(np.prod(series.shape)) // (extent[0] * extent[1]), series.dtype)
+    except ImportError:
+        header.trouble = "a TIFF that needs tifffile: install the extra `tiff`"
     except Exception as reason:
         header.damaged(reason)
 

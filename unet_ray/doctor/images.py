@@ -79,11 +79,13 @@ def value_range(looks: Sequence[Look]) -> tuple[ValueRange, list[Finding]]:
         text = f"{number(names, 'sampled image')} of 16 bits ({spread})"
         remedy = "the upper 8 bits are taken; --set data.value_range=percentiles stretches each image by itself"
         return None, note("images-16-bit", text, remedy, names)
-    found: ValueRange = (0.0, float(2 ** int(np.ceil(np.log2(max(high, 0) + 1))) - 1))
+    found: ValueRange
     if high > SPREAD * max(1e-9, min(high for _, high in ranges.values())) or high <= low:
         found = "percentiles"
     elif other:
         found = (float(f"{low:.4g}"), float(f"{high:.4g}"))
+    else:
+        found = (0.0, float(2 ** int(np.ceil(np.log2(high + 1))) - 1))
     remedy = f"say which are black and white: {setting('data.value_range', found)} (or percentiles: of each by itself)"
     if floats:
         text = f"{number(names, 'sampled image')} with floating-point pixels ({spread})"
@@ -127,9 +129,7 @@ def sizes_of_pairs(pairs: Sequence[Pair], headers: Mapping[str, Header]) -> Iter
             other.append(mask.name)
             example = f"{times(mask.size)} for an image of {times(image.size)}"
     text = f"{number(turned, 'image')} turned by EXIF orientation, while the mask lies as the camera held it"
-    remedy = (
-        "turn the masks, or the images' pixels (`mogrify -auto-orient`), or remove the tag (`exiftool -Orientation=`)"
-    )
+    remedy = "turn the masks or the images (`mogrify -auto-orient`), or remove the tag (`exiftool -Orientation=`)"
     yield from error("mask-not-turned-like-its-image", text, remedy, turned)
     text = f"{number(other, 'mask')} of another size than the image, such as {example}"
     remedy = "resize them to their images' size by nearest neighbour, or find the images they were drawn on"

@@ -101,18 +101,12 @@ def _of_few_values(looks: list[Look]) -> tuple[list[Look], list[Finding]]:
     counted = all(len(look.counts) >= 0.9 * (top + 1) for look, top in zip(looks, highest, strict=True))
     if many and counted and max(highest) > 1.5 * min(highest):
         text = f"masks number their objects, up to {max(highest)} in one"
-        remedy = (
-            "a class is one value: `Image.fromarray((mask > 0).astype('uint8'))` for one class; where objects touch, "
-            "leave a pixel of background between them and add --set train.border_weight=10"
-        )
+        remedy = "a class is one value: for one, save mask > 0; --set train.border_weight=10 parts objects that touch"
         return [], error("masks-number-objects", text, remedy, _named(looks))
     between = [look for look in looks if (many or look.mask.format in ("JPEG", "MPO")) and _in_between(look.counts)]
     values = sorted(values_of(between))
     text = f"{number(between, 'mask')} with values between the classes, as of JPEG or a resize ({len(values)} values)"
-    remedy = (
-        "save them as PNG with the class values alone, for one class: "
-        "`Image.open(f).convert('L').point(lambda v: 255 * (v > 127)).save(stem + '.png')`"
-    )
+    remedy = "save PNGs of class values alone; for one: `Image.open(f).convert('L').point(lambda v: 255 * (v > 127))`"
     findings = error("masks-with-in-between-values", text, remedy, _named(between))
     looks = [look for look in looks if look not in between]
     values = sorted(values_of(looks))
@@ -185,18 +179,12 @@ def _strange(found: Classes, looks: Sequence[Look], occurs: Mapping[int, Sequenc
         (value,) = strange
         values.remove(value)
         text = f"value {value}, beside {few(values)} elsewhere, occurs in {number(occurs[value], 'mask')} only"
-        remedy = (
-            f"mend them, or leave it out: {setting('data.ignore_index', value)}; if it is a class: "
-            f"--set model.num_classes={len(values) + 1}"
-        )
+        remedy = f"mend them, or leave the value out: {setting('data.ignore_index', value)}"
         yield from error("unexpected-mask-value", text, remedy, occurs[value])
     gaps = [value for value in range(values[-1]) if value not in occurs] if len(values) > 2 else []
     if gaps and len(gaps) <= max(1, len(values) // 3):
         text = f"value {few(gaps)} lies between the others ({few(values)}) and is in no mask that was looked at"
-        remedy = (
-            f"if there is no such class: {setting('data.mask_values', values)}; if there is, "
-            f"--set model.num_classes={values[-1] + 1} and add images that show it"
-        )
+        remedy = f"if there is no such class: {setting('data.mask_values', values)}; otherwise add images with it"
         yield from warning("class-never-occurs", text, remedy)
 
 
@@ -229,10 +217,7 @@ def _balance(looks: Sequence[Look], found: Classes, occurs: Mapping[int, Sequenc
     values, shares = found.values, found.shares
     if len(values) == 2 and shares[values[1]] < RARE_FOREGROUND:
         text = f"the foreground is {percent(shares[values[1]])} of the pixels"
-        remedy = (
-            "bce alone would find nothing: train.loss=bce+dice (the suggested one) or --set train.loss=focal+tversky, "
-            "perhaps --set train.class_weights=inverse, and a larger --image-size with --set data.tile"
-        )
+        remedy = "keep it visible: a larger --image-size with --set data.tile; perhaps --set train.loss=focal+tversky"
         yield from warning("little-foreground", text, remedy)
     elif len(values) == 2 and shares[values[1]] > MUCH_FOREGROUND:
         text = f"value {values[1]} is the foreground and {percent(shares[values[1]])} of the pixels"
@@ -242,8 +227,5 @@ def _balance(looks: Sequence[Look], found: Classes, occurs: Mapping[int, Sequenc
         names = occurs[value]
         if shares[value] < RARE_PIXELS or len(names) < 0.01 * len(looks) or (len(names) == 1 and len(looks) > 9):
             text = f"value {value} is {percent(shares[value])} of the pixels, in {len(names)} of {len(looks)} masks"
-            remedy = (
-                "add images that show it, or weigh it: --set train.class_weights=inverse; validation may not see it: "
-                "--set data.val_groups='[…]' names groups to hold out"
-            )
+            remedy = "add images that show it; --set train.class_weights=inverse; hold some out: --set data.val_groups"
             yield from warning("rare-class", text, remedy, names)

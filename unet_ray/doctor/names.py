@@ -120,7 +120,8 @@ def _paired(found: Listing, *, one_folder: bool) -> Listing:
     matches = records.match(images, masks, one_folder=one_folder)
     missing, orphans = matches.missing, matches.orphans
     if one_folder:
-        renamed, code = _other_names(*_divided(missing, lambda file: not MASK_WORD.search(_last(file.key))))
+        sides = ([i for i in missing if bool(MASK_WORD.search(_last(i.key))) == mask] for mask in (False, True))
+        renamed, code = _other_names(*sides)
     else:
         renamed, code = _other_names(missing, orphans)
     findings = list(found.findings)
@@ -136,18 +137,16 @@ def _paired(found: Listing, *, one_folder: bool) -> Listing:
     two = {path for paths in matches.ambiguous.values() for path in paths}
     if one_folder:
         own = two | {pair.mask for pair in pairs} | {mask.path for mask in orphans}
-        masks, images = _divided(images, lambda file: file.path in own)
-    text = f"{number(matches.twice, 'name')} with two images, but for the extension"
+        masks, images = ([file for file in images if (file.path in own) == wanted] for wanted in (True, False))
+    twice = set(matches.twice)
+    text = f"{number(twice, 'name')} with two images, but for the extension"
     remedy = "rename or remove one of each: their masks can't be told apart"
-    findings += error("two-images-of-one-name", text, remedy, [i.name for i in images if i.key in matches.twice])
+    findings += error("two-images-of-one-name", text, remedy, [i.name for i in images if i.key in twice])
     text = f"{number(matches.ambiguous, 'image')} with two masks"
     remedy = f"keep one each: an image x.jpg has x.png or x{MASK_SUFFIX}.png"
     findings += error("two-masks-for-one-image", text, remedy, [mask.name for mask in masks if mask.path in two])
     text = f"{number(missing, 'image')} of {len(images)} without a mask"
-    remedy = (
-        f"add the masks (the image's path and stem, with or without {MASK_SUFFIX}), or move the images elsewhere; "
-        "`unet-ray predict` segments them later"
-    )
+    remedy = f"add the masks (the image's path and stem, with or without {MASK_SUFFIX}), or move the images elsewhere"
     findings += error("image-without-mask", text, remedy, [image.name for image in missing])
     text = f"{number(orphans, 'mask')} of {len(masks)} without an image"
     remedy = "add the images, or move the masks elsewhere"
@@ -158,29 +157,21 @@ def _paired(found: Listing, *, one_folder: bool) -> Listing:
     return replace(found, images=images, masks=masks, pairs=pairs, findings=findings)
 
 
-def _divided(files: Iterable[ImageFile], test: Callable[[ImageFile], bool]) -> tuple[list[ImageFile], list[ImageFile]]:
-    """Those that pass, and the others."""
-    sides: tuple[list[ImageFile], list[ImageFile]] = ([], [])
-    for file in files:
-        sides[not test(file)].append(file)
-    return sides
-
-
 def _other_names(
     images: Sequence[ImageFile], masks: Sequence[ImageFile]
 ) -> tuple[list[tuple[ImageFile, ImageFile]], str]:
     """Pairs that other names would make of images and masks without a partner, and the finding's code: by known words
     or by what all names begin and end with, in the same folders or in any. No pairs if that pairs less than half."""
     ways: tuple[Callable[[Sequence[str], re.Pattern[str]], list[str]], ...] = (_without_words, _without_what_is_common)
-    for way, part in itertools.product(ways, (str, _last)):
+    for way, anywhere in itertools.product(ways, (False, True)):
         sides = []
         for files, word in ((images, IMAGE_WORD), (masks, MASK_WORD)):
-            names = way([part(file.key) for file in files], word)
+            names = way([_last(file.key) if anywhere else file.key for file in files], word)
             single = {name for name, count in Counter(names).items() if count == 1 and name}
             sides.append({name: file for name, file in zip(names, files, strict=True) if name in single})
         pairs = [(image, sides[1][name]) for name, image in sides[0].items() if name in sides[1]]
         if pairs and 2 * len(pairs) >= min(len(images), len(masks)):
-            return pairs, "masks-in-other-folders" if part is _last else "masks-named-otherwise"
+            return pairs, "masks-in-other-folders" if anywhere else "masks-named-otherwise"
     return [], ""
 
 

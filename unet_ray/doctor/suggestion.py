@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shlex
 import time
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ import torch
 
 from unet_ray import engine, records, storage
 from unet_ray.config import TrainConfig, UserError, ValueRange, load_train_config
-from unet_ray.doctor.masks import Classes
+from unet_ray.doctor.masks import MUCH_FOREGROUND, Classes
 from unet_ray.doctor.report import Expected, Finding, Suggestion, error
 from unet_ray.doctor.words import yaml_text
 from unet_ray.masks import infer_values
@@ -47,14 +48,21 @@ def suggest(
     names = [classes.names.get(value, "") for value in values]
     # At the deepest level more than one position must be left, for batch norm.
     image_size = _image_size(sizes, 2 * base.model.patch * 2**base.model.depth, square=base.augment.quarter_turns)
+    own = base.data.mask_values if sorted(base.data.mask_values or ()) == values else None
+    # In slices of membranes what there is less of is to be found.
+    membranes = own is not None and count == 1 and alike and classes.shares[values[1]] > MUCH_FOREGROUND
+    if count == 1:
+        mask_values = own if membranes else None
+    else:
+        mask_values = own or (None if values == list(range(count)) else tuple(values))
     settings: dict[str, Any] = {
         "model.in_channels": channels,
         "model.num_classes": count,
         "data.image_size": image_size,
-        "data.mask_values": tuple(values) if count > 1 and values != list(range(count)) else None,
+        "data.mask_values": mask_values,
         "data.ignore_index": classes.ignore,
-        "data.classes": tuple(names) if count > 1 and all(names) else (),
-        "data.group_by": group_by,
+        "data.classes": base.data.classes if membranes else tuple(names) if count > 1 and all(names) else (),
+        "data.group_by": _same_groups(base.data.group_by, group_by, [pair.key for pair in pairs]),
         "data.split_order": "name" if alike else "hash",
         "data.value_range": value_range,
     }
@@ -82,6 +90,14 @@ def _recipe(channels: int, classes: int, pairs: int) -> str:
     if classes > 1:
         return "camvid"
     return "isbi2012" if channels == 1 and pairs < 200 else "carvana-fast"
+
+
+def _same_groups(known: str | None, pattern: str | None, keys: Sequence[str]) -> str | None:
+    """The recipe's own pattern where it makes the same groups, otherwise the other."""
+    if known is None or not all(re.search(known, key) for key in keys):
+        return pattern
+    both = {(records.group_of(key, known), records.group_of(key, pattern)) for key in keys}
+    return known if len({ours for ours, _ in both}) == len(both) == len({seen for _, seen in both}) else pattern
 
 
 def _image_size(sizes: Sequence[tuple[int, int]], least: int, *, square: bool) -> int | tuple[int, int]:
