@@ -21,7 +21,7 @@ LAYERS = [
     {"backends"},
     {"segmenter"},
     {"stages"},
-    {"nodes"},
+    {"nodes", "process_group"},
     {"datasets"},
     {"exports"},
     {"training", "prediction"},
@@ -41,7 +41,7 @@ LAYERS = [
     {"cli"},
     {"__main__"},
 ]
-MAY_IMPORT_RAY = {"nodes", "datasets", "training", "prediction", "evaluation", "cluster"}
+MAY_IMPORT_RAY = {"nodes", "process_group", "datasets", "training", "prediction", "evaluation", "cluster"}
 
 
 def imports() -> dict[str, set[str]]:

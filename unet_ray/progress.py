@@ -116,7 +116,7 @@ class TrainingDisplay(_Display):
             step = f"{progress.step}/{progress.steps}"
             details = "  ".join(filter(None, (step, what, self._left(progress.epoch - 1, now))))
             self.show(f"epoch {progress.epoch}/{self.epochs}", progress.step, progress.steps, details)
-        elif now - self.said >= STEPS_EVERY_SECONDS:
+        elif now - self.said >= STEPS_EVERY_SECONDS and progress.step < progress.steps:
             self.said = now
             click.echo(f"epoch {progress.epoch:>3}/{self.epochs}  step {progress.step}/{progress.steps}  {what}")
 

@@ -276,6 +276,7 @@ def _fit_once(config: TrainConfig, parts: Split, out: str, device: str, follower
     from ray.train.torch import TorchTrainer
 
     from unet_ray import datasets, nodes
+    from unet_ray.process_group import OnRaysNetwork
 
     compute = config.compute
     first = parts.pairs[0]
@@ -312,6 +313,7 @@ def _fit_once(config: TrainConfig, parts: Split, out: str, device: str, follower
             "out": out,
             "threads": None if on_gpu else threads,
         },
+        torch_config=OnRaysNetwork(),
         scaling_config=ScalingConfig(
             num_workers=compute.workers,
             use_gpu=on_gpu,

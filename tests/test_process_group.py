@@ -1,0 +1,26 @@
+"""By which network the processes of a training talk."""
+
+import os
+from types import SimpleNamespace
+
+import psutil
+import ray.util
+
+from unet_ray import process_group
+
+
+def test_gloo_takes_the_interface_of_rays_address(monkeypatch):
+    addresses = {"lo": "127.0.0.1", "eth0": "10.88.0.2"}
+    found = {name: [SimpleNamespace(address=address)] for name, address in addresses.items()}
+    monkeypatch.setattr(psutil, "net_if_addrs", lambda: found)
+    for address, before, after in (
+        ("10.88.0.2", None, "eth0"),
+        ("10.88.0.2", "ib0", "ib0"),  # as the user has said
+        ("127.0.0.3", None, None),  # of no interface: as it was
+    ):
+        monkeypatch.setattr(ray.util, "get_node_ip_address", lambda address=address: address)
+        monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+        if before:
+            monkeypatch.setenv("GLOO_SOCKET_IFNAME", before)
+        process_group.choose_interface()
+        assert os.environ.get("GLOO_SOCKET_IFNAME") == after
