@@ -444,7 +444,7 @@ def slices(folder: str, out: str, channels: str, labels: str, every: int) -> Non
 
 @main.command()
 @_pairs
-@click.option("--samples", type=click.IntRange(min=1), metavar="N", help="Pairs whose pixels are read.  [default: 256]")
+@click.option("--samples", type=click.IntRange(min=1), metavar="N", help="Pairs whose pixels are read.  [default: 200]")
 @click.option("--no-timing", is_flag=True, help="Don't time a training step.")
 @_as_json
 def doctor(images: str | None, masks: str | None, samples: int | None, no_timing: bool, as_json: bool) -> None:

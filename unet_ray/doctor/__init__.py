@@ -28,7 +28,7 @@ from unet_ray.records import ImageFile, Pair
 
 __all__ = ["Expected", "Finding", "Report", "Suggestion", "examine", "table"]
 
-SAMPLES = 256
+SAMPLES = 200
 HEADERS = 20_000
 """Where there are more files, headers are read of the sample only, as they are of files in a bucket."""
 THREADS = 8

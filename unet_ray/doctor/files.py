@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from unet_ray.doctor.words import number
 from unet_ray.records import ImageFile
 
 THREADS = 8
+AT_ONCE = 32
 LOOK = 128
 """Side that images are looked at in."""
 END = 16
@@ -72,8 +74,11 @@ class Header:
 def read_headers(files: Sequence[ImageFile], max_pixels: int, on_read: Callable[[Header], None]) -> dict[str, Header]:
     """Path -> header."""
     headers = {}
+    # Some at a time: handing a file to a thread takes as long as reading its header.
+    batches = [files[start : start + AT_ONCE] for start in range(0, len(files), AT_ONCE)]
     with ThreadPoolExecutor(THREADS) as threads:
-        for file, header in zip(files, threads.map(lambda file: _header(file, max_pixels), files), strict=True):
+        read = threads.map(lambda batch: [_header(file, max_pixels) for file in batch], batches)
+        for file, header in zip(files, itertools.chain.from_iterable(read), strict=True):
             headers[file.path] = header
             on_read(header)
     return headers
