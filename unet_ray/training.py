@@ -90,9 +90,10 @@ def train(
     `resume` goes on from the last finished epoch, and starts anew where there is none.
     Raises UserError for what the user can mend.
     """
-    for name in ("images", "masks"):
-        if not getattr(config.data, name):
-            raise UserError(f"--{name} is missing: the folder of the {name}")
+    if not config.data.images:
+        raise UserError("--images is missing: the folder of the images")
+    if not config.data.masks:
+        raise UserError("--masks is missing: the folder of the masks, or that of the images if they end in _mask there")
     out = storage.absolute(out)
     workers = config.compute.most_workers
     if config.train.batch_size < workers:

@@ -115,9 +115,11 @@ def table(report: Report) -> str:
     if report.expected is not None:
         expected = report.expected
         fits = "fit in memory" if expected.fits else "do not fit in memory: each epoch decodes them, or see --cache"
+        size = expected.row_bytes / 2**20
+        memory = f"{size:.0f} MiB" if size < 1024 else f"{size / 1024:.1f} GiB"
         text = (
             f"{duration(max(1.0, expected.seconds_per_epoch))} an epoch on {expected.device} ({expected.measured}); "
-            f"the decoded pairs take {expected.row_bytes / 2**30:.2g} GiB and {fits}"
+            f"the decoded pairs take {memory} and {fits}"
         )
         lines += _wrapped("expected     ", text)
     return "\n".join(lines)
