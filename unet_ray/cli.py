@@ -199,8 +199,8 @@ def train(
                 local=local,
                 resume=resume,
                 watch=_watch(config, display),
-                on_fold=click.echo,
-                on_scores=lambda fold, dice: click.echo(f"{fold}: Dice {dice:.4f} on the images held out"),
+                on_fold=display.tell,
+                on_scores=lambda fold, dice: display.tell(f"{fold}: Dice {dice:.4f} on the images held out"),
             )
         for label, name in (("Dice", "dice"), ("IoU", "iou"), ("pixel accuracy", "pixel_accuracy")):
             mean, sd = summary.mean_and_sd(name)
@@ -695,6 +695,7 @@ def _watch(config: TrainConfig, display: TrainingDisplay) -> Watch:
                 f"note: the names look like {leak.groups} groups, and {leak.shared} of them are shared by training "
                 f"and validation, whose scores will flatter: use --group-by {shlex.quote(leak.pattern or '')}"
             )
+        display.start()
 
     def retry(reason: str, done: int) -> None:
         display.tell(f"lost a worker ({reason[:200]}): going on after epoch {done}", err=True)

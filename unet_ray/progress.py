@@ -92,6 +92,11 @@ class TrainingDisplay(_Display):
         self.begun = self.said = time.monotonic()
         self.first: int | None = None
 
+    def start(self) -> None:
+        """A training begins, perhaps one of several; the first epoch may take a while to come."""
+        self.first = None
+        self.show("starting", 0, None, "")
+
     def epoch(self, line: dict[str, Any]) -> None:
         """A line of metrics.jsonl."""
         now, epoch = time.monotonic(), line["epoch"]
