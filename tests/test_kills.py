@@ -44,7 +44,9 @@ def contents(out: Path) -> dict[str, bytes]:
     found = {
         str(p.relative_to(out)): p.read_bytes()
         for p in out.rglob("*")
-        if p.is_file() and p.name not in ("summary.json", "lock.json") and p.parent.name != "manifest.parquet"
+        if p.is_file()
+        and p.name not in ("summary.json", "report.html", "lock.json")
+        and p.parent.name != "manifest.parquet"
     }
     for part in (out / "manifest.parquet").iterdir():
         found[part.name] = pq.read_table(part).drop_columns("milliseconds").to_pylist()

@@ -192,10 +192,10 @@ def test_an_autoscaling_cluster_grows_for_a_prediction_and_shrinks_after_it(tmp_
         arguments = ("predict", model, folder, "--out", out, "--precision", "fp32", "--device", "cpu")
         process = cluster.command(*arguments)
 
-        def raylets_at_work() -> int:
-            return sum(bool(working(raylet, "ray::Map")) for raylet in working(head, "raylet/raylet"))
+        def raylets_with_models() -> int:
+            return sum(bool(working(raylet, "_ModelActor")) for raylet in working(head, "raylet/raylet"))
 
-        until(lambda: raylets_at_work() == 2, process)
+        until(lambda: raylets_with_models() == 2, process)
         output = process.communicate(timeout=300)[0]
         assert process.returncode == 0, output[-3000:]
         assert pq.read_table(out / "manifest.parquet").num_rows == 260

@@ -525,7 +525,7 @@ def report(location: str, on_cluster: bool, verbose: bool) -> None:
 
     with ImagesDisplay("scored") as display:
         place = page.write(location, local=not on_cluster, cluster=started(verbose), on_progress=display)
-    click.echo(place)
+    click.echo(storage.without_secrets(place))
 
 
 @main.command()
@@ -666,12 +666,12 @@ def _reported(location: str, no_report: bool) -> dict[str, str]:
     except Exception as error:
         say(f"no report.html: {type(error).__name__}: {error}", err=True)
         return {}
-    return {"report": storage.join(location, report.REPORT)}
+    return {"report": storage.join(location, "report.html")}
 
 
 def _say_places(**places: str) -> None:
     for name, place in places.items():
-        click.echo(f"  {name:<8}{place}")
+        click.echo(f"  {name:<8}{storage.without_secrets(place)}")
 
 
 def _say_next(*commands: str) -> None:

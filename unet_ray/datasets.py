@@ -31,6 +31,10 @@ NUMBERS_A_BLOCK = 4096
 LOOK_SECONDS = 0.02
 """How long Ray Data waits at most before it looks which tasks have finished."""
 
+RESERVED = 0.05
+"""Share of the CPUs that Ray Data keeps for all stages alike, where nodes come later: with its half, their copies of
+the model would not fit. What each stage needs at least it keeps anyway."""
+
 NO_LIMIT = 4096
 """Copies of the model on a cluster that may grow: as many as it comes to have room for."""
 
@@ -211,6 +215,8 @@ def run_on_cluster(
     nodes.check_shared(shared)
     grows = nodes.may_grow()
     most = workers or (NO_LIMIT if grows else copies)
+    if grows and device == "cpu":
+        DataContext.get_current().op_resource_reservation_ratio = RESERVED
     tables = [
         pa.table({"number": pa.array(numbers[start : start + NUMBERS_A_BLOCK], pa.int64())})
         for start in range(0, len(numbers), NUMBERS_A_BLOCK)
@@ -229,8 +235,8 @@ def run_on_cluster(
             fn_constructor_kwargs={"model": model, "device": device, "threads": threads, "copies": workers or copies},
             batch_size=None,
             batch_format="numpy",
-            # Where no more CPUs will come, all at once: of its own accord Ray Data gives a stage about two thirds.
-            compute=ActorPoolStrategy(min_size=1 if grows else min(most, len(numbers)), max_size=most),
+            # At once what there is room for: of its own accord Ray Data gives a stage a part of the CPUs only.
+            compute=ActorPoolStrategy(min_size=min(copies, most, len(numbers)), max_size=most),
             **resources,
         )
         .map_batches(_UnlessEmpty(after), batch_size=None, batch_format="numpy", num_cpus=0.5)

@@ -28,7 +28,7 @@ from unet_ray.records import ImageFile
 from unet_ray.segmenter import BatchSegmenter, check_ensemble
 from unet_ray.stages import Chunk, Finish, Load, Prediction, Stage
 
-SETTINGS, SUMMARY = "settings.json", "summary.json"
+SETTINGS, SUMMARY, REPORT = "settings.json", "summary.json", "report.html"
 OUTPUTS = (
     stages.MASKS,
     stages.PROBABILITIES,
@@ -39,6 +39,7 @@ OUTPUTS = (
     exports.SUBMISSION,
     exports.COCO,
     SUMMARY,
+    REPORT,
     ledger.WORK,
     SETTINGS,  # last: it says that the rest may be removed
 )

@@ -48,7 +48,6 @@ from unet_ray.records import Pair
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-REPORT = "report.html"
 SCORED = 128
 """Validation images that are scored again, at their own size, for the page; evenly spaced where there are more."""
 BACKEND: Literal["torch"] = "torch"
@@ -135,7 +134,7 @@ def write(
         )
     else:
         raise UserError(f"{location}: no such folder")
-    path = storage.join(location, REPORT)
+    path = storage.join(location, prediction.REPORT)
     storage.write_bytes(path, page.encode())
     return path
 
@@ -165,7 +164,10 @@ def _of_run(run: str, local: bool, cluster: AbstractContextManager[None], on_pro
         how = EvaluateConfig(model=run, backend=BACKEND)
         scores = evaluation.evaluate(how, pairs=some, local=local, cluster=cluster, on_progress=on_progress)
     except UserError as error:  # images that have been moved since, say: there is still the rest to see
-        notes.append(f"The validation images could not be scored again: {error}")
+        reason = str(error)
+        for place in (run, config.data.images, config.data.masks):
+            reason = reason.replace(place, storage.without_secrets(place))
+        notes.append(f"The validation images could not be scored again: {reason}")
     best, history = result.best, result.history
     if scores is not None and scores.dice.mean is not None and scores.dice.ci95[0] is not None:
         dice = f"{scores.dice.mean:.4f}"
@@ -174,10 +176,12 @@ def _of_run(run: str, local: bool, cluster: AbstractContextManager[None], on_pro
         if len(pairs) > scores.images + len(scores.failures):
             notes.append(f"Scored at their own size: {scores.images} of {len(pairs)} validation images, evenly spaced.")
         if scores.failures:
-            notes.append(f"{len(scores.failures)} could not be scored; the first: {': '.join(scores.failures[0])}")
+            path, reason = scores.failures[0]
+            notes.append(f"{len(scores.failures)} could not be scored; the first: {_short(path)}: {reason}")
     else:
         dice, label = f"{best['val_dice']:.4f}", "Dice at the network's size"
     seconds = sum(line["seconds"] for line in history)
+    again = storage.without_secrets(storage.join(run, engine.CONFIG))
     sections = [Section(title="How it went", charts=_curves(history, best["epoch"]), keep=True)]
     if scores is not None:
         sections += [_score_section(scores), *_class_section(scores)]
@@ -188,14 +192,13 @@ def _of_run(run: str, local: bool, cluster: AbstractContextManager[None], on_pro
         Section(
             title="The same again",
             text="All settings are in config.yaml; the split of the images depends on their names alone.",
-            command=f"unet-ray train --config {shlex.quote(storage.join(run, engine.CONFIG))} --out NEW_RUN",
+            command=f"unet-ray train --config {shlex.quote(again)} --out NEW_RUN",
             keep=True,
         ),
     ]
-    name = run.rstrip("/").rpartition("/")[2]
     return _page(
-        title=f"{name}: {_network(config)}",
-        subtitle=f"Trained by unet-ray {__version__}: {run}",
+        title=f"{_name(run)}: {_network(config)}",
+        subtitle=f"Trained by unet-ray {__version__}: {storage.without_secrets(run)}",
         tiles=[
             (dice, label),
             (f"{best['epoch']} of {len(history)}", "best epoch of all"),
@@ -222,8 +225,11 @@ def _settings(config: TrainConfig, card: ModelCard, sides: Counter[str]) -> list
     classes = ", ".join(card.classes) or ("the foreground" if one else str(card.model.num_classes))
     loss = fit.loss if fit.loss != "auto" else "bce+dice" if one else "ce+dice"
     rows = [
-        ["images", f"{data.images} ({sides['train']} to train on, {sides['val']} to validate on)"],
-        ["masks", f"{data.masks}, values {', '.join(map(str, data.mask_values or ()))}"],
+        [
+            "images",
+            f"{storage.without_secrets(data.images)} ({sides['train']} to train on, {sides['val']} to validate on)",
+        ],
+        ["masks", f"{storage.without_secrets(data.masks)}, values {', '.join(map(str, data.mask_values or ()))}"],
         ["split", f"by {data.group_by}" if data.group_by else "image by image"],
         ["network", f"{_network(config)}, {operations / 1e9:.3g} GFLOP an image"],
         ["classes", classes],
@@ -480,8 +486,8 @@ def _of_prediction(out: str) -> str:
     ]
     sections.append(Section(title="How it was made", table=Table(shown)))
     return _page(
-        title=f"{out.rstrip('/').rpartition('/')[2]}: {_plural(summary['images'], 'image')} segmented",
-        subtitle=f"Predicted by unet-ray {__version__}: {out}",
+        title=f"{_name(out)}: {_plural(summary['images'], 'image')} segmented",
+        subtitle=f"Predicted by unet-ray {__version__}: {storage.without_secrets(out)}",
         tiles=tiles,
         notes=notes,
         sections=sections,
@@ -686,7 +692,11 @@ def _anchor(path: str) -> str:
 
 
 def _short(path: str) -> str:
-    return "/".join(path.rsplit("/", 2)[-2:])
+    return "/".join(storage.without_secrets(path).rsplit("/", 2)[-2:])
+
+
+def _name(location: str) -> str:
+    return storage.without_secrets(location).rstrip("/").rpartition("/")[2]
 
 
 def _plural(count: int, one: str, many: str = "") -> str:
