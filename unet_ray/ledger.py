@@ -391,6 +391,10 @@ class Ledger:
         """The images' paths below their inputs."""
         return self._inputs(part, ["name"])["name"].to_pylist()
 
+    def locations(self, part: int) -> pa.ChunkedArray:
+        """Where the images lie, bytes, with the options of buckets: not for what others may read."""
+        return self._inputs(part, ["path"])["path"]
+
     def manifest(self, columns: list[str], parts: Sequence[int] | None = None) -> Iterator[pa.Table]:
         """The manifest, a part at a time; of all parts, or of these."""
         for part in self.parts() if parts is None else parts:

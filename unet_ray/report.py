@@ -10,6 +10,7 @@ import base64
 import hashlib
 import io
 import json
+import os
 import re
 import shlex
 from collections import Counter
@@ -432,8 +433,9 @@ def _of_prediction(out: str) -> str:
     names = ["path", "status", "error", "height", "width", "output", "pixels", "confidence", "milliseconds"]
     some = [parts[i] for i in np.unique(np.linspace(0, len(parts) - 1, PARTS).astype(int))] if parts else []
     seen = _Seen()
-    for table in book.manifest(names, some):
-        seen.add(table)
+    for part in some:
+        for table in book.manifest(names, [part]):
+            seen.add(table.append_column("location", book.locations(part)))
     notes = []
     if len(some) < len(parts):
         notes.append(
@@ -567,9 +569,9 @@ class _Shower:
             return None
 
     def _picture(self, row: dict[str, Any]) -> np.ndarray:
-        size = _fitted((row["height"], row["width"]))
+        size, location = _fitted((row["height"], row["width"])), os.fsdecode(row["location"])
         try:
-            picture, _ = imaging.decode_image(storage.read_bytes(row["path"]), 3, size, max_pixels=2 * MAX_PIXELS)
+            picture, _ = imaging.decode_image(storage.read_bytes(location), 3, size, max_pixels=2 * MAX_PIXELS)
         except (OSError, ImageError, UserError):  # moved, inside a Parquet file, or of many channels: the mask alone
             picture = np.full((*size, 3), 128, np.uint8)
         return picture
