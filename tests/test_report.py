@@ -220,6 +220,7 @@ def test_in_a_browser_nothing_is_too_wide_and_nothing_fails(run, page, predictio
         command += [
             f"--user-data-dir={tmp_path / 'profile'}",
             "--window-size=1400,1000",
+            "--virtual-time-budget=60000",
             "--dump-dom",
             f"file://{probe}",
         ]
