@@ -148,7 +148,7 @@ class ImagesDisplay(_Display):
         if self.first is None:
             self.first, self.started, self.said = done, now, now
         rate = (done - self.first) / max(1e-9, now - self.started)
-        details = speed(rate) if rate else "starting"
+        details = speed(rate) if rate else "starting" * (done < total)
         if rate and done < total:
             details += f"  {duration((total - done) / rate)} left"
         if failed:
