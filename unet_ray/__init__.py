@@ -23,11 +23,11 @@ if TYPE_CHECKING:
         TrainResult,
         Watch,
         evaluate,
-        import_milesial,
         predict,
         train,
     )
     from unet_ray.config import UserError
+    from unet_ray.imports import import_milesial
     from unet_ray.report import write as write_report
 
 __version__ = "0.1.0"
@@ -47,7 +47,12 @@ __all__ = [
     "write_report",
 ]
 
-_ELSEWHERE = {"UserError": ("config", "UserError"), "write_report": ("report", "write")}
+_ELSEWHERE = {
+    "UserError": ("config", "UserError"),
+    "import_milesial": ("imports", "import_milesial"),
+    "write_report": ("report", "write"),
+}
+"""What is not in `api`: its module, and its name there."""
 
 
 def __getattr__(name: str) -> Any:

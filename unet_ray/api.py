@@ -33,7 +33,6 @@ from unet_ray.config import (
 )
 from unet_ray.engine import TrainResult
 from unet_ray.imaging import ImageError, Source
-from unet_ray.imports import import_milesial
 from unet_ray.ledger import objects
 from unet_ray.metrics import Scores
 from unet_ray.prediction import OnProgress, Pipeline, PredictSummary
@@ -336,17 +335,3 @@ def _source(image: Image.Image | np.ndarray, channels: int) -> Source:
 def _drawn(reader: stages.Reader, path: str, mask: np.ndarray, num_classes: int) -> bytes:
     [data] = reader.encoded({"path": objects([os.fsencode(path)])})
     return reader.overlay(data, mask, num_classes)
-
-
-__all__ = [
-    "PredictSummary",
-    "Scores",
-    "SegmentedImage",
-    "Segmenter",
-    "TrainResult",
-    "Watch",
-    "evaluate",
-    "import_milesial",
-    "predict",
-    "train",
-]

@@ -27,8 +27,10 @@ Source = bytes | Image.Image
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 Image.MAX_IMAGE_PIXELS = None  # ours (`MAX_PIXELS`, --max-pixels) stands in its place
 PERCENTILES = (0.5, 99.5)
-_ROTATED = {5, 6, 7, 8}  # EXIF orientations that swap width and height
-_ORIENTATION = 0x0112
+ROTATED = {5, 6, 7, 8}  # EXIF orientations that swap width and height
+ORIENTATION = 0x0112
+NPY_MAGIC = b"\x93NUMPY"
+TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
 def _silence_libtiff() -> None:
@@ -85,7 +87,7 @@ def _check_pixels(pixels: int, max_pixels: int) -> None:
 
 def _upright(image: Image.Image) -> Image.Image:
     """The image turned as its EXIF orientation says; the image itself, not a copy, where that is nothing."""
-    return ImageOps.exif_transpose(image) if image.getexif().get(_ORIENTATION, 1) != 1 else image
+    return ImageOps.exif_transpose(image) if image.getexif().get(ORIENTATION, 1) != 1 else image
 
 
 def decode_image(
@@ -113,7 +115,7 @@ def decode_image(
             array = np.dstack([_resized(Image.fromarray(plane), size_hw) for plane in np.moveaxis(array, -1, 0)])
         return array, own_size
     with _opened(data, max_pixels) as image:
-        rotated = image.getexif().get(_ORIENTATION) in _ROTATED
+        rotated = image.getexif().get(ORIENTATION) in ROTATED
         own_size = image.size if rotated else image.size[::-1]
         if size_hw is not None and image.format == "JPEG":
             # No mode: a gray or CMYK JPEG keeps its own, converted below like every other format.
@@ -125,6 +127,12 @@ def decode_image(
         pixels = [np.asarray(band) if size_hw is None else _resized(band, size_hw) for band in bands]
         array = pixels[0] if len(pixels) == 1 else np.dstack(pixels)
         return (array[..., None] if array.ndim == 2 else array), own_size
+
+
+def fitted(size_hw: tuple[int, int], side: int) -> tuple[int, int]:
+    """The size, made smaller where its longer side is above `side`."""
+    scale = min(1.0, side / max(size_hw))
+    return max(1, round(size_hw[0] * scale)), max(1, round(size_hw[1] * scale))
 
 
 def _resized(band: Image.Image, size_hw: tuple[int, int]) -> np.ndarray:
@@ -178,10 +186,10 @@ def _array(data: Source, channels: int, max_pixels: int) -> np.ndarray | None:
     """[H,W,C] of a .npy file, or of a TIFF with more channels than Pillow knows; None for all else."""
     if isinstance(data, Image.Image):
         return None
-    if data[:6] == b"\x93NUMPY":
+    if data.startswith(NPY_MAGIC):
         with _reading():
             values = np.load(io.BytesIO(data), allow_pickle=False)
-    elif data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+") and channels not in MODES:
+    elif data.startswith(TIFF_MAGIC) and channels not in MODES:
         with _reading():
             values = _tiff_channels_last(data)
     else:

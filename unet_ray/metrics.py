@@ -19,6 +19,14 @@ from torch import Tensor
 from unet_ray.config import IGNORE
 
 BOOTSTRAP_SAMPLES = 2000
+LABELS = {
+    "dice": "Dice",
+    "iou": "IoU",
+    "pixel_accuracy": "pixel accuracy",
+    "precision": "precision",
+    "recall": "recall",
+}
+"""What people call the scores that come from counts."""
 _BACKGROUND = "background"
 
 
@@ -210,6 +218,13 @@ class Score:
     undefined: int = 0
     """Images that have no such score, and are not in the mean: no region to measure a distance to."""
 
+    def texts(self, digits: int) -> tuple[str, str, str] | None:
+        """Mean, interval and total for people; None if there is no mean, the total empty if there is none."""
+        if self.mean is None or self.ci95[0] is None:
+            return None
+        interval = f"{self.ci95[0]:.{digits}f} – {self.ci95[1]:.{digits}f}"
+        return f"{self.mean:.{digits}f}", interval, "" if self.total is None else f"{self.total:.4f}"
+
     def to_json(self) -> dict[str, Any]:
         result: dict[str, Any] = {"mean": self.mean, "ci95": list(self.ci95), "global": self.total}
         return result | ({"undefined": self.undefined} if self.undefined else {})
@@ -249,25 +264,17 @@ class Scores:
     def table(self) -> str:
         """For people: each score's mean over the images, its interval, its value over all pixels; then the classes."""
         lines = [f"{self.images} images           mean    95 % interval     all pixels"]
-        labels = {
-            "dice": "Dice",
-            "iou": "IoU",
-            "pixel_accuracy": "pixel accuracy",
-            "precision": "precision",
-            "recall": "recall",
-            "surface_dice": f"surface Dice {self.tolerance:g}px",
-            "hd95": "Hausdorff95 px",
-        }
+        labels = {**LABELS, "surface_dice": f"surface Dice {self.tolerance:g}px", "hd95": "Hausdorff95 px"}
         for name, label in labels.items():
             score = self.means[name]
-            if score.mean is None or score.ci95[0] is None:
+            texts = score.texts(2 if name == "hd95" else 4)
+            if texts is None:
                 lines.append(f"{label:<16} not defined for any image")
                 continue
-            digits = 2 if name == "hd95" else 4
-            interval = f"{score.ci95[0]:.{digits}f} – {score.ci95[1]:.{digits}f}"
-            total = "" if score.total is None else f"{score.total:9.4f}"
+            mean, interval, total = texts
+            total = f"{total:>9}" if total else ""
             without = f"  ({score.undefined} images without an edge left out)" if score.undefined else ""
-            lines.append(f"{label:<16} {score.mean:9.{digits}f}  {interval:<15}  {total}{without}".rstrip())
+            lines.append(f"{label:<16} {mean:>9}  {interval:<15}  {total}{without}".rstrip())
         for name, row in self.per_class.items():
             cells = "  ".join(f"{key} {row[key]:.4f}" for key in ("dice", "iou", "iou_global") if row[key] is not None)
             lines.append(f"{name:<16} {cells or 'does not occur'}")

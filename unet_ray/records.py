@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -25,6 +26,8 @@ import pyarrow.parquet as pq
 
 from unet_ray import storage
 from unet_ray.config import DataConfig, UserError
+
+T = TypeVar("T")
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".gif", ".tif", ".tiff", ".bmp", ".webp", ".npy"})
 BYTES_COLUMNS = ("image", "bytes", "image_bytes", "data", "content")
@@ -64,6 +67,11 @@ class Pair:
     key: str
     image: str
     mask: str
+
+
+def evenly(items: Sequence[T], count: int) -> list[T]:
+    """`count` of the items, evenly spaced; all if there are fewer."""
+    return [items[number * len(items) // count] for number in range(count)] if len(items) > count else list(items)
 
 
 def find_images(location: str) -> list[ImageFile]:

@@ -34,8 +34,10 @@ from unet_ray import (
     imaging,
     ledger,
     masks,
+    metrics,
     prediction,
     records,
+    stages,
     storage,
 )
 from unet_ray.api import Segmenter
@@ -161,7 +163,7 @@ def _of_run(run: str, local: bool, cluster: AbstractContextManager[None], on_pro
     pairs: list[Pair] = []
     try:
         pairs = evaluation.pairs_of_run(run, "val")
-        some = [pairs[i] for i in np.unique(np.linspace(0, len(pairs) - 1, SCORED).astype(int))]
+        some = records.evenly(pairs, SCORED)
         how = EvaluateConfig(model=run, backend=BACKEND)
         scores = evaluation.evaluate(how, pairs=some, local=local, cluster=cluster, on_progress=on_progress)
     except UserError as error:  # images that have been moved since, say: there is still the rest to see
@@ -273,24 +275,14 @@ def _curves(history: Sequence[dict[str, Any]], best: int) -> list[Chart]:
 
 def _score_section(scores: Scores) -> Section:
     labels = {
-        "dice": "Dice",
-        "iou": "IoU",
-        "pixel_accuracy": "pixel accuracy",
-        "precision": "precision",
-        "recall": "recall",
+        **metrics.LABELS,
         "surface_dice": f"surface Dice, {scores.tolerance:g} pixels",
         "hd95": "95 % Hausdorff distance, pixels",
     }
     rows = []
     for name, label in labels.items():
-        score = scores.means[name]
-        if score.mean is None or score.ci95[0] is None or score.ci95[1] is None:
-            rows.append([label, "–", "–", "–"])
-            continue
-        digits = 2 if name == "hd95" else 4
-        interval = f"{score.ci95[0]:.{digits}f} – {score.ci95[1]:.{digits}f}"
-        total = "–" if score.total is None else f"{score.total:.4f}"
-        rows.append([label, f"{score.mean:.{digits}f}", interval, total])
+        texts = scores.means[name].texts(2 if name == "hd95" else 4) or ("", "", "")
+        rows.append([label, *(text or "–" for text in texts)])
     values = scores.each.means()["dice"]
 
     def histogram(axes: Axes) -> None:
@@ -320,13 +312,7 @@ def _score_section(scores: Scores) -> Section:
 def _class_section(scores: Scores) -> list[Section]:
     if not scores.per_class:
         return []
-    columns = {
-        "dice": "Dice",
-        "iou": "IoU",
-        "precision": "precision",
-        "recall": "recall",
-        "iou_global": "IoU, all pixels",
-    }
+    columns = {name: metrics.LABELS[name] for name in metrics.RATIOS} | {"iou_global": "IoU, all pixels"}
     counts = scores.each.counts.sum(axis=0)
     truth = counts[:, 0] + counts[:, 2]
     rows = [
@@ -382,7 +368,7 @@ def _compared(segmenter: Segmenter, pair: Pair, card: ModelCard, caption: str) -
     data = storage.read_bytes(pair.image)
     truth, _ = imaging.decode_mask(storage.read_bytes(pair.mask), card.data, None)
     predicted = segmenter(pair.image).mask
-    picture = _picture(data, truth.shape, card)
+    picture = stages.Reader.of(card, MAX_PIXELS).picture(data, truth.shape, SIDE)
     small_truth, small_predicted = (_small(ids, picture.shape[:2]) for ids in (truth, predicted))
     shown = picture.astype(np.float32) * 0.55 + 60
     valid = small_truth != IGNORE
@@ -431,7 +417,7 @@ def _of_prediction(out: str) -> str:
     book = ledger.Ledger(out, ())
     parts = book.parts()
     names = ["path", "status", "error", "height", "width", "output", "pixels", "confidence", "milliseconds"]
-    some = [parts[i] for i in np.unique(np.linspace(0, len(parts) - 1, PARTS).astype(int))] if parts else []
+    some = records.evenly(parts, PARTS)
     seen = _Seen()
     for part in some:
         for table in book.manifest(names, [part]):
@@ -569,12 +555,12 @@ class _Shower:
             return None
 
     def _picture(self, row: dict[str, Any]) -> np.ndarray:
-        size, location = _fitted((row["height"], row["width"])), os.fsdecode(row["location"])
+        size = row["height"], row["width"]
         try:
-            picture, _ = imaging.decode_image(storage.read_bytes(location), 3, size, max_pixels=2 * MAX_PIXELS)
+            data = storage.read_bytes(os.fsdecode(row["location"]))
+            return stages.Reader(3, None, 2 * MAX_PIXELS).picture(data, size, SIDE)
         except (OSError, ImageError, UserError):  # moved, inside a Parquet file, or of many channels: the mask alone
-            picture = np.full((*size, 3), 128, np.uint8)
-        return picture
+            return np.full((*imaging.fitted(size, SIDE), 3), 128, np.uint8)
 
 
 def _from_parquet(folder: str, path: str) -> bytes | None:
@@ -661,18 +647,6 @@ def _svg(draw: Any, xlabel: str) -> str:
     text = text[text.index("<svg") :].replace(INK, "currentColor")
     # Ids are the page's, and clip paths of several charts must not be one.
     return re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{draw.__name__}-", text)
-
-
-def _picture(data: bytes, size_hw: tuple[int, int], card: ModelCard) -> np.ndarray:
-    """uint8 [h,w,3] with a longer side of at most `SIDE`."""
-    size, channels = _fitted(size_hw), card.model.in_channels
-    picture, _ = imaging.decode_image(data, channels, size, value_range=card.value_range)
-    return np.ascontiguousarray(picture[..., [0, 1, 2] if channels in (3, 4) else [0, 0, 0]])
-
-
-def _fitted(size_hw: tuple[int, int]) -> tuple[int, int]:
-    scale = min(1.0, SIDE / max(size_hw))
-    return max(1, round(size_hw[0] * scale)), max(1, round(size_hw[1] * scale))
 
 
 def _small(ids: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:

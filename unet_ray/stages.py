@@ -97,13 +97,14 @@ class Reader:
             raise ImageError(data)
         return Pixels(data, self.channels, self.value_range, self.max_pixels)
 
+    def picture(self, data: Source | str, size_hw: tuple[int, int], side: int) -> np.ndarray:
+        """An image of this size to look at: uint8 [h,w,3], its longer side at most `side`. Raises ImageError."""
+        picture, _ = self.resized(data, imaging.fitted(size_hw, side))
+        return np.ascontiguousarray(picture[..., [0, 1, 2] if picture.shape[-1] in (3, 4) else [0, 0, 0]])
+
     def overlay(self, data: Source | str, mask: np.ndarray, num_classes: int) -> bytes:
         """A small picture, JPEG, with the class ids, uint8 [H,W], drawn in. Raises ImageError."""
-        scale = min(1.0, OVERLAY_SIDE / max(mask.shape))
-        size = (max(1, round(mask.shape[0] * scale)), max(1, round(mask.shape[1] * scale)))
-        picture, _ = self.resized(data, size)
-        colours = picture[..., [0, 1, 2] if picture.shape[-1] in (3, 4) else [0, 0, 0]]
-        return masks.overlay(colours, mask, num_classes)
+        return masks.overlay(self.picture(data, mask.shape, OVERLAY_SIDE), mask, num_classes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ import os
 import threading
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -373,10 +374,16 @@ def _train_worker(loop: dict[str, Any]) -> None:
         torch.set_num_threads(loop["threads"])
     train_rows, val_rows = loop["rows"]
 
-    def on_step(progress: engine.Progress) -> None:
-        storage.write_bytes(_progress_file(loop["out"]), json.dumps(dataclasses.asdict(progress)).encode())
+    written: Future[None] | None = None
 
-    with _shortages_are_said(loop["out"]):
+    def on_step(progress: engine.Progress) -> None:
+        nonlocal written
+        # Beside the training, which waits for no bucket; while one is being written, the next is left out.
+        if written is None or written.done():
+            text = json.dumps(dataclasses.asdict(progress))
+            written = aside.submit(storage.write_bytes, _progress_file(loop["out"]), text.encode())
+
+    with _shortages_are_said(loop["out"]), ThreadPoolExecutor(1) as aside:
         # Nothing is reported to Ray, which takes a report in two seconds, however short the epochs: what there is to
         # know stands in the run directory.
         device = ray.train.torch.get_device()

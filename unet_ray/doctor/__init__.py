@@ -15,13 +15,13 @@ from typing import Any
 
 from unet_ray import records, storage
 from unet_ray.config import MAX_PIXELS
-from unet_ray.doctor.files import Header, damage, read_headers
+from unet_ray.doctor.files import THREADS, Header, damage, read_headers
 from unet_ray.doctor.groups import duplicates, named_groups, neighbours, too_few
 from unet_ray.doctor.images import channels, constants, kinds, sizes, sizes_of_pairs, value_range
 from unet_ray.doctor.masks import Classes, classes
 from unet_ray.doctor.names import Listing, listing
 from unet_ray.doctor.pixels import Look, look_at, values_of
-from unet_ray.doctor.report import Expected, Finding, Report, Suggestion, table
+from unet_ray.doctor.report import LEVELS, Expected, Finding, Report, Suggestion, table
 from unet_ray.doctor.suggestion import expected, suggest, trial
 from unet_ray.doctor.words import times
 from unet_ray.records import ImageFile, Pair
@@ -31,10 +31,8 @@ __all__ = ["Expected", "Finding", "Report", "Suggestion", "examine", "table"]
 SAMPLES = 200
 HEADERS = 20_000
 """Where there are more files, headers are read of the sample only, as they are of files in a bucket."""
-THREADS = 8
 SHOWN = 20
 """Kinds of each sort in `Report.facts`."""
-LEVELS = ("error", "warning", "note")
 
 OnProgress = Callable[[int, int, int], None]
 """Gets the files done, those among them that are damaged, and their number."""
@@ -103,7 +101,7 @@ def _read(
     found: Listing, samples: int, max_pixels: int, on_progress: OnProgress
 ) -> tuple[dict[str, Header], list[Look]]:
     """Headers by path, and a look at the pixels of a sample of the pairs that can be used."""
-    sampled = {path for pair in _evenly(found.pairs, samples) for path in (pair.image, pair.mask)}
+    sampled = {path for pair in records.evenly(found.pairs, samples) for path in (pair.image, pair.mask)}
     files = [*found.images, *found.masks]
     many = len(files) > HEADERS
     files = [f for f in files if f.path in sampled or f.size <= 0 or not (many or storage.is_uri(f.path))]
@@ -117,7 +115,7 @@ def _read(
         on_progress(done, len(bad), done + pending)
 
     headers = read_headers(files, max_pixels, lambda header: report(len(files) - done - 1 + len(sampled) // 2, header))
-    pairs = _evenly(_usable(found.pairs, headers), samples)
+    pairs = records.evenly(_usable(found.pairs, headers), samples)
     looks = []
     with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as threads:
         for place, look in enumerate(threads.map(lambda pair: look_at(pair, headers), pairs), start=1):
@@ -125,11 +123,6 @@ def _read(
             if not (look.image.code or look.mask.code):
                 looks.append(look)
     return headers, looks
-
-
-def _evenly(items: Sequence[Pair], count: int) -> list[Pair]:
-    """`count` of the items, evenly spaced; all if there are fewer."""
-    return [items[number * len(items) // count] for number in range(count)] if len(items) > count else list(items)
 
 
 def _good(headers: Mapping[str, Header], files: Sequence[ImageFile]) -> list[Header]:

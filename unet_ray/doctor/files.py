@@ -26,7 +26,6 @@ LOOK = 128
 END = 16
 """Bytes in which the mark at a file's end is looked for."""
 END_MARKS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND", "GIF": b";"}
-TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 _AGAIN = "copy it again, or remove it with its partner: a training stops at it"
 DAMAGE = {
@@ -109,13 +108,13 @@ def _read(header: Header, stream: IO[bytes], size: int, max_pixels: int) -> None
     magic = stream.read(6)
     stream.seek(0)
     try:
-        if magic == b"\x93NUMPY":
+        if magic == imaging.NPY_MAGIC:
             _read_array(header, stream, size)
         else:
             _read_image(header, stream, size, max_pixels)
     except UnidentifiedImageError:
         header.code = "not-an-image"
-        if magic.startswith(TIFF_MAGIC):
+        if magic.startswith(imaging.TIFF_MAGIC):
             _read_tiff(header, stream)
     except Exception as reason:  # of as many kinds as there are plugins
         header.damaged(reason)
@@ -130,9 +129,9 @@ def _read_image(header: Header, stream: IO[bytes], size: int, max_pixels: int) -
     header.channels = 3 if image.mode in ("P", "PA") else len(image.getbands())
     header.depth = "float" if image.mode == "F" else "more" if image.mode.startswith("I") else "8"
     # Pillow's method for PNG would decode all pixels first.
-    header.orientation = Image.Image.getexif(image).get(0x0112, 1)
+    header.orientation = Image.Image.getexif(image).get(imaging.ORIENTATION, 1)
     header.size = header.stored = image.size
-    if header.orientation in (5, 6, 7, 8):
+    if header.orientation in imaging.ROTATED:
         header.size = (image.size[1], image.size[0])
     if _ends_early(image, stream, size):
         # It may be whole all the same: decoding tells.

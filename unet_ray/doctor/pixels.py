@@ -152,7 +152,7 @@ def _smaller(picture: np.ndarray) -> np.ndarray:
 
 def _stored(data: bytes) -> np.ndarray:
     """An image's values of more than 8 bits, as they are stored."""
-    if data[:6] == b"\x93NUMPY":
+    if data.startswith(imaging.NPY_MAGIC):
         return np.load(io.BytesIO(data), allow_pickle=False)
     try:
         with Image.open(io.BytesIO(data)) as image:

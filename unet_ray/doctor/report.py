@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from unet_ray.config import TrainConfig, load_train_config
 from unet_ray.doctor.words import counts, percent, some
@@ -18,6 +18,7 @@ NAMED = 20
 SHOWN_CLASSES = 16
 
 Level = Literal["error", "warning", "note"]
+LEVELS: tuple[Level, ...] = get_args(Level)
 
 
 @dataclass(frozen=True, slots=True)
