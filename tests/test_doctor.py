@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import REAL_DATA, disc, make_discs
+from conftest import disc, make_discs
 from PIL import Image
 
 from unet_ray import doctor, records
@@ -677,45 +677,3 @@ def test_a_training_step_is_timed(tmp_path):
     assert 0 < expected.seconds_per_epoch < 600 and expected.fits
     assert expected.row_bytes == 2 * 128 * 128 * 4
     assert f"an epoch on {expected.device}" in " ".join(doctor.table(report).split())
-
-
-@pytest.mark.parametrize(
-    ("folder", "names", "recipe"),
-    [
-        ("carvana", ("train", "train_masks"), "carvana-fast"),
-        ("isbi2012", ("images", "masks"), "isbi2012"),
-        ("dsb2018", ("images", "masks"), "carvana-fast"),
-        ("camvid", ("images", "masks"), "camvid"),
-    ],
-)
-def test_the_real_sets_are_clean(real_data, folder, names, recipe):
-    report = examine(*(real_data / folder / name for name in names), samples=12)
-    assert not troubles(report)
-    assert report.suggestion.recipe == recipe
-    name, settings = flags_of(report.suggestion.command)
-    load_train_config(recipe=name, settings=settings)
-
-
-def test_troubles_planted_in_real_files_are_found(real_data, tmp_path):
-    images, masks = tmp_path / "train", tmp_path / "train_masks"
-    images.mkdir()
-    masks.mkdir()
-    for path in sorted((REAL_DATA / "carvana" / "train").iterdir())[:8]:
-        shutil.copy(path, images)
-        shutil.copy(REAL_DATA / "carvana" / "train_masks" / f"{path.stem}_mask.gif", masks)
-    names = sorted(path.stem for path in images.iterdir())
-    cut(images / f"{names[0]}.jpg", 0.97)
-    cut(masks / f"{names[1]}_mask.gif", 0.8)
-    (masks / f"{names[2]}_mask.gif").unlink()
-    shutil.copy(images / f"{names[3]}.jpg", images / f"{names[4]}.jpg")
-    shutil.copy(masks / f"{names[3]}_mask.gif", masks / f"{names[4]}_mask.gif")
-    Image.open(masks / f"{names[5]}_mask.gif").resize((959, 640), 0).save(masks / f"{names[5]}_mask.gif")
-    found = troubles(examine(images, masks))
-    expected = {
-        "truncated-file": {f"{names[0]}.jpg", f"{names[1]}_mask.gif"},
-        "image-without-mask": {f"{names[2]}.jpg"},
-        "mask-of-another-size": {f"{names[5]}_mask.gif"},
-    }
-    copies = {f"{names[3]}.jpg", f"{names[4]}.jpg"}
-    assert {code: set(finding.files) for code, finding in found.items() if "duplicate" not in code} == expected
-    assert [set(finding.files) for code, finding in found.items() if "duplicate" in code] == [copies]
