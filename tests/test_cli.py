@@ -59,6 +59,7 @@ def test_predict_writes_a_mask_and_a_manifest_row_for_every_image(trained, tmp_p
     out = tmp_path / "out"
     result = run("predict", trained, tmp_path / "with space", "--out", out, "--format", "png,parquet", "--local")
     assert "4 of 4 images segmented, 0 failed" in result.output
+    assert f"  table   {out}/manifest.parquet\n" in result.output and "next:" not in result.output
     masks = {str(p.relative_to(out / "masks")): p for p in (out / "masks").rglob("*.png")}
     # b.jpg and b.png would give the same name; the first has it.
     assert set(masks) == {"sub ü/a.png", "sub ü/b.png", "sub ü/b.png.png", "sub ü/c.png"}
@@ -95,6 +96,7 @@ def test_one_truncated_image_does_not_stop_the_folder(trained, tmp_path):
     folder = bad_folder(tmp_path / "bad")
     result = run("predict", trained, folder, "--out", tmp_path / "out", "--local", code=1)
     assert "7 of 10 images segmented, 3 failed" in result.output
+    assert result.output.endswith("next:\n  mend the files and give the same command again (others: --retry-failed)\n")
     rows = {Path(r["path"]).name: r for r in pq.read_table(tmp_path / "out/manifest.parquet").to_pylist()}
     assert len(rows) == 10
     assert "truncated" in rows["3.jpg"]["error"].lower()

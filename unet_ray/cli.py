@@ -279,7 +279,7 @@ def predict(
     with ImagesDisplay("segmented") as display:
         summary = run(config, local=local, cluster=started(verbose), on_progress=display)
     places = {"masks": storage.join(out, "masks")} if {"png"} & set(config.formats) else {"output": out}
-    places |= _reported(out, no_report)
+    places |= {"table": storage.join(out, "manifest.parquet"), **_reported(out, no_report)}
     if as_json:
         click.echo(json.dumps(summary.to_json()))
     else:
@@ -294,6 +294,8 @@ def predict(
         if summary.cleanup != "none":
             click.echo(f"masks were cleaned up: {summary.cleanup}")
         _say_places(**places)
+        if summary.failed:
+            _say_next("mend the files and give the same command again (others: --retry-failed)")
     if summary.failed > allowed(summary.images):
         sys.exit(1)
 
@@ -688,7 +690,7 @@ def _watch(config: TrainConfig, display: TrainingDisplay) -> Watch:
     def start(split: Split) -> None:
         display.tell(f"training on {len(split.train)} pairs, validating on {len(split.val)}")
         leak = leak_report(split.train_keys, split.val_keys, config.data.group_by)
-        if leak.named:
+        if leak.named and leak.groups < len(split.train) + len(split.val):
             display.tell(f"groups by {leak.pattern!r}: {leak.groups}, {leak.shared} shared by training and validation")
         elif leak.shared and config.data.split_order != "name":
             display.tell(

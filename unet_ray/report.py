@@ -42,7 +42,7 @@ from unet_ray import (
 )
 from unet_ray.api import Segmenter
 from unet_ray.checkpoint import ModelCard
-from unet_ray.config import IGNORE, MAX_PIXELS, EvaluateConfig, TrainConfig, UserError, load_train_config
+from unet_ray.config import IGNORE, MAX_PIXELS, DataConfig, EvaluateConfig, TrainConfig, UserError, load_train_config
 from unet_ray.imaging import ImageError
 from unet_ray.metrics import Scores
 from unet_ray.progress import duration
@@ -221,6 +221,11 @@ def _network(config: TrainConfig) -> str:
     return model.name
 
 
+def _split_text(data: DataConfig) -> str:
+    what = f"whole groups, of names alike in {data.group_by}" if data.group_by else "image by image"
+    return f"{what}, one end of their order by name" if data.split_order == "name" else what
+
+
 def _settings(config: TrainConfig, card: ModelCard, sides: Counter[str]) -> list[list[str]]:
     data, fit, (height, width) = config.data, config.train, config.data.size_hw
     operations = compiling.floating_point_operations(config.model, card.image_size)
@@ -233,7 +238,7 @@ def _settings(config: TrainConfig, card: ModelCard, sides: Counter[str]) -> list
             f"{storage.without_secrets(data.images)} ({sides['train']} to train on, {sides['val']} to validate on)",
         ],
         ["masks", f"{storage.without_secrets(data.masks)}, values {', '.join(map(str, data.mask_values or ()))}"],
-        ["split", f"by {data.group_by}" if data.group_by else "image by image"],
+        ["split", _split_text(data)],
         ["network", f"{_network(config)}, {operations / 1e9:.3g} GFLOP an image"],
         ["classes", classes],
         ["image size", f"tiles of {data.tile}" if data.tile else f"{width} × {height}"],
