@@ -20,6 +20,7 @@ def started(verbose: bool = False) -> Iterator[None]:
     one of its own on this machine, ended and cleaned up after."""
     # Ray Train repeats each worker's print on the driver; one voice is enough.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     if not verbose:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's C++ side writes warnings to stderr by itself
     import ray
@@ -36,9 +37,10 @@ def started(verbose: bool = False) -> Iterator[None]:
         cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         options |= {"address": "local", "num_cpus": max(2, cpus), "include_dashboard": False}
         options |= {"_temp_dir": temporary, "_node_ip_address": "127.0.0.1"}
-        # Ray ends idle processes beyond one a CPU within a second. Each takes seconds to start, and the stages of Ray
-        # Data need a few more than there are CPUs: kept, a short prediction took half the time.
-        options |= {"_system_config": {"num_workers_soft_limit": max(2, cpus) + 6}}
+        # Processes take seconds to start, and the stages of Ray Data need a few more than there are CPUs: by default
+        # Ray ends those within a second, which made a short prediction take twice as long. But each also wakes a
+        # hundred times a second, so none is kept for good.
+        options |= {"_system_config": {"num_workers_soft_limit": 0, "idle_worker_killing_time_threshold_ms": 15_000}}
     with nullcontext() if verbose else _stderr_to_nowhere():
         ray.init(**options)
     stop_like_ctrl_c()  # Ray has set its own way
