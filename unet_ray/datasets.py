@@ -31,6 +31,11 @@ NUMBERS_A_BLOCK = 4096
 LOOK_SECONDS = 0.02
 """How long Ray Data waits at most before it looks which tasks have finished."""
 
+A_TASK = {"cuda": 0.5, "cpu": 0.25}
+"""CPUs that a task counts for which reads or writes: it is in part waiting, and another must be there already when it
+ends, since Ray Data takes a while to start the next. Beside a model on CPUs, which leaves them one of its share, four:
+with two, decoding and writing alone took 1.3 times as long on two cores."""
+
 RESERVED = 0.05
 """Share of the CPUs that Ray Data keeps for all stages alike, where nodes come later: with its half, their copies of
 the model would not fit. What each stage needs at least it keeps anyway."""
@@ -227,9 +232,9 @@ def run_on_cluster(
         # second step takes a whole CPU, which can't be set.
         .map_batches(lambda table: table, batch_size=NUMBERS_A_BLOCK, num_cpus=0)
         .repartition(target_num_rows_per_block=1)
-        # Half a CPU: reading is in part waiting. And a share of its own keeps Ray Data from fusing the stage into
-        # the model's actors, where decoding would not overlap with the model.
-        .map_batches(_FromNumber(before), batch_size=None, batch_format="numpy", num_cpus=0.5)
+        # A share of its own keeps Ray Data from fusing the stage into the model's actors, where decoding would not
+        # overlap with the model.
+        .map_batches(_FromNumber(before), batch_size=None, batch_format="numpy", num_cpus=A_TASK[device])
         .map_batches(
             _ModelActor,
             fn_constructor_kwargs={"model": model, "device": device, "threads": threads, "copies": workers or copies},
@@ -239,7 +244,7 @@ def run_on_cluster(
             compute=ActorPoolStrategy(min_size=min(copies, most, len(numbers)), max_size=most),
             **resources,
         )
-        .map_batches(_UnlessEmpty(after), batch_size=None, batch_format="numpy", num_cpus=0.5)
+        .map_batches(_UnlessEmpty(after), batch_size=None, batch_format="numpy", num_cpus=A_TASK[device])
     )
     for chunk in dataset.iter_batches(batch_size=None, batch_format="numpy"):
         if _rows(chunk):
