@@ -500,7 +500,7 @@ def overhead_section(job: Job) -> Iterator[Line]:
             ):
                 way = Way(job.card, str(job.folder / f"{name}{turn}"), job.images)
                 times = [time.perf_counter() for _ in run(*way.stages())]
-                # The middle half: neither while processes start nor while the last chunks have the machine to themselves.
+                # The middle half: neither while processes start nor while the last chunks have the machine alone.
                 begun, ended = count // 4, 3 * count // 4
                 seconds.setdefault(name, []).append((times[ended] - times[begun]) / ((ended - begun) * way.chunk))
     medians = {name: statistics.median(values) for name, values in seconds.items()}
