@@ -39,8 +39,8 @@ def started(verbose: bool = False) -> Iterator[None]:
         options |= {"_temp_dir": temporary, "_node_ip_address": "127.0.0.1"}
         # Processes take seconds to start, and the stages of Ray Data need a few more than there are CPUs: by default
         # Ray ends those within a second, which made a short prediction take twice as long. But each also wakes a
-        # hundred times a second, so none is kept for good.
-        options |= {"_system_config": {"num_workers_soft_limit": 0, "idle_worker_killing_time_threshold_ms": 15_000}}
+        # hundred times a second, so none is kept for good; in less than a minute, some ended while they were needed.
+        options |= {"_system_config": {"num_workers_soft_limit": 0, "idle_worker_killing_time_threshold_ms": 60_000}}
     with nullcontext() if verbose else _stderr_to_nowhere():
         ray.init(**options)
     stop_like_ctrl_c()  # Ray has set its own way

@@ -31,10 +31,11 @@ NUMBERS_A_BLOCK = 4096
 LOOK_SECONDS = 0.02
 """How long Ray Data waits at most before it looks which tasks have finished."""
 
-A_TASK = {"cuda": 0.5, "cpu": 0.25}
+A_TASK, A_TASK_BESIDE_A_MODEL = 0.5, 0.25
 """CPUs that a task counts for which reads or writes: it is in part waiting, and another must be there already when it
-ends, since Ray Data takes a while to start the next. Beside a model on CPUs, which leaves them one of its share, four:
-with two, decoding and writing alone took 1.3 times as long on two cores."""
+ends, since Ray Data takes a while to start the next. A model on CPUs leaves them one of its share, hence four: with
+two, decoding and writing alone took 1.3 times as long on two cores. Not where nodes come by demand, which is what the
+tasks' CPUs make."""
 
 RESERVED = 0.05
 """Share of the CPUs that Ray Data keeps for all stages alike, where nodes come later: with its half, their copies of
@@ -222,6 +223,7 @@ def run_on_cluster(
     most = workers or (NO_LIMIT if grows else copies)
     if grows and device == "cpu":
         DataContext.get_current().op_resource_reservation_ratio = RESERVED
+    share = A_TASK if grows or device == "cuda" else A_TASK_BESIDE_A_MODEL
     tables = [
         pa.table({"number": pa.array(numbers[start : start + NUMBERS_A_BLOCK], pa.int64())})
         for start in range(0, len(numbers), NUMBERS_A_BLOCK)
@@ -234,7 +236,7 @@ def run_on_cluster(
         .repartition(target_num_rows_per_block=1)
         # A share of its own keeps Ray Data from fusing the stage into the model's actors, where decoding would not
         # overlap with the model.
-        .map_batches(_FromNumber(before), batch_size=None, batch_format="numpy", num_cpus=A_TASK[device])
+        .map_batches(_FromNumber(before), batch_size=None, batch_format="numpy", num_cpus=share)
         .map_batches(
             _ModelActor,
             fn_constructor_kwargs={"model": model, "device": device, "threads": threads, "copies": workers or copies},
@@ -244,7 +246,7 @@ def run_on_cluster(
             compute=ActorPoolStrategy(min_size=min(copies, most, len(numbers)), max_size=most),
             **resources,
         )
-        .map_batches(_UnlessEmpty(after), batch_size=None, batch_format="numpy", num_cpus=A_TASK[device])
+        .map_batches(_UnlessEmpty(after), batch_size=None, batch_format="numpy", num_cpus=share)
     )
     for chunk in dataset.iter_batches(batch_size=None, batch_format="numpy"):
         if _rows(chunk):
