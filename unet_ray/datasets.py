@@ -224,6 +224,7 @@ def run_on_cluster(
     if grows and device == "cpu":
         DataContext.get_current().op_resource_reservation_ratio = RESERVED
     share = A_TASK if grows or device == "cuda" else A_TASK_BESIDE_A_MODEL
+    at_once = 2 * copies if grows and device == "cpu" else copies
     tables = [
         pa.table({"number": pa.array(numbers[start : start + NUMBERS_A_BLOCK], pa.int64())})
         for start in range(0, len(numbers), NUMBERS_A_BLOCK)
@@ -242,8 +243,10 @@ def run_on_cluster(
             fn_constructor_kwargs={"model": model, "device": device, "threads": threads, "copies": workers or copies},
             batch_size=None,
             batch_format="numpy",
-            # At once what there is room for: of its own accord Ray Data gives a stage a part of the CPUs only.
-            compute=ActorPoolStrategy(min_size=min(copies, most, len(numbers)), max_size=most),
+            # At once what there is room for: of its own accord Ray Data gives a stage a part of the CPUs only. Where
+            # nodes come by demand, as many again: copies that wait are a demand, while those of a small node, which
+            # leave a CPU of three, are not load enough for Ray Data to ask for another.
+            compute=ActorPoolStrategy(min_size=min(at_once, most, len(numbers)), max_size=most),
             **resources,
         )
         .map_batches(_UnlessEmpty(after), batch_size=None, batch_format="numpy", num_cpus=share)
