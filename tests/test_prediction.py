@@ -394,7 +394,8 @@ def test_ray_and_one_process_give_the_same_scores(ray_cluster, model, tmp_path):
 
 
 @pytest.mark.slow
-def test_workers_that_leave_no_cpu_to_read_are_refused(ray_cluster, model, tmp_path):
-    folder = make_photos(tmp_path / "few", 3)
-    with pytest.raises(UserError, match="leaves none of 4 CPUs to read images: use 3"):
-        run(model, folder, tmp_path / "out", local=False, workers=4)
+def test_workers_may_be_as_many_as_there_are_cpus_and_no_more(ray_cluster, model, tmp_path):
+    folder = make_photos(tmp_path / "few", 12)
+    assert run(model, folder, tmp_path / "out", local=False, workers=4).ok == 12
+    with pytest.raises(UserError, match="--workers 5: the cluster has 4 CPUs: use --workers 4 or fewer"):
+        run(model, folder, tmp_path / "out", local=False, workers=5)

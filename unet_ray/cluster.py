@@ -20,7 +20,13 @@ def started(verbose: bool = False) -> Iterator[None]:
     one of its own on this machine, ended and cleaned up after."""
     # Ray Train repeats each worker's print on the driver; one voice is enough.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    # An actor that only waits for a cloud's notice, which epochs that are kept in checkpoints do without; like every
+    # process of Ray's it wakes a hundred times a second.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    # Never more nodes by Ray Data's own estimate, which is `nodes.asking_for_more`'s to ask: once it asks for parts of
+    # a CPU, it rounds down what each node has left, and on small nodes the next copy of a model does not fit any more.
+    for resource in ("CPU", "GPU", "MEMORY", "OBJECT_STORE_MEMORY"):
+        os.environ.setdefault(f"RAY_DATA_DEFAULT_CLUSTER_SCALING_UP_{resource}_UTIL_THRESHOLD", "1e9")
     if not verbose:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's C++ side writes warnings to stderr by itself
     import ray

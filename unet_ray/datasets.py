@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -31,11 +32,11 @@ NUMBERS_A_BLOCK = 4096
 LOOK_SECONDS = 0.02
 """How long Ray Data waits at most before it looks which tasks have finished."""
 
-A_TASK, A_TASK_BESIDE_A_MODEL = 0.5, 0.25
+A_TASK, A_TASK_BESIDE_A_MODEL = 0.5, 0.24
 """CPUs that a task counts for which reads or writes: it is in part waiting, and another must be there already when it
-ends, since Ray Data takes a while to start the next. A model on CPUs leaves them one of its share, hence four: with
-two, decoding and writing alone took 1.3 times as long on two cores. Not where nodes come by demand, which is what the
-tasks' CPUs make."""
+ends, since Ray Data takes a while to start the next. A model on CPUs leaves them one of its share or, see
+`nodes.cpus_of_a_model`, a thousandth less, hence four: with two, decoding and writing alone took 1.3 times as long on
+two cores."""
 
 RESERVED = 0.05
 """Share of the CPUs that Ray Data keeps for all stages alike, where nodes come later: with its half, their copies of
@@ -210,68 +211,51 @@ def run_on_cluster(
     """
     device = nodes.pick_device(device)
     threads: int | None = None
+    if workers:
+        nodes.check_workers(workers, device)
     if device == "cuda":
-        nodes.check_workers(max(1, workers), device)
-        copies, resources = nodes.room({"GPU": 1.0}), {"num_gpus": 1.0}
+        a_copy = {"GPU": 1.0}
+        copies, resources, share = nodes.room(a_copy), {"num_gpus": 1.0}, A_TASK
     else:
-        threads, copies = _on_cpus(workers)
-        # One CPU of each copy's share stays free: with all of them held by actors, no task could ever decode. The
-        # threads are the whole share: decoding is short beside the model, and idle CPUs would cost more.
-        resources = {"num_cpus": float(max(1, threads - 1))}
+        nodes.make_room(1, {"CPU": 1.0}, "no node of the cluster has a CPU", "add one")
+        threads, copies = nodes.models_on_cpus()
+        if workers:
+            threads, copies = nodes.cpus_for_each(workers, spare=0), workers
+        a_copy = {"CPU": float(threads)}
+        # The threads are the whole share: decoding is short beside the model, and idle CPUs would cost more.
+        resources, share = {"num_cpus": nodes.cpus_of_a_model(threads)}, A_TASK_BESIDE_A_MODEL
     nodes.check_shared(shared)
-    grows = nodes.may_grow()
-    most = workers or (NO_LIMIT if grows else copies)
+    grows = not workers and nodes.may_grow()
+    most = NO_LIMIT if grows else workers or copies
     if grows and device == "cpu":
         DataContext.get_current().op_resource_reservation_ratio = RESERVED
-    share = A_TASK if grows or device == "cuda" else A_TASK_BESIDE_A_MODEL
-    at_once = 2 * copies if grows and device == "cpu" else copies
     tables = [
         pa.table({"number": pa.array(numbers[start : start + NUMBERS_A_BLOCK], pa.int64())})
         for start in range(0, len(numbers), NUMBERS_A_BLOCK)
     ]
+    # A block a chunk, made as they are wanted: a hundred million images are not a million objects at once.
+    chunks = ray.data.from_arrow(tables).repartition(target_num_rows_per_block=1)
+    # There is no argument for what this step takes: a whole CPU, which models may not leave free on any node.
+    chunks._logical_plan.dag.ray_remote_args["num_cpus"] = 0
     dataset = (
-        ray.data.from_arrow(tables)
-        # A block a chunk, made as they are wanted: a hundred million images are not a million objects at once. The
-        # second step takes a whole CPU, which can't be set.
-        .map_batches(lambda table: table, batch_size=NUMBERS_A_BLOCK, num_cpus=0)
-        .repartition(target_num_rows_per_block=1)
         # A share of its own keeps Ray Data from fusing the stage into the model's actors, where decoding would not
         # overlap with the model.
-        .map_batches(_FromNumber(before), batch_size=None, batch_format="numpy", num_cpus=share)
+        chunks.map_batches(_FromNumber(before), batch_size=None, batch_format="numpy", num_cpus=share)
         .map_batches(
             _ModelActor,
             fn_constructor_kwargs={"model": model, "device": device, "threads": threads, "copies": workers or copies},
             batch_size=None,
             batch_format="numpy",
-            # At once what there is room for: of its own accord Ray Data gives a stage a part of the CPUs only. Where
-            # nodes come by demand, as many again: copies that wait are a demand, while those of a small node, which
-            # leave a CPU of three, are not load enough for Ray Data to ask for another.
-            compute=ActorPoolStrategy(min_size=min(at_once, most, len(numbers)), max_size=most),
+            # At once what there is room for: of its own accord Ray Data gives a stage a part of the CPUs only.
+            compute=ActorPoolStrategy(min_size=min(copies, most, len(numbers)), max_size=most),
             **resources,
         )
         .map_batches(_UnlessEmpty(after), batch_size=None, batch_format="numpy", num_cpus=share)
     )
-    for chunk in dataset.iter_batches(batch_size=None, batch_format="numpy"):
-        if _rows(chunk):
-            yield chunk
-
-
-def _on_cpus(workers: int) -> tuple[int, int]:
-    """(threads of each copy of the model, how many copies there is room for now). Raises UserError."""
-    nodes.make_room(1, {"CPU": 1.0}, "no node of the cluster has a CPU", "add one")
-    cpus = int(nodes.total("CPU"))
-    if cpus < 2 and not nodes.may_grow():
-        raise UserError(
-            "the cluster has one CPU; two are needed, for the model and for the images: add one, or --local"
-        )
-    if not workers:
-        threads, copies = nodes.models_on_cpus()
-        return threads, copies if threads > 1 else max(1, copies - 1)
-    if workers < max(2, cpus):
-        return nodes.cpus_for_each(workers, spare=0), workers
-    if not nodes.may_grow():
-        raise UserError(f"--workers {workers} leaves none of {cpus} CPUs to read images: use {max(1, cpus - 1)}")
-    return nodes.models_on_cpus()[0], workers
+    with nodes.asking_for_more(a_copy) if grows else nullcontext():
+        for chunk in dataset.iter_batches(batch_size=None, batch_format="numpy"):
+            if _rows(chunk):
+                yield chunk
 
 
 def _rows(chunk: Chunk) -> int:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import os
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import ray
 import ray.exceptions
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from unet_ray import storage
@@ -25,6 +27,10 @@ SIGN_SECONDS = 30.0
 """How long an autoscaler has to begin with what it is asked for: it looks every five seconds."""
 STALL_SECONDS = 900.0
 """How long a machine may take from being ordered to being a node: minutes for one with a GPU."""
+FIRST_REPORT_SECONDS = 15.0
+"""How long an autoscaler that has just been started may take to see the first node; it looks every five seconds."""
+ASK_SECONDS, MOST_AT_ONCE = 5.0, 16
+"""How long nodes that have come have to be put to use before more are asked for, and how many those may be."""
 STEP_SECONDS = 1.0
 
 Bundle = dict[str, float]
@@ -71,6 +77,14 @@ def models_on_cpus() -> tuple[int, int]:
     largest = max([int(node["Resources"].get("CPU", 0)) for node in alive()], default=0)
     each = max(1, largest // max(1, largest // THREADS_A_MODEL))
     return each, max(1, room({"CPU": each}))
+
+
+def cpus_of_a_model(each: int) -> float:
+    """What of its share of `each` CPUs a copy of the model holds. The rest is for tasks that decode and write: a CPU,
+    or less where on some node one copy more would fit into the rests. Were a node's last CPU held by a copy, as of one
+    that lost its own node, no image could be decoded and nothing would ever go on."""
+    nodes_cpus = [node["Resources"].get("CPU", 0) for node in _working()]
+    return max([each - 1, *(cpus / (cpus // each + 1) + 0.001 for cpus in nodes_cpus)])
 
 
 def pick_device(wanted: str) -> str:
@@ -136,13 +150,52 @@ def make_room(workers: int, bundle: Bundle, trouble: str, remedy: str, most: int
     return True
 
 
+@contextmanager
+def asking_for_more(bundle: Bundle) -> Iterator[None]:
+    """Meanwhile, whenever all that the nodes have is in use, an autoscaler is asked for as many such bundles again as
+    there is room for. Ray Data's own way is switched off, see `cluster.started`."""
+    ended = threading.Event()
+
+    def ask_once() -> None:
+        # Each for itself, as the autoscaler of KubeRay gives a group all its bundles or none.
+        groups = [placement_group([bundle]) for _ in range(min(max(1, room(bundle)), MOST_AT_ONCE))]
+        ours = {group.id.hex() for group in groups}
+        try:
+            states = {"PENDING"}
+            while not ended.wait(STEP_SECONDS) and "CREATED" not in states:
+                states = {info["state"] for name, info in placement_group_table().items() if name in ours}
+        finally:
+            for group in groups:
+                remove_placement_group(group)
+
+    def ask() -> None:
+        while not ended.wait(ASK_SECONDS):
+            try:
+                ask_once()
+            except Exception as error:  # the prediction goes on with the nodes that it has, or says what is wrong
+                log.info("no nodes can be asked for: %s", error)
+
+    thread = threading.Thread(target=ask, name="unet_ray: asks for nodes", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
 def may_grow() -> bool:
     """Whether an autoscaler that can add nodes looks after this cluster."""
-    report = _report_of_v1()
-    if report is not None:
+    # Ray has no other word for "this process started it": such a Ray has no autoscaler, only one that watches.
+    if ray._private.worker._global_node.is_head():
+        return False
+    deadline = time.monotonic() + FIRST_REPORT_SECONDS
+    while (report := _report_of_v1()) is not None:
         # Where nodes were started by hand, Ray's autoscaler only watches, and invents a type for each of them.
         kinds = report.get("active_nodes", {})
-        return not kinds or any(not kind.startswith("node_") for kind in kinds)
+        if kinds or time.monotonic() > deadline:
+            return any(not kind.startswith("node_") for kind in kinds)
+        time.sleep(STEP_SECONDS)  # the first report knows of no node yet
     status = _status_of_v2()
     there = [] if status is None else [*status.active_nodes, *status.idle_nodes]
     kinds = [node.ray_node_type_name for node in there]
