@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pyarrow.parquet as pq
@@ -12,7 +13,7 @@ import pytest
 from conftest import SLOW, TINY, Machines, environment, epochs_done, make_discs, make_model, make_photos, recorded
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 
-from unet_ray import training
+from unet_ray import datasets, nodes, training
 from unet_ray.config import load_train_config
 
 pytestmark = pytest.mark.slow
@@ -45,6 +46,33 @@ def until(condition, process: subprocess.Popen | None = None, seconds: float = 2
 
 def lines(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("sizes", [(1,), (2,), (3,), (7, 2), (8,), (15,), (16, 4), (24, 2), (56,), (64, 16), (192,)])
+def test_copies_of_a_model_never_fill_a_node(monkeypatch, sizes):
+    there = [{"Alive": True, "Resources": {"CPU": float(cpus)}} for cpus in sizes]
+    monkeypatch.setattr(nodes, "alive", lambda: there)
+    default, copies = nodes.models_on_cpus()
+    assert copies == sum(cpus // default for cpus in sizes)
+    for each in range(1, max(sizes) + 1):
+        held = nodes.cpus_of_a_model(each)
+        left = {}
+        for cpus in sizes:
+            fit = int(cpus / held)
+            assert fit == cpus // each, "as many as have a share of their own"
+            left[cpus] = cpus - fit * held
+        # Where --workers makes the shares small, the smallest nodes may be left to the models.
+        assert min(left.values()) > 0
+        assert (min(left.values()) if each == default else left[max(sizes)]) >= datasets.A_TASK_BESIDE_A_MODEL
+
+
+def test_an_autoscaler_that_has_just_begun_is_waited_for(monkeypatch):
+    monkeypatch.setattr(nodes, "STEP_SECONDS", 0.01)
+    monkeypatch.setattr("ray._private.worker._global_node", SimpleNamespace(is_head=lambda: False))
+    for kind, grows in (("worker", True), ("node_0123", False)):
+        reports = iter([{}, {"active_nodes": {}}, {"active_nodes": {kind: 1}}])
+        monkeypatch.setattr(nodes, "_report_of_v1", lambda reports=reports: next(reports))
+        assert nodes.may_grow() is grows
 
 
 @pytest.fixture(scope="module")

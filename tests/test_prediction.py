@@ -398,4 +398,4 @@ def test_workers_may_be_as_many_as_there_are_cpus_and_no_more(ray_cluster, model
     folder = make_photos(tmp_path / "few", 12)
     assert run(model, folder, tmp_path / "out", local=False, workers=4).ok == 12
     with pytest.raises(UserError, match="--workers 5: the cluster has 4 CPUs: use --workers 4 or fewer"):
-        run(model, folder, tmp_path / "out", local=False, workers=5)
+        run(model, folder, tmp_path / "more", local=False, workers=5)
