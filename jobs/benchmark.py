@@ -574,21 +574,23 @@ def memory_section(job: Job) -> Iterator[Line]:
             sources.append(target)
     for number in range(10_000):
         os.link(sources[number % len(sources)], folder / f"{number:05d}.jpg")
-    rates = {}
-    for count in (500, 10_000):
-        many = dataclasses.replace(job, images=[str(folder / f"{number:05d}.jpg") for number in range(count)])
-        config_of = partial(
-            PredictConfig, model=str(small), inputs=(many.listed(count),), device="cpu", backend="torch"
-        )
-        with cluster.started(), PeakMemory() as peak:
-            seconds = []
-            for turn in range(3 if count == 500 else 1):
-                config = config_of(out=str(job.folder / f"{count}-{turn}"))
-                seconds.append(steady(lambda tell, c=config: predict(c, on_progress=tell)))  # type: ignore[misc]
-        rates[count] = statistics.median(seconds)
-        more = (peak.mine - peak.before) / 2**20
-        note = f"driver {more:.0f} MB more than before, all other processes {peak.theirs / 2**20:.0f} MB"
-        yield Line("memory", f"{count} images", rates[count], rates[500] / rates[count], note)
+    seconds: dict[int, list[float]] = {500: [], 10_000: []}
+    notes: dict[int, str] = {}
+    for turn in range(job.rounds):
+        for count, of_each in seconds.items():
+            many = dataclasses.replace(job, images=[str(folder / f"{number:05d}.jpg") for number in range(count)])
+            listed = many.listed(count)
+            with cluster.started(), PeakMemory() as peak:
+                for again in range(3 if count == 500 else 1):
+                    out = str(job.folder / f"{count}-{turn}-{again}")
+                    config = PredictConfig(model=str(small), inputs=(listed,), out=out, device="cpu", backend="torch")
+                    of_each.append(steady(lambda tell, c=config: predict(c, on_progress=tell)))  # type: ignore[misc]
+            more = (peak.mine - peak.before) / 2**20
+            others = f"all other processes {peak.theirs / 2**20:.0f} MB"
+            notes.setdefault(count, f"driver {more:.0f} MB more than before, {others}")
+    rates = {count: statistics.median(of_each) for count, of_each in seconds.items()}
+    for count, rate in rates.items():
+        yield Line("memory", f"{count} images", rate, rates[500] / rate, notes[count])
 
 
 # start
