@@ -285,12 +285,23 @@ class Milesial:
         self.code.mask_to_image(mask, [0, 1]).save(self.out / f"{Path(path).stem}_OUT.png")
 
 
-def steady(run: Callable[[Callable[[int, int, int], None]], object]) -> float:
-    """Seconds an image between the first and the last that were reported done."""
-    told: list[tuple[float, int]] = []
+Reports = list[tuple[float, int]]
+"""When, and how many images were done by then."""
+
+
+def reported(run: Callable[[Callable[[int, int, int], None]], object]) -> Reports:
+    """What a prediction tells from the first images that are done on."""
+    told: Reports = []
     run(lambda done, _failed, images: told.append((time.perf_counter(), done)) if images and done else None)
-    (begun, first), (ended, last) = told[0], told[-1]
-    return (ended - begun) / max(1, last - first)
+    return told
+
+
+def steady(told: Reports, begin: float = 0, end: float = 1) -> float:
+    """Seconds an image between the first and the last that were reported done, or between two shares of these."""
+    (_, first), (_, last) = told[0], told[-1]
+    bounds = [first + share * (last - first) for share in (begin, end)]
+    begun, ended = (next(report for report in told if report[1] >= bound) for bound in bounds)
+    return (ended[0] - begun[0]) / max(1, ended[1] - begun[1])
 
 
 def predict_section(job: Job) -> Iterator[Line]:
@@ -318,8 +329,8 @@ def predict_section(job: Job) -> Iterator[Line]:
             for image in decoded:
                 _mask(network, image, job)
             seconds.setdefault("model alone", []).append((time.perf_counter() - started) / len(decoded))
-            seconds.setdefault("--local", []).append(steady(partial(ours, True)))
-            seconds.setdefault("through Ray", []).append(steady(partial(ours, False)))
+            seconds.setdefault("--local", []).append(steady(reported(partial(ours, True))))
+            seconds.setdefault("through Ray", []).append(steady(reported(partial(ours, False))))
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     alone = medians["model alone"]
     notes = {name: f"{alone / medians[name]:.3f} of the model's own rate" for name in ("--local", "through Ray")}
@@ -575,6 +586,7 @@ def memory_section(job: Job) -> Iterator[Line]:
     for number in range(10_000):
         os.link(sources[number % len(sources)], folder / f"{number:05d}.jpg")
     seconds: dict[int, list[float]] = {500: [], 10_000: []}
+    halves: list[float] = []
     notes: dict[int, str] = {}
     for turn in range(job.rounds):
         for count, of_each in seconds.items():
@@ -584,10 +596,14 @@ def memory_section(job: Job) -> Iterator[Line]:
                 for again in range(3 if count == 500 else 1):
                     out = str(job.folder / f"{count}-{turn}-{again}")
                     config = PredictConfig(model=str(small), inputs=(listed,), out=out, device="cpu", backend="torch")
-                    of_each.append(steady(lambda tell, c=config: predict(c, on_progress=tell)))  # type: ignore[misc]
+                    told = reported(lambda tell, c=config: predict(c, on_progress=tell))  # type: ignore[misc]
+                    of_each.append(steady(told))
+            if count == 10_000:
+                halves.append(steady(told, 0, 0.5) / steady(told, 0.5, 1))
             more = (peak.mine - peak.before) / 2**20
             others = f"all other processes {peak.theirs / 2**20:.0f} MB"
             notes.setdefault(count, f"driver {more:.0f} MB more than before, {others}")
+    notes[10_000] += f", the second half at {statistics.median(halves):.2f} times the speed of the first"
     rates = {count: statistics.median(of_each) for count, of_each in seconds.items()}
     for count, rate in rates.items():
         yield Line("memory", f"{count} images", rate, rates[500] / rate, notes[count])
