@@ -668,7 +668,9 @@ def _reported(location: str, no_report: bool) -> dict[str, str]:
     except Exception as error:
         say(f"no report.html: {type(error).__name__}: {error}", err=True)
         return {}
-    return {"report": storage.join(location, "report.html")}
+    from unet_ray.prediction import REPORT
+
+    return {"report": storage.join(location, REPORT)}
 
 
 def _say_places(**places: str) -> None:
