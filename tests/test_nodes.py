@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -64,6 +65,30 @@ def test_copies_of_a_model_never_fill_a_node(monkeypatch, sizes):
         # Where --workers makes the shares small, the smallest nodes may be left to the models.
         assert min(left.values()) > 0
         assert (min(left.values()) if each == default else left[max(sizes)]) >= datasets.A_TASK_BESIDE_A_MODEL
+
+
+AS_MANY_GPUS_AS_CPUS = """
+import sys
+import numpy as np
+import ray
+from unet_ray import datasets
+
+ray.init(
+    address="local", num_cpus=1, num_gpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
+    object_store_memory=200 * 2**20, _temp_dir=sys.argv[1], _node_ip_address="127.0.0.1",
+)
+datasets.configure()
+before = lambda number: {"number": np.array([number])}
+model = lambda device, threads, copies: lambda chunk: {"number": chunk["number"], "device": np.array([device])}
+made = datasets.run_on_cluster(range(20), before, model, lambda chunk: chunk, workers=0, device="auto", shared={})
+assert sorted((int(chunk["number"][0]), str(chunk["device"][0])) for chunk in made) == [(n, "cuda") for n in range(20)]
+"""
+
+
+def test_models_on_gpus_leave_the_cpus_to_the_images():
+    with tempfile.TemporaryDirectory(prefix="ur-", ignore_cleanup_errors=True) as temporary:
+        command = [sys.executable, "-c", AS_MANY_GPUS_AS_CPUS, temporary]
+        subprocess.run(command, env=environment(), check=True, timeout=200)
 
 
 def test_an_autoscaler_that_has_just_begun_is_waited_for(monkeypatch):

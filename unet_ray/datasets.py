@@ -215,7 +215,8 @@ def run_on_cluster(
         nodes.check_workers(workers, device)
     if device == "cuda":
         a_copy = {"GPU": 1.0}
-        copies, resources, share = nodes.room(a_copy), {"num_gpus": 1.0}, A_TASK
+        # Without the CPU that Ray Data adds: where a node has as many GPUs, none would be left to read images.
+        copies, held, share = nodes.room(a_copy), {"num_gpus": 1.0, "num_cpus": 0.0}, A_TASK
     else:
         nodes.make_room(1, {"CPU": 1.0}, "no node of the cluster has a CPU", "add one")
         threads, copies = nodes.models_on_cpus()
@@ -223,7 +224,7 @@ def run_on_cluster(
             threads, copies = nodes.cpus_for_each(workers, spare=0), workers
         a_copy = {"CPU": float(threads)}
         # The threads are the whole share: decoding is short beside the model, and idle CPUs would cost more.
-        resources, share = {"num_cpus": nodes.cpus_of_a_model(threads)}, A_TASK_BESIDE_A_MODEL
+        held, share = {"num_cpus": nodes.cpus_of_a_model(threads)}, A_TASK_BESIDE_A_MODEL
     nodes.check_shared(shared)
     grows = not workers and nodes.may_grow()
     most = NO_LIMIT if grows else workers or copies
@@ -233,29 +234,34 @@ def run_on_cluster(
         pa.table({"number": pa.array(numbers[start : start + NUMBERS_A_BLOCK], pa.int64())})
         for start in range(0, len(numbers), NUMBERS_A_BLOCK)
     ]
-    # A block a chunk, made as they are wanted: a hundred million images are not a million objects at once.
-    chunks = ray.data.from_arrow(tables).repartition(target_num_rows_per_block=1)
-    # There is no argument for what this step takes: a whole CPU, which models may not leave free on any node.
-    chunks._logical_plan.dag.ray_remote_args["num_cpus"] = 0
-    dataset = (
-        # A share of its own keeps Ray Data from fusing the stage into the model's actors, where decoding would not
-        # overlap with the model.
-        chunks.map_batches(_FromNumber(before), batch_size=None, batch_format="numpy", num_cpus=share)
-        .map_batches(
-            _ModelActor,
-            fn_constructor_kwargs={"model": model, "device": device, "threads": threads, "copies": workers or copies},
-            batch_size=None,
-            batch_format="numpy",
-            # At once what there is room for: of its own accord Ray Data gives a stage a part of the CPUs only.
-            compute=ActorPoolStrategy(min_size=min(copies, most, len(numbers)), max_size=most),
-            **resources,
-        )
-        .map_batches(_UnlessEmpty(after), batch_size=None, batch_format="numpy", num_cpus=share)
+    # A block a chunk, made as they are wanted: a hundred million images are not a million objects at once. By default
+    # the step takes a CPU, which models may not leave free on any node.
+    chunks = _holding(ray.data.from_arrow(tables).repartition(target_num_rows_per_block=1), {"num_cpus": 0.0})
+    # A share of its own keeps Ray Data from fusing the stage into the model's actors, where decoding would not overlap
+    # with the model.
+    decoded = chunks.map_batches(_FromNumber(before), batch_size=None, batch_format="numpy", num_cpus=share)
+    segmented = decoded.map_batches(
+        _ModelActor,
+        fn_constructor_kwargs={"model": model, "device": device, "threads": threads, "copies": workers or copies},
+        batch_size=None,
+        batch_format="numpy",
+        # At once what there is room for: of its own accord Ray Data gives a stage a part of the CPUs only.
+        compute=ActorPoolStrategy(min_size=min(copies, most, len(numbers)), max_size=most),
+    )
+    done = _holding(segmented, held).map_batches(
+        _UnlessEmpty(after), batch_size=None, batch_format="numpy", num_cpus=share
     )
     with nodes.asking_for_more(a_copy) if grows else nullcontext():
-        for chunk in dataset.iter_batches(batch_size=None, batch_format="numpy"):
+        for chunk in done.iter_batches(batch_size=None, batch_format="numpy"):
             if _rows(chunk):
                 yield chunk
+
+
+def _holding(dataset: ray.data.Dataset, amounts: dict[str, float]) -> ray.data.Dataset:
+    """The dataset, with what each task or actor of its last step holds of a node. `repartition` has no argument for it;
+    `map_batches` takes GPUs only with a size of batches, for which it would cut and join the chunks."""
+    dataset._logical_plan.dag.ray_remote_args.update(amounts)
+    return dataset
 
 
 def _rows(chunk: Chunk) -> int:
