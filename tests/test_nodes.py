@@ -253,6 +253,7 @@ def test_an_autoscaling_cluster_grows_for_a_prediction_and_shrinks_after_it(tmp_
         until(lambda: raylets_with_models() == 2, process)
         output = process.communicate(timeout=300)[0]
         assert process.returncode == 0, output[-3000:]
+        assert "autoscaler" not in output, output
         assert pq.read_table(out / "manifest.parquet").num_rows == 260
         # What no node could ever hold is said within a minute; meanwhile those that are idle go.
         images, masks = make_discs(tmp_path / "discs", 6)
