@@ -18,7 +18,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from unet_ray import storage, training
+from unet_ray import datasets, storage, training
 from unet_ray.config import FORMATS, EvaluateConfig, PredictConfig, UserError, load_train_config
 from unet_ray.evaluation import evaluate
 from unet_ray.prediction import predict
@@ -399,3 +399,27 @@ def test_workers_may_be_as_many_as_there_are_cpus_and_no_more(ray_cluster, model
     assert run(model, folder, tmp_path / "out", local=False, workers=4).ok == 12
     with pytest.raises(UserError, match="--workers 5: the cluster has 4 CPUs: use --workers 4 or fewer"):
         run(model, folder, tmp_path / "more", local=False, workers=5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["before", "model", "after"])
+def test_what_a_stage_raises_on_the_cluster_is_raised_as_it_was(ray_cluster, where):
+    datasets.configure()
+
+    def before(number):
+        if where == "before":
+            raise UserError("mend it")
+        return {"number": np.array([number])}
+
+    def model(**_where):
+        if where == "model":
+            raise UserError("mend it")
+        return lambda chunk: chunk
+
+    def after(_chunk):
+        raise OSError(errno.ENOSPC, "No space left on device", "mask.png")
+
+    expected = pytest.raises(OSError if where == "after" else UserError)
+    with expected as raised:
+        list(datasets.run_on_cluster(range(3), before, model, after, workers=1, device="cpu", shared={}))
+    assert raised.value.errno == errno.ENOSPC if where == "after" else str(raised.value) == "mend it"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import ray.data
 from ray.data import ActorPoolStrategy, DataContext
 from ray.data._internal.execution import streaming_executor_state
 
-from unet_ray import cache, nodes
+from unet_ray import cache, nodes, storage
 from unet_ray.config import UserError
 from unet_ray.engine import keep_freed_memory
 from unet_ray.records import Pair
@@ -41,6 +42,10 @@ two cores."""
 RESERVED = 0.05
 """Share of the CPUs that Ray Data keeps for all stages alike, where nodes come later: with its half, their copies of
 the model would not fit. What each stage needs at least it keeps anyway."""
+
+RAISED = "raised"
+"""Column of a chunk that stands for what a stage raised, pickled. Were it raised in a task or an actor, Ray Data would
+make text of it, which the command could only show as it is."""
 
 NO_LIMIT = 4096
 """Copies of the model on a cluster that may grow: as many as it comes to have room for."""
@@ -253,6 +258,8 @@ def run_on_cluster(
     )
     with nodes.asking_for_more(a_copy) if grows else nullcontext():
         for chunk in done.iter_batches(batch_size=None, batch_format="numpy"):
+            if RAISED in chunk:
+                raise pickle.loads(chunk[RAISED][0])
             if _rows(chunk):
                 yield chunk
 
@@ -275,7 +282,7 @@ class _FromNumber:
     def __call__(self, table: Chunk) -> Chunk:
         keep_freed_memory()  # of photographs at full size
         assert len(table["number"]) == 1, "a block holds one chunk"
-        return self.before(int(table["number"][0]))
+        return _or_raised(self.before, int(table["number"][0]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,14 +291,35 @@ class _UnlessEmpty:
 
     def __call__(self, chunk: Chunk) -> Chunk:
         keep_freed_memory()
-        return self.stage(chunk) if _rows(chunk) else chunk
+        return _or_raised(self.stage, chunk) if _rows(chunk) and RAISED not in chunk else chunk
 
 
 class _ModelActor:
     """The model stage as Ray Data wants it: a class that is built once in each actor."""
 
     def __init__(self, model: Callable[..., Stage], **where: Any) -> None:
-        self.stage = _UnlessEmpty(model(**where))
+        self.stage: Stage
+        try:
+            self.stage = _UnlessEmpty(model(**where))
+        except UserError as error:
+            raised = _raised(error)
+            self.stage = lambda chunk: chunk if RAISED in chunk else raised
 
     def __call__(self, chunk: Chunk) -> Chunk:
         return self.stage(chunk)
+
+
+def _or_raised(stage: Callable[[Any], Chunk], given: Any) -> Chunk:
+    """What the stage returns, or a chunk for what it raised and the user can mend."""
+    try:
+        return stage(given)
+    except UserError as error:
+        return _raised(error)
+    except OSError as error:
+        if error.errno not in storage.TO_MEND:
+            raise
+        return _raised(error)
+
+
+def _raised(error: Exception) -> Chunk:
+    return {RAISED: np.array([pickle.dumps(error)], dtype=object)}

@@ -6,7 +6,6 @@ What there is to do and what is done is the ledger's (`ledger.py`); the stages (
 from __future__ import annotations
 
 import dataclasses
-import errno
 import itertools
 import json
 import os
@@ -375,7 +374,7 @@ def _written(out: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+        if error.errno not in storage.TO_MEND:
             raise
         what = error.strerror or "cannot be written"
         raise UserError(f"{out}: {what}. What is done is kept: mend it and give the same command again") from None

@@ -5,6 +5,7 @@ Legend: N images, C channels, K classes (1 for a single logit), H, W pixels.
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -73,6 +74,11 @@ class BatchSegmenter:
         check_precision(precision, device)
         if device == "cpu":
             keep_freed_memory()
+        elif not torch.cuda.is_available():  # of a cluster's node: Ray counts GPUs without torch
+            raise UserError(
+                f"torch can't use the GPU of {platform.node()}: install it for CUDA, with a driver that fits, or "
+                "use --device cpu"
+            )
         self.device = torch.device(device)
         how = backends.How(self.device, precision, backend, images)
         self.models = [backends.load(path, how, None if ensemble else quantized) for path in (location, *ensemble)]

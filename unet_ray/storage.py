@@ -5,6 +5,7 @@ A location is a path, or a URI that pyarrow knows (`s3://`, `gs://`, `file://`).
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import re
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from pyarrow.fs import FileInfo, FileSystem
 
 
+TO_MEND = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+"""Numbers of the OSErrors of a full or read-only disk, which is the user's to mend."""
 QUESTION_MARK = "%3F"
 """What stands in a URI for a `?` of an object's name, as a plain one begins the options."""
 
