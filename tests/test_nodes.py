@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import psutil
 import pyarrow.parquet as pq
 import pytest
+import torch
 from conftest import SLOW, TINY, Machines, environment, epochs_done, make_discs, make_model, make_photos, recorded
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 
@@ -89,6 +90,22 @@ def test_models_on_gpus_leave_the_cpus_to_the_images():
     with tempfile.TemporaryDirectory(prefix="ur-", ignore_cleanup_errors=True) as temporary:
         command = [sys.executable, "-c", AS_MANY_GPUS_AS_CPUS, temporary]
         subprocess.run(command, env=environment(), check=True, timeout=200)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use a GPU here")
+def test_a_gpu_that_torch_cannot_use_is_one_line(model, tmp_path):
+    images, masks = make_discs(tmp_path / "discs", 6)
+    tiny = [part for name, value in TINY for part in ("--set", f"{name}={value}")]
+    with Machines() as cluster:
+        cluster.head(2, "--num-gpus=1")
+        for arguments in (
+            ("predict", model, images, "--out", tmp_path / "out"),
+            ("train", "--images", images, "--masks", masks, "--out", tmp_path / "run", *tiny),
+        ):
+            process = cluster.command(*arguments)
+            output = process.communicate(timeout=200)[0]
+            assert process.returncode == 2 and "Error: torch can't use the GPU of " in output, output[-3000:]
+            assert "--device cpu" in output and "Traceback" not in output
 
 
 def test_an_autoscaler_that_has_just_begun_is_waited_for(monkeypatch):

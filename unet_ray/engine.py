@@ -11,6 +11,7 @@ import ctypes
 import dataclasses
 import json
 import math
+import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -148,6 +149,15 @@ def device_here(wanted: str, workers: int) -> torch.device:
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has none that torch can use: use --device cpu")
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def check_gpu() -> None:
+    """Raises UserError where torch can't use the GPU that Ray, which counts them without torch, has given."""
+    if not torch.cuda.is_available():
+        raise UserError(
+            f"torch can't use the GPU of {platform.node()}: install it for CUDA, with a driver that fits, or use "
+            "--device cpu"
+        )
 
 
 def bf16_is_fast(device: torch.device) -> bool:

@@ -9,6 +9,8 @@ import psutil
 import ray
 from ray.train.torch import TorchConfig
 
+from unet_ray.engine import check_gpu
+
 
 def choose_interface() -> None:
     """Has gloo talk by the network that Ray knows this node by.
@@ -22,8 +24,14 @@ def choose_interface() -> None:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
+def _check_gpu() -> None:
+    if ray.get_runtime_context().get_accelerator_ids()["GPU"]:
+        check_gpu()
+
+
 class _Backend(TorchConfig().backend_cls):  # type: ignore[misc]
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        worker_group.execute(_check_gpu)
         worker_group.execute(choose_interface)
         super().on_start(worker_group, backend_config)
 

@@ -5,7 +5,6 @@ Legend: N images, C channels, K classes (1 for a single logit), H, W pixels.
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +15,7 @@ from torch import Tensor
 from unet_ray import backends, imaging
 from unet_ray.checkpoint import ModelCard
 from unet_ray.config import UserError
-from unet_ray.engine import check_precision, keep_freed_memory, run_network
+from unet_ray.engine import check_gpu, check_precision, keep_freed_memory, run_network
 from unet_ray.imaging import Pixels
 from unet_ray.tiles import mirrored
 
@@ -74,11 +73,8 @@ class BatchSegmenter:
         check_precision(precision, device)
         if device == "cpu":
             keep_freed_memory()
-        elif not torch.cuda.is_available():  # of a cluster's node: Ray counts GPUs without torch
-            raise UserError(
-                f"torch can't use the GPU of {platform.node()}: install it for CUDA, with a driver that fits, or "
-                "use --device cpu"
-            )
+        else:
+            check_gpu()
         self.device = torch.device(device)
         how = backends.How(self.device, precision, backend, images)
         self.models = [backends.load(path, how, None if ensemble else quantized) for path in (location, *ensemble)]

@@ -397,6 +397,7 @@ def _raise_what_repeats(error: BaseException) -> None:
     import ray.train
 
     if isinstance(error, ray.train.ControllerError):
+        _raise_said(_chain(error))
         raise UserError(
             f"the cluster did not start the workers ({_first_line(error)[:300]}): use fewer --workers, or lower "
             "compute.cpus_per_worker; --resume goes on from the last finished epoch"
@@ -404,12 +405,19 @@ def _raise_what_repeats(error: BaseException) -> None:
     if not isinstance(error, ray.train.WorkerGroupError):
         return
     chains = [_chain(failure) for failure in error.worker_failures.values()]
-    for failure in (failure for chain in chains for failure in chain):
-        if isinstance(failure, UserError):
-            raise UserError(str(failure)) from None
+    for chain in chains:
+        _raise_said(chain)
     # One rank's own exception takes the others' connections with it: those are RuntimeErrors of torch.distributed.
     if any(not isinstance(chain[-1], (ray.exceptions.RayError, RuntimeError, ConnectionError)) for chain in chains):
         raise error
+
+
+def _raise_said(chain: list[BaseException]) -> None:
+    """Raises the UserError of a chain, if there is one: the last, as what Ray makes of one is another, with a traceback
+    for its text."""
+    said = [failure for failure in chain if isinstance(failure, UserError)]
+    if said:
+        raise UserError(str(said[-1])) from None
 
 
 _CAUSES = ("_base_exc", "health_check_failure", "controller_failure", "cause", "__cause__")
