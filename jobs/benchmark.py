@@ -588,14 +588,16 @@ def memory_section(job: Job) -> Iterator[Line]:
     seconds: dict[int, list[float]] = {500: [], 10_000: []}
     halves: list[float] = []
     notes: dict[int, str] = {}
+    many = dataclasses.replace(job, images=[str(folder / f"{number:05d}.jpg") for number in range(10_000)])
+    lists = {count: many.listed(count) for count in seconds}
     for turn in range(job.rounds):
         for count, of_each in seconds.items():
-            many = dataclasses.replace(job, images=[str(folder / f"{number:05d}.jpg") for number in range(count)])
-            listed = many.listed(count)
             with cluster.started(), PeakMemory() as peak:
                 for again in range(3 if count == 500 else 1):
                     out = str(job.folder / f"{count}-{turn}-{again}")
-                    config = PredictConfig(model=str(small), inputs=(listed,), out=out, device="cpu", backend="torch")
+                    config = PredictConfig(
+                        model=str(small), inputs=(lists[count],), out=out, device="cpu", backend="torch"
+                    )
                     told = reported(lambda tell, c=config: predict(c, on_progress=tell))  # type: ignore[misc]
                     of_each.append(steady(told))
             if count == 10_000:

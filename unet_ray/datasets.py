@@ -221,7 +221,7 @@ def run_on_cluster(
     if device == "cuda":
         a_copy = {"GPU": 1.0}
         # Without the CPU that Ray Data adds: where a node has as many GPUs, none would be left to read images.
-        copies, held, share = nodes.room(a_copy), {"num_gpus": 1.0, "num_cpus": 0.0}, A_TASK
+        copies, held, share = workers or nodes.room(a_copy), {"num_gpus": 1.0, "num_cpus": 0.0}, A_TASK
     else:
         nodes.make_room(1, {"CPU": 1.0}, "no node of the cluster has a CPU", "add one")
         threads, copies = nodes.models_on_cpus()
@@ -232,7 +232,6 @@ def run_on_cluster(
         held, share = {"num_cpus": nodes.cpus_of_a_model(threads)}, A_TASK_BESIDE_A_MODEL
     nodes.check_shared(shared)
     grows = not workers and nodes.may_grow()
-    most = NO_LIMIT if grows else workers or copies
     if grows and device == "cpu":
         DataContext.get_current().op_resource_reservation_ratio = RESERVED
     tables = [
@@ -247,11 +246,11 @@ def run_on_cluster(
     decoded = chunks.map_batches(_FromNumber(before), batch_size=None, batch_format="numpy", num_cpus=share)
     segmented = decoded.map_batches(
         _ModelActor,
-        fn_constructor_kwargs={"model": model, "device": device, "threads": threads, "copies": workers or copies},
+        fn_constructor_kwargs={"model": model, "device": device, "threads": threads, "copies": copies},
         batch_size=None,
         batch_format="numpy",
         # At once what there is room for: of its own accord Ray Data gives a stage a part of the CPUs only.
-        compute=ActorPoolStrategy(min_size=min(copies, most, len(numbers)), max_size=most),
+        compute=ActorPoolStrategy(min_size=min(copies, len(numbers)), max_size=NO_LIMIT if grows else copies),
     )
     done = _holding(segmented, held).map_batches(
         _UnlessEmpty(after), batch_size=None, batch_format="numpy", num_cpus=share
@@ -298,12 +297,15 @@ class _ModelActor:
     """The model stage as Ray Data wants it: a class that is built once in each actor."""
 
     def __init__(self, model: Callable[..., Stage], **where: Any) -> None:
-        self.stage: Stage
         try:
-            self.stage = _UnlessEmpty(model(**where))
+            stage = model(**where)
         except UserError as error:
-            raised = _raised(error)
-            self.stage = lambda chunk: chunk if RAISED in chunk else raised
+            refusal = error
+
+            def stage(_chunk: Chunk) -> Chunk:
+                raise refusal
+
+        self.stage = _UnlessEmpty(stage)
 
     def __call__(self, chunk: Chunk) -> Chunk:
         return self.stage(chunk)
@@ -313,13 +315,7 @@ def _or_raised(stage: Callable[[Any], Chunk], given: Any) -> Chunk:
     """What the stage returns, or a chunk for what it raised and the user can mend."""
     try:
         return stage(given)
-    except UserError as error:
-        return _raised(error)
-    except OSError as error:
-        if error.errno not in storage.TO_MEND:
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in storage.TO_MEND:
             raise
-        return _raised(error)
-
-
-def _raised(error: Exception) -> Chunk:
-    return {RAISED: np.array([pickle.dumps(error)], dtype=object)}
+        return {RAISED: np.array([pickle.dumps(error)], dtype=object)}

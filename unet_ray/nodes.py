@@ -161,7 +161,7 @@ def asking_for_more(bundle: Bundle) -> Iterator[None]:
         groups = [placement_group([bundle]) for _ in range(min(max(1, room(bundle)), MOST_AT_ONCE))]
         ours = {group.id.hex() for group in groups}
         try:
-            states = {"PENDING"}
+            states: set[str] = set()
             while not ended.wait(STEP_SECONDS) and "CREATED" not in states:
                 states = {info["state"] for name, info in placement_group_table().items() if name in ours}
         finally:

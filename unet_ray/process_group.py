@@ -24,15 +24,15 @@ def choose_interface() -> None:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
-def _check_gpu() -> None:
+def _prepare() -> None:
     if ray.get_runtime_context().get_accelerator_ids()["GPU"]:
         check_gpu()
+    choose_interface()
 
 
 class _Backend(TorchConfig().backend_cls):  # type: ignore[misc]
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
-        worker_group.execute(_check_gpu)
-        worker_group.execute(choose_interface)
+        worker_group.execute(_prepare)
         super().on_start(worker_group, backend_config)
 
 
