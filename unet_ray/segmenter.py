@@ -72,7 +72,7 @@ class BatchSegmenter:
             torch.set_num_threads(threads)
         check_precision(precision, device)
         if device == "cpu":
-            keep_freed_memory()
+            keep_freed_memory(of_any_size=True)
         else:
             check_gpu()
         self.device = torch.device(device)

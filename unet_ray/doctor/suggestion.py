@@ -146,7 +146,7 @@ def _timed_step(config: TrainConfig, count: int) -> tuple[int, float, str]:
     """Images of the batch, seconds of one training step on it, and the device."""
     device = engine.device_here("auto", 1)
     if device.type == "cpu":
-        engine.keep_freed_memory()
+        engine.keep_freed_memory(of_any_size=True)
     training = engine.prepare(config, device)
     training.model.train()
     decoder = Decoder.of(config)
