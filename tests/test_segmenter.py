@@ -130,6 +130,40 @@ def test_models_that_do_not_go_together_are_refused(folder):
         BatchSegmenter(str(folder / "one"), ensemble=[str(folder / "valid")])
 
 
+@pytest.mark.parametrize("fits", [1, 3])
+def test_a_gpu_that_is_too_small_for_a_batch_gets_smaller_ones(folder, monkeypatch, fits):
+    segmenter = BatchSegmenter(str(folder / "one"))
+    batch, large = noise(13, 32, 32, 3), pixels_of(noise(65, 200, 3))
+    whole = segmenter(batch), segmenter.by_tiles(large, 32, 0.5, probabilities=False)
+    given = []
+
+    def logits(image_NHWC, kept=segmenter._logits):
+        given.append(len(image_NHWC))
+        if len(image_NHWC) > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return kept(image_NHWC)
+
+    monkeypatch.setattr(segmenter, "_logits", logits)
+    segmenter.at_once = 8
+    parts = segmenter(batch)
+    assert given[0] == 8
+    assert max(given[given.index(segmenter.at_once) :]) <= fits  # tried once
+    assert np.allclose(parts.logits, whole[0].logits, atol=0.01)
+    segmenter.at_once = 8
+    assert np.array_equal(segmenter.by_tiles(large, 32, 0.5, probabilities=False).mask, whole[1].mask)
+
+
+def test_a_gpu_that_is_too_small_for_one_image_is_one_line(folder, monkeypatch):
+    segmenter = BatchSegmenter(str(folder / "one"))
+
+    def too_large(_image):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(segmenter, "_logits", too_large)
+    with pytest.raises(UserError, match="no room for one image of 32x48"):
+        segmenter(noise(2, 48, 32, 3))
+
+
 def test_windows_of_an_image_are_the_pixels_of_the_decoded_one():
     stream = io.BytesIO()
     image = Image.fromarray(noise(20, 30, 3))

@@ -5,8 +5,9 @@ Legend: N images, C channels, K classes (1 for a single logit), H, W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
@@ -76,6 +77,7 @@ class BatchSegmenter:
         else:
             check_gpu()
         self.device = torch.device(device)
+        self.at_once = IMAGES_AT_ONCE[self.device.type]
         how = backends.How(self.device, precision, backend, images)
         self.models = [backends.load(path, how, None if ensemble else quantized) for path in (location, *ensemble)]
         self.card = self.models[0][1]
@@ -87,14 +89,33 @@ class BatchSegmenter:
 
     @torch.inference_mode()
     def __call__(self, image_NHWC: np.ndarray) -> Segmentation:
-        step = IMAGES_AT_ONCE[self.device.type]
         logits, confidence = [], []
-        for start in range(0, len(image_NHWC), step):
-            # A copy: Ray's batches are read-only views of shared memory, which torch must not be given.
-            output = self._logits(image_NHWC[start : start + step].copy())
+        for output in self._with_room(self._logits, image_NHWC):
             logits.append(output.half().cpu().numpy())
             confidence.append(_certainty(output).mean(dim=(1, 2)).cpu().numpy())
         return Segmentation(np.concatenate(logits), np.concatenate(confidence))
+
+    def _with_room(self, logits_of: Callable[[np.ndarray], Tensor], image_NHWC: np.ndarray) -> Iterator[Tensor]:
+        """Logits [n,K,h,w] of as many images at a time as the GPU has room for, which is tried: half as many from where
+        its memory ran out."""
+        start = 0
+        while start < len(image_NHWC):
+            # Ray's batches are read-only views of shared memory, which torch must not be given: those are copied.
+            part = np.require(image_NHWC[start : start + self.at_once], requirements=["C", "W"])
+            try:
+                output = logits_of(part)
+            except torch.OutOfMemoryError:
+                if len(part) == 1:
+                    height, width = part.shape[1:3]
+                    raise UserError(
+                        f"the GPU has no room for one image of {width}x{height}: use a smaller --tile, fewer models in "
+                        "--ensemble, or --device cpu"
+                    ) from None
+                self.at_once = len(part) // 2
+                torch.cuda.empty_cache()
+                continue
+            start += len(part)
+            yield output
 
     def _logits(self, image_NHWC: np.ndarray) -> Tensor:
         """float32 [N,K,H,W] on the device; of several models and views, the logits of their mean probability."""
@@ -147,7 +168,7 @@ class BatchSegmenter:
             beyond = (tile - step) // 2
         rows, columns = (_Axis.of(length, tile, step, beyond) for length in (height, width))
         rows_total, columns_total = (axis.total(weight) for axis in (rows, columns))
-        at_once = IMAGES_AT_ONCE[self.device.type]
+        at_once = self.at_once
         # The rows that further tiles can still change: `tile` of them, from `rows.starts[n]` on.
         band = torch.zeros((config.num_classes, tile, columns.padded), device=self.device)
         for number, top in enumerate(rows.starts):
@@ -158,7 +179,8 @@ class BatchSegmenter:
                     pixels.window(places[0], mirrored(left - config.margin, tile + 2 * config.margin, width))
                     for left in lefts
                 ]
-                for left, logits in zip(lefts, self._tile_logits(np.stack(windows)), strict=True):
+                tiles = chain.from_iterable(self._with_room(self._tile_logits, np.stack(windows)))
+                for left, logits in zip(lefts, tiles, strict=True):
                     start = left - columns.starts[0]
                     band[:, :, start : start + tile] += logits * weight[:, None] * weight
             # Rows up to the next tile's first are finished; after the last tile, all.
@@ -172,7 +194,6 @@ class BatchSegmenter:
 
     def _tile_logits(self, image_NHWC: np.ndarray) -> Tensor:
         """Logits [N,K,tile,tile] of windows that have the network's margin around them."""
-        image_NHWC = np.ascontiguousarray(image_NHWC)
         if self.card.model.margin == 0:
             return self._logits(image_NHWC)
         image = torch.from_numpy(image_NHWC).to(self.device).permute(0, 3, 1, 2)
