@@ -60,6 +60,7 @@ class Compiled:
     """A network as torch compiles it at its first call; where that fails, as it is."""
 
     def __init__(self, model: nn.Module, **options: Any) -> None:
+        without_cuda_chatter()
         # Inductor keeps what it has compiled in a folder of the machine, where other processes and later runs find it.
         self.model = model
         self.run: Callable[[Tensor], Tensor] = torch.compile(model, dynamic=False, options=options)
@@ -74,6 +75,11 @@ class Compiled:
             log.warning("this network can't be compiled here, it runs as it is: %s", first_line(error))
             self.run = self.model
             return self.run(image_NCHW)
+
+
+def without_cuda_chatter() -> None:
+    """Torch tells where it has found CUDA's compiler on a machine without a GPU, where nothing uses it."""
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
 def first_line(error: Exception) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from unet_ray import backends, checkpoint, evaluation, storage
+from unet_ray import backends, checkpoint, compiling, evaluation, storage
 from unet_ray.checkpoint import ModelCard
 from unet_ray.config import EvaluateConfig, UserError
 from unet_ray.imaging import ImageError
@@ -109,8 +109,7 @@ def _images(pairs: Sequence[Pair], reader: Reader, card: ModelCard) -> Iterator[
 
 def _in_int8(network: Any, images: Sequence[np.ndarray]) -> Any:
     backends.without_telemetry()
-    # Through NNCF torch tells where it has found CUDA's compiler, which nothing here uses.
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    compiling.without_cuda_chatter()
     import nncf
 
     logging.getLogger("nncf").setLevel(logging.ERROR)  # its own function silences everybody's handlers
