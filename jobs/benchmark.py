@@ -405,11 +405,15 @@ def plain_steps(config: TrainConfig, pairs: list[records.Pair], device: str) -> 
     return step
 
 
-def our_steps(config: TrainConfig, pairs: list[records.Pair], device: str) -> Iterator[float]:
-    """Training steps as `unet-ray train --local` takes them."""
+def our_steps(
+    config: TrainConfig, pairs: list[records.Pair], device: str, *, compiled: bool = False
+) -> Iterator[float]:
+    """Training steps as `unet-ray train --local` takes them; `compiled` as in long trainings."""
     engine.keep_freed_memory(of_any_size=True)
     prepared = engine.prepare(config, torch.device(device))
     prepared.model.train()
+    if compiled:
+        prepared.forward = compiling.Compiled(prepared.model)
     held = rows.MemoryRows(pairs, rows.Decoder.of(config))
     for epoch in itertools.count(1):
         plan = engine.batch_plan(len(held), config.train.batch_size, seed=config.train.seed, epoch=epoch)
@@ -420,9 +424,11 @@ def our_steps(config: TrainConfig, pairs: list[records.Pair], device: str) -> It
 
 def train_section(job: Job) -> Iterator[Line]:
     pairs = job.pairs[: 8 * job.config.train.batch_size]
-    ours = our_steps(job.config, pairs, job.device)
-    with Apart(plain_steps, job.config, pairs, job.device) as plain:
-        seconds = in_turns({"plain fp32": plain, "unet_ray": partial(next, ours)}, job.rounds)
+    given = job.config, pairs, job.device
+    ours, compiled = our_steps(*given), our_steps(*given, compiled=True)
+    with Apart(plain_steps, *given) as plain:
+        steps: dict[str, Callable[[], object]] = {"plain fp32": plain, "unet_ray": partial(next, ours)}
+        seconds = in_turns({**steps, "unet_ray, compiled": partial(next, compiled)}, job.rounds)
     yield from table("train", seconds, {"unet_ray": f"batch {job.config.train.batch_size}"})
 
 

@@ -29,7 +29,7 @@ def test_it_decodes_predicts_and_trains_in_every_way_there_is(tmp_path):
     }
     assert found["decode"][0]["name"] == "Pillow, whole"
     assert {"plain fp32", "torch", "compiled"} <= {line["name"] for line in found["model"]}
-    assert [line["name"] for line in found["train"]] == ["plain fp32", "unet_ray"]
+    assert [line["name"] for line in found["train"]] == ["plain fp32", "unet_ray", "unet_ray, compiled"]
     [price] = [line for line in lines if line["section"] == "price"]
     a_step = found["train"][1]["seconds"]
     assert price["seconds"] == pytest.approx(a_step / 2)  # a batch of two
