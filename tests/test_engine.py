@@ -116,6 +116,22 @@ def test_muons_steps_are_orthogonal_and_its_other_parameters_take_adamws_steps()
     assert torch.allclose(ours, theirs, atol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(8, 36), (36, 8), (16, 16), (1, 5)])
+def test_muons_steps_are_the_sources_also_where_directions_are_missing(shape):
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(side, side, generator=generator))[0] for side in shape)
+    rank = min(shape)
+    size = torch.logspace(0, -5, rank)
+    size[rank // 2 :] = 0 if rank > 1 else 1
+    matrix = left[:, :rank] * size @ right[:rank]
+    expected = matrix.double() / matrix.double().norm()
+    for _ in range(5):
+        square = expected @ expected.T
+        expected = 3.4445 * expected + (-4.7750 * square + 2.0315 * square @ square) @ expected
+    assert torch.allclose(muon.orthogonalise(matrix), expected.float(), atol=1e-4)
+    assert not muon.orthogonalise(torch.zeros(shape)).any()
+
+
 def test_muon_leaves_the_last_layer_biases_and_norms_to_adamw():
     model = build(ModelConfig(base_channels=4, depth=1))
     hidden, head, others = engine.build_optimizer(FitConfig(optimizer="muon"), model).param_groups
