@@ -427,8 +427,12 @@ def train_section(job: Job) -> Iterator[Line]:
     given = job.config, pairs, job.device
     ours, compiled = our_steps(*given), our_steps(*given, compiled=True)
     with Apart(plain_steps, *given) as plain:
-        steps: dict[str, Callable[[], object]] = {"plain fp32": plain, "unet_ray": partial(next, ours)}
-        seconds = in_turns({**steps, "unet_ray, compiled": partial(next, compiled)}, job.rounds)
+        steps: dict[str, Callable[[], object]] = {
+            "plain fp32": plain,
+            "unet_ray": partial(next, ours),
+            "unet_ray, compiled": partial(next, compiled),
+        }
+        seconds = in_turns(steps, job.rounds)
     yield from table("train", seconds, {"unet_ray": f"batch {job.config.train.batch_size}"})
 
 

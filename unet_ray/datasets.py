@@ -19,7 +19,7 @@ from ray.data._internal.execution import streaming_executor_state
 
 from unet_ray import cache, nodes, storage
 from unet_ray.config import UserError
-from unet_ray.engine import ONE_HEAP, keep_freed_memory
+from unet_ray.engine import keep_freed_memory
 from unet_ray.records import Pair
 from unet_ray.rows import Batch, Decodes
 from unet_ray.stages import Chunk, Stage
@@ -251,7 +251,7 @@ def run_on_cluster(
         batch_format="numpy",
         # At once what there is room for: of its own accord Ray Data gives a stage a part of the CPUs only.
         compute=ActorPoolStrategy(min_size=min(copies, len(numbers)), max_size=NO_LIMIT if grows else copies),
-        runtime_env={"env_vars": ONE_HEAP} if device == "cpu" else None,
+        runtime_env=nodes.runtime_env(device),
     )
     done = _holding(segmented, held).map_batches(
         _UnlessEmpty(after), batch_size=None, batch_format="numpy", num_cpus=share

@@ -18,6 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from unet_ray import storage
 from unet_ray.config import UserError
+from unet_ray.engine import ONE_HEAP
 
 log = logging.getLogger("unet_ray")
 
@@ -70,6 +71,11 @@ def cpus_for_each(workers: int, spare: int) -> int:
     cpus = int(total("CPU"))
     fitting = (n for n in range(cpus, 1, -1) if room({"CPU": n}) >= workers and cpus - n * workers >= spare)
     return next(fitting, 1)
+
+
+def runtime_env(device: str) -> dict[str, Any]:
+    """Ray's, of a process in which a network runs."""
+    return {"env_vars": ONE_HEAP} if device == "cpu" else {}
 
 
 def models_on_cpus() -> tuple[int, int]:

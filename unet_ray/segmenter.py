@@ -112,10 +112,9 @@ class BatchSegmenter:
                         "--ensemble, or --device cpu"
                     ) from None
                 self.at_once = len(part) // 2
-                torch.cuda.empty_cache()
-                continue
-            start += len(part)
-            yield output
+            else:
+                start += len(part)
+                yield output
 
     def _logits(self, image_NHWC: np.ndarray) -> Tensor:
         """float32 [N,K,H,W] on the device; of several models and views, the logits of their mean probability."""

@@ -326,7 +326,7 @@ def _fit_once(config: TrainConfig, parts: Split, out: str, device: str, follower
             storage_path=out,
             # Controller errors (a placement that can never be met) are retried for ever by default.
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=1),
-            worker_runtime_env={} if on_gpu else {"env_vars": engine.ONE_HEAP},
+            worker_runtime_env=nodes.runtime_env(device),
         ),
     )
     # What an interrupted run left would make Ray take this one for finished and train nothing.
