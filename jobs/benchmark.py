@@ -162,7 +162,8 @@ def on_one_thread(function: Callable[[], object]) -> Callable[[], object]:
 
 
 class Apart:
-    """A peer in a process of its own, as it comes: in ours glibc keeps what is freed, which would make it faster too.
+    """What is measured in a process of its own: peers as they come, because glibc keeps what is freed in ours, which
+    would make them faster too; our own training, because its memory is then that of one network.
 
     `peer` is called there with `given`, once, and what it returns is then called with what this is called with.
     """
@@ -405,10 +406,12 @@ def plain_steps(config: TrainConfig, pairs: list[records.Pair], device: str) -> 
     return step
 
 
-def our_steps(
-    config: TrainConfig, pairs: list[records.Pair], device: str, *, compiled: bool = False
-) -> Iterator[float]:
+def our_steps(config: TrainConfig, pairs: list[records.Pair], device: str, compiled: bool) -> Callable[[], float]:
     """Training steps as `unet-ray train --local` takes them; `compiled` as in long trainings."""
+    return partial(next, _our_steps(config, pairs, device, compiled))
+
+
+def _our_steps(config: TrainConfig, pairs: list[records.Pair], device: str, compiled: bool) -> Iterator[float]:
     engine.keep_freed_memory(of_any_size=True)
     prepared = engine.prepare(config, torch.device(device))
     prepared.model.train()
@@ -425,14 +428,13 @@ def our_steps(
 def train_section(job: Job) -> Iterator[Line]:
     pairs = job.pairs[: 8 * job.config.train.batch_size]
     given = job.config, pairs, job.device
-    ours, compiled = our_steps(*given), our_steps(*given, compiled=True)
-    with Apart(plain_steps, *given) as plain:
-        steps: dict[str, Callable[[], object]] = {
-            "plain fp32": plain,
-            "unet_ray": partial(next, ours),
-            "unet_ray, compiled": partial(next, compiled),
-        }
-        seconds = in_turns(steps, job.rounds)
+    with (
+        Apart(plain_steps, *given) as plain,
+        Apart(our_steps, *given, False) as ours,
+        Apart(our_steps, *given, True) as compiled,
+    ):
+        ours(), compiled()  # their memory grows for two steps, of which the round that warms up has one
+        seconds = in_turns({"plain fp32": plain, "unet_ray": ours, "unet_ray, compiled": compiled}, job.rounds)
     yield from table("train", seconds, {"unet_ray": f"batch {job.config.train.batch_size}"})
 
 
