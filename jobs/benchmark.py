@@ -408,21 +408,21 @@ def plain_steps(config: TrainConfig, pairs: list[records.Pair], device: str) -> 
 
 def our_steps(config: TrainConfig, pairs: list[records.Pair], device: str, compiled: bool) -> Callable[[], float]:
     """Training steps as `unet-ray train --local` takes them; `compiled` as in long trainings."""
-    return partial(next, _our_steps(config, pairs, device, compiled))
-
-
-def _our_steps(config: TrainConfig, pairs: list[records.Pair], device: str, compiled: bool) -> Iterator[float]:
     engine.keep_freed_memory(of_any_size=True)
     prepared = engine.prepare(config, torch.device(device))
     prepared.model.train()
     if compiled:
         prepared.forward = compiling.Compiled(prepared.model)
     held = rows.MemoryRows(pairs, rows.Decoder.of(config))
-    for epoch in itertools.count(1):
-        plan = engine.batch_plan(len(held), config.train.batch_size, seed=config.train.seed, epoch=epoch)
-        batches = rows.prefetched(held.batches([part.indices for step in plan for part in step]))
-        for step in plan:
-            yield float(prepared.step(((next(batches), part) for part in step), len(step), epoch))
+
+    def steps() -> Iterator[float]:
+        for epoch in itertools.count(1):
+            plan = engine.batch_plan(len(held), config.train.batch_size, seed=config.train.seed, epoch=epoch)
+            batches = rows.prefetched(held.batches([part.indices for step in plan for part in step]))
+            for step in plan:
+                yield float(prepared.step(((next(batches), part) for part in step), len(step), epoch))
+
+    return partial(next, steps())
 
 
 def train_section(job: Job) -> Iterator[Line]:
@@ -433,7 +433,8 @@ def train_section(job: Job) -> Iterator[Line]:
         Apart(our_steps, *given, False) as ours,
         Apart(our_steps, *given, True) as compiled,
     ):
-        ours(), compiled()  # their memory grows for two steps, of which the round that warms up has one
+        for step in (ours, compiled):
+            step()  # their memory grows for two steps, of which the round that warms up has one
         seconds = in_turns({"plain fp32": plain, "unet_ray": ours, "unet_ray, compiled": compiled}, job.rounds)
     yield from table("train", seconds, {"unet_ray": f"batch {job.config.train.batch_size}"})
 
@@ -613,10 +614,7 @@ def _own(process: psutil.Process) -> int:
 def memory_section(job: Job) -> Iterator[Line]:
     """Few images before and after many, as machines slow down and recover. The network is one with which ten thousand
     take minutes, yet not tiny: of a few images most would then be decoded while it loads, which is not measured."""
-    half = job.folder / "half"
-    settings = dict(BASE_64) | {"model.base_channels": 32, "data.image_size": 192, "data.mask_values": [0, 1]}
-    config = load_train_config(settings=list(settings.items()))
-    checkpoint.save_model(str(half), models.build(config.model), config, {})
+    model = random_model(job.folder / "half", ("model.base_channels", 32), ("data.image_size", 192))
     folder = job.folder / "many"
     folder.mkdir()
     sources = []
@@ -637,7 +635,7 @@ def memory_section(job: Job) -> Iterator[Line]:
             with cluster.started(), PeakMemory() as peak:
                 for again in range(times):
                     out = str(job.folder / f"predicted-{turn}-{number}-{again}")
-                    todo = PredictConfig(model=str(half), inputs=(lists[count],), out=out, device=job.device)
+                    todo = PredictConfig(model=model, inputs=(lists[count],), out=out, device=job.device)
                     told = reported(lambda tell, todo=todo: predict(todo, on_progress=tell))  # type: ignore[misc]
                     seconds[count].append(steady(told))
             if count == 10_000:
@@ -725,9 +723,9 @@ def prices(lines: Sequence[Line], an_hour: Mapping[str, float], batch_size: int)
             yield Line("price", f"{what}, {machine}", seconds, None, note)
 
 
-def random_model(folder: Path) -> str:
-    """A model directory of the U-Net that most people run, with random weights."""
-    config = load_train_config(settings=[*BASE_64, ("data.mask_values", [0, 1])])
+def random_model(folder: Path, *settings: tuple[str, Any]) -> str:
+    """A model directory of the U-Net that most people run, but for `settings`, with random weights."""
+    config = load_train_config(settings=[*BASE_64, ("data.mask_values", [0, 1]), *settings])
     checkpoint.save_model(str(folder), models.build(config.model), config, {})
     return str(folder)
 

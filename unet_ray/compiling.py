@@ -19,7 +19,7 @@ SECONDS = {"cpu": 30.0, "cuda": 60.0}
 """What compiling costs, for each size of batch: for prediction 19 s measured for base 64 on two cores, 7 to 28 s on
 others; for training 28 s; CUDA is assumed, not measured."""
 GAIN = 0.05
-"""Share of the time that a compiled network saves: 5 % measured on AVX-512 cores in bf16, in training 4 to 6 %; 12 % on
+"""Share of the time that a compiled network saves: 5 % measured on AVX-512 cores in bf16, in training 0 to 7 %; 12 % on
 AMX cores."""
 FLOPS = {"cpu": 0.2e12, "cuda": 200e12}
 """Rate at which a CPU thread, or a GPU, gets through a network in bf16: two AVX-512 cores measured, a GPU assumed."""
