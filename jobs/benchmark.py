@@ -48,26 +48,30 @@ from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from unet_ray import (
-    backends,
-    checkpoint,
-    cluster,
-    compiling,
-    datasets,
-    engine,
-    imaging,
-    masks,
-    models,
-    records,
-    rows,
-    stages,
-    training,
-)
-from unet_ray.checkpoint import ModelCard
-from unet_ray.config import Cleanup, MaskOptions, PredictConfig, TrainConfig, UserError, load_train_config
-from unet_ray.ledger import Ledger
-from unet_ray.prediction import Pipeline, predict
-from unet_ray.segmenter import Segmentation
+from unet_ray.config import Cleanup, MaskOptions, PredictConfig, TrainConfig, UserError
+from unet_ray.data import imaging, masks, rows
+from unet_ray.data.chunks import Chunk, Stage
+from unet_ray.data.inputs import iter_images
+from unet_ray.data.pairs import Pair, find_pairs
+from unet_ray.inference import backends
+from unet_ray.inference.ledger import Ledger
+from unet_ray.inference.pipeline import Pipeline
+from unet_ray.inference.predict import predict
+from unet_ray.inference.reader import Reader
+from unet_ray.inference.segmenter import Segmentation
+from unet_ray.inference.stages import AtOwnSize, Chunks, Decode, Preprocess, Segment, run_here
+from unet_ray.inference.write import Write
+from unet_ray.models import build, checkpoint, compiling
+from unet_ray.models.checkpoint import ModelCard
+from unet_ray.models.device import bf16_is_fast, keep_freed_memory, run_network
+from unet_ray.ray_backend.data_context import configure
+from unet_ray.ray_backend.inference import run_on_cluster
+from unet_ray.ray_backend.session import ray_session
+from unet_ray.settings import load_train_config
+from unet_ray.training.loop import prepare
+from unet_ray.training.results import read_metrics
+from unet_ray.training.run import train
+from unet_ray.training.sampler import batch_plan
 
 ROOT = str(Path(__file__).resolve().parents[1])
 BASE_64 = (("model.base_channels", 64), ("model.depth", 4), ("model.norm", "batch"), ("data.image_size", 512))
@@ -93,7 +97,7 @@ class Job:
     """What is measured on."""
 
     images: list[str]
-    pairs: list[records.Pair]
+    pairs: list[Pair]
     model: str
     card: ModelCard
     device: Literal["cpu", "cuda"]
@@ -241,14 +245,14 @@ def decode_section(job: Job) -> Iterator[Line]:
     yield from table("decode", seconds, {"unet_ray": note})
 
 
-def how(job: Job, precision: str = "auto", backend: str = "auto") -> backends.How:
-    return backends.How(torch.device(job.device), precision, backend)
+def how(job: Job, precision: str = "auto", backend: str = "auto") -> backends.RuntimeOptions:
+    return backends.RuntimeOptions(torch.device(job.device), precision, backend)
 
 
 @torch.inference_mode()
 def _mask(network: backends.Network, image: np.ndarray, job: Job, size_hw: tuple[int, int] | None = None) -> np.ndarray:
     tensor = torch.from_numpy(image.copy())[None].to(job.device)
-    logits = engine.run_network(network, tensor, job.card.model, job.card.data)[0].cpu().numpy()
+    logits = run_network(network, tensor, job.card.model, job.card.data)[0].cpu().numpy()
     return imaging.to_own_size(logits, size_hw or job.card.image_size, job.card.threshold)
 
 
@@ -267,14 +271,14 @@ def networks(job: Job) -> Iterator[tuple[str, backends.Network]]:
     yield "compiled", backends.load(job.model, how(job, backend="compiled"))[0]
     if job.device == "cpu" and importlib.util.find_spec("openvino"):
         yield "OpenVINO fp32", backends.load(job.model, how(job, "fp32", "openvino"))[0]
-        if engine.bf16_is_fast(torch.device("cpu")):
+        if bf16_is_fast(torch.device("cpu")):
             yield "OpenVINO bf16", backends.load(job.model, how(job, "bf16", "openvino"))[0]
         if job.quantized is not None:
             yield "OpenVINO int8", backends.load(job.model, how(job, "int8", "openvino"), job.quantized)[0]
 
 
 def model_section(job: Job) -> Iterator[Line]:
-    engine.keep_freed_memory(of_any_size=True)
+    keep_freed_memory(of_any_size=True)
     decoded = job.decoded(16)
     ours = {name: partial(_mask, network, job=job) for name, network in networks(job)}
     upcoming = itertools.cycle(decoded)
@@ -343,7 +347,7 @@ def predict_section(job: Job) -> Iterator[Line]:
     decoded = job.decoded(8)
     milesial = None if job.milesial is None else Apart(Milesial, job.milesial, job)
     seconds: dict[str, list[float]] = {}
-    with cluster.started(), milesial or nullcontext():
+    with ray_session(), milesial or nullcontext():
         if milesial is not None:
             milesial(job.images[0])  # starts
         for _ in range(job.rounds):
@@ -372,7 +376,7 @@ def predict_section(job: Job) -> Iterator[Line]:
 class PlainPairs(Dataset):
     """Images and masks as tutorials read them: Pillow, resized, float32 [C,H,W]."""
 
-    def __init__(self, pairs: list[records.Pair], size_hw: tuple[int, int]) -> None:
+    def __init__(self, pairs: list[Pair], size_hw: tuple[int, int]) -> None:
         self.pairs, self.size_hw = pairs, size_hw
 
     def __len__(self) -> int:
@@ -387,9 +391,9 @@ class PlainPairs(Dataset):
         return torch.from_numpy(picture.copy()).permute(2, 0, 1).float(), torch.from_numpy(mask).float()[None]
 
 
-def plain_steps(config: TrainConfig, pairs: list[records.Pair], device: str) -> Callable[[], float]:
+def plain_steps(config: TrainConfig, pairs: list[Pair], device: str) -> Callable[[], float]:
     """Training steps of a plain PyTorch loop with the same network: fp32, no memory format, AdamW as it comes."""
-    network = models.build(config.model).train().to(device)
+    network = build(config.model).train().to(device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.train.learning_rate)
     criterion = torch.nn.BCEWithLogitsLoss()
     loader = DataLoader(PlainPairs(pairs, config.data.size_hw), config.train.batch_size, shuffle=True, drop_last=True)
@@ -406,10 +410,10 @@ def plain_steps(config: TrainConfig, pairs: list[records.Pair], device: str) -> 
     return step
 
 
-def our_steps(config: TrainConfig, pairs: list[records.Pair], device: str, compiled: bool) -> Callable[[], float]:
+def our_steps(config: TrainConfig, pairs: list[Pair], device: str, compiled: bool) -> Callable[[], float]:
     """Training steps as `unet-ray train --local` takes them; `compiled` as in long trainings."""
-    engine.keep_freed_memory(of_any_size=True)
-    prepared = engine.prepare(config, torch.device(device))
+    keep_freed_memory(of_any_size=True)
+    prepared = prepare(config, torch.device(device))
     prepared.model.train()
     if compiled:
         prepared.forward = compiling.Compiled(prepared.model)
@@ -417,7 +421,7 @@ def our_steps(config: TrainConfig, pairs: list[records.Pair], device: str, compi
 
     def steps() -> Iterator[float]:
         for epoch in itertools.count(1):
-            plan = engine.batch_plan(len(held), config.train.batch_size, seed=config.train.seed, epoch=epoch)
+            plan = batch_plan(len(held), config.train.batch_size, seed=config.train.seed, epoch=epoch)
             batches = rows.prefetched(held.batches([part.indices for step in plan for part in step]))
             for step in plan:
                 yield float(prepared.step(((next(batches), part) for part in step), len(step), epoch))
@@ -458,8 +462,8 @@ def epochs_section(job: Job) -> Iterator[Line]:
     measured: dict[str, tuple[float, float]] = {}
     for name, local in (("--local", True), ("through Ray", False)):
         out = str(job.folder / name)
-        training.train(config, out, local=local, cluster=cluster.started())
-        lines = engine.read_metrics(out)[1:]
+        train(config, out, local=local, cluster=ray_session())
+        lines = read_metrics(out)[1:]
         seconds = statistics.median(line["train_seconds"] for line in lines)
         waited, trained = (sum(line[key] for line in lines) for key in ("wait_seconds", "train_seconds"))
         measured[name] = (seconds, waited / trained)
@@ -487,8 +491,8 @@ class NoNetwork:
 class _NoModel:
     card: ModelCard
 
-    def __call__(self, **_where: Any) -> stages.Stage:
-        return stages.Segment(NoNetwork(self.card))  # type: ignore[arg-type]
+    def __call__(self, **_where: Any) -> Stage:
+        return Segment(NoNetwork(self.card))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True)
@@ -501,7 +505,7 @@ class Way:
     chunk: int = 64
     """As in a folder of 4,096 images or more."""
 
-    def load(self, number: int) -> stages.Chunk:
+    def load(self, number: int) -> Chunk:
         start, count = number * self.chunk, self.chunk
         rows_here = range(start, start + count)
         paths = [self.images[row % len(self.images)] for row in rows_here]
@@ -516,17 +520,17 @@ class Way:
             "mtime_ns": [0] * count,
             "redone": [False] * count,
         }
-        return stages.Chunks(columns, self.chunk)(0)
+        return Chunks(columns, self.chunk)(0)
 
-    def stages(self) -> tuple[stages.Before, _NoModel, stages.Stage]:
-        reader = stages.Reader.of(self.card, 10**9)
-        write = stages.Write(Ledger(self.out, (), False), ("png",), self.card, reader)
-        after = stages.AtOwnSize(write, self.card, Cleanup(), False)
-        return stages.Before(self.load, stages.Decode(reader, self.card.image_size)), _NoModel(self.card), after
+    def stages(self) -> tuple[Preprocess, _NoModel, Stage]:
+        reader = Reader.of(self.card, 10**9)
+        write = Write(Ledger(self.out, (), False), ("png",), self.card, reader)
+        after = AtOwnSize(write, self.card, Cleanup(), False)
+        return Preprocess(self.load, Decode(reader, self.card.image_size)), _NoModel(self.card), after
 
     def bare(self, numbers: Sequence[int]) -> None:
         """All stages one after the other, in this process."""
-        engine.keep_freed_memory()
+        keep_freed_memory()
         torch.set_num_threads(1)
         before, model, after = self.stages()
         segment = model()
@@ -540,9 +544,9 @@ def overhead_section(job: Job) -> Iterator[Line]:
     notes = {}
     seconds: dict[str, list[float]] = {}
     context = multiprocessing.get_context("spawn")
-    with cluster.started(), context.Pool(cores) as pool:
+    with ray_session(), context.Pool(cores) as pool:
         pool.map(_imported, range(cores))
-        datasets.configure()
+        configure()
         for turn in range(job.rounds):
             way = Way(job.card, str(job.folder / f"bare{turn}"), job.images)
             started = time.perf_counter()
@@ -550,10 +554,10 @@ def overhead_section(job: Job) -> Iterator[Line]:
             name = f"{cores} bare processes"
             seconds.setdefault(name, []).append((time.perf_counter() - started) / (count * way.chunk))
             for name, run in (
-                ("--local", lambda *parts: stages.run_here(range(count), parts[0], parts[1], parts[2])),
+                ("--local", lambda *parts: run_here(range(count), parts[0], parts[1], parts[2])),
                 (
                     "through Ray",
-                    lambda *parts: datasets.run_on_cluster(range(count), *parts, workers=1, device="cpu", shared={}),
+                    lambda *parts: run_on_cluster(range(count), *parts, workers=1, device="cpu", shared={}),
                 ),
             ):
                 way = Way(job.card, str(job.folder / f"{name}{turn}"), job.images)
@@ -632,7 +636,7 @@ def memory_section(job: Job) -> Iterator[Line]:
     lists = {count: many.listed(count) for count in seconds}
     for turn in range(job.rounds):
         for number, (count, times) in enumerate(((500, 2), (10_000, 1), (500, 2))):
-            with cluster.started(), PeakMemory() as peak:
+            with ray_session(), PeakMemory() as peak:
                 for again in range(times):
                     out = str(job.folder / f"predicted-{turn}-{number}-{again}")
                     todo = PredictConfig(model=model, inputs=(lists[count],), out=out, device=job.device)
@@ -675,7 +679,7 @@ def start_section(job: Job) -> Iterator[Line]:
     yield from table("start", in_turns({"--help": lambda: run("--help")}, 5))
     out = str(job.folder / "first")
     started = time.perf_counter()
-    with cluster.started():
+    with ray_session():
         ready = time.perf_counter() - started
         summary = predict(PredictConfig(model=job.model, inputs=(job.listed(8),), out=out, device=job.device))
     parts = {"Ray": ready, "listing": summary.stages["listing"], "to the first masks": summary.stages["starting"]}
@@ -726,7 +730,7 @@ def prices(lines: Sequence[Line], an_hour: Mapping[str, float], batch_size: int)
 def random_model(folder: Path, *settings: tuple[str, Any]) -> str:
     """A model directory of the U-Net that most people run, but for `settings`, with random weights."""
     config = load_train_config(settings=[*BASE_64, ("data.mask_values", [0, 1]), *settings])
-    checkpoint.save_model(str(folder), models.build(config.model), config, {})
+    checkpoint.save_model(str(folder), build(config.model), config, {})
     return str(folder)
 
 
@@ -773,8 +777,8 @@ def main(
     json_file: str | None,
 ) -> None:
     """Measure how fast this machine decodes, predicts and trains, beside the ways others do it."""
-    paths = [image.path for image in records.iter_images(images)]
-    pairs = records.find_pairs(images, masks_folder) if masks_folder else []
+    paths = [image.path for image in iter_images(images)]
+    pairs = find_pairs(images, masks_folder) if masks_folder else []
     chosen: list[tuple[str, Any]] = [(name, value) for name, _, value in (text.partition("=") for text in settings)]
     base = [] if recipe else [*BASE_64, ("train.batch_size", 4)]
     config = load_train_config(recipe=recipe, settings=[*base, *chosen])

@@ -260,7 +260,7 @@ def _no_foreign_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Predictions in chunks of 8 images, however fast the network."""
-    from unet_ray import ledger
+    from unet_ray.inference import ledger
 
     monkeypatch.setattr(ledger, "SECONDS", 0.0)
 
@@ -269,20 +269,20 @@ def make_model(folder: Path, *settings: tuple[str, object], seed: int = 0) -> Pa
     """A model directory of a small network with random weights."""
     import torch
 
-    from unet_ray import checkpoint, models
-    from unet_ray.config import load_train_config
+    from unet_ray.models import build, checkpoint
+    from unet_ray.settings import load_train_config
 
     names = {name for name, _ in settings}
     defaults = [("data.mask_values", [0, 255]), *TINY]
     config = load_train_config(settings=[*(pair for pair in defaults if pair[0] not in names), *settings])
     torch.manual_seed(seed)
-    checkpoint.save_model(str(folder), models.build(config.model), config, {})
+    checkpoint.save_model(str(folder), build(config.model), config, {})
     return folder
 
 
 def epochs_done(run: Path) -> int:
     """Of a training, as its last checkpoint says."""
-    from unet_ray import checkpoint
+    from unet_ray.models import checkpoint
 
     state = checkpoint.read_state(str(run / "last"))
     return state.epoch if state else 0

@@ -11,8 +11,12 @@ from conftest import TINY, make_discs, make_model
 from PIL import Image
 
 import unet_ray
-from unet_ray import api, checkpoint, masks
-from unet_ray.config import EvaluateConfig, PredictConfig, UserError, load_train_config
+from unet_ray import api
+from unet_ray.api import Segmenter, evaluate, predict, train
+from unet_ray.config import EvaluateConfig, PredictConfig, UserError
+from unet_ray.data import masks, pictures
+from unet_ray.models import checkpoint
+from unet_ray.settings import load_train_config
 
 
 def photo(height: int, width: int, seed: int = 0, channels: int = 3) -> np.ndarray:
@@ -42,7 +46,7 @@ def folder(tmp_path_factory):
 def test_the_examples_run(tmp_path, monkeypatch):
     make_discs(tmp_path, 12)
     monkeypatch.chdir(tmp_path)
-    for example in (api.train, api.predict, api.evaluate, api.Segmenter):  # in this order: the first writes RUN
+    for example in (train, predict, evaluate, Segmenter):  # in this order: the first writes RUN
         for test in doctest.DocTestFinder(recurse=False).find(example, globs={}):
             told = io.StringIO()
             result = doctest.DocTestRunner().run(test, out=told.write)
@@ -77,12 +81,12 @@ def test_one_image_at_a_time_gives_the_files_that_predict_writes(folder, tmp_pat
         assert (tmp_path / "mask.png").read_bytes() == expected, path.name
         maps = [f"{path.stem}.png"] if name == "one" else [f"{path.stem}.{k}.png" for k in range(3)]
         for values, file in zip(result.probabilities, maps, strict=True):
-            assert masks.encode_gray(values) == (tmp_path / "out/probabilities" / file).read_bytes()
+            assert pictures.encode_gray(values) == (tmp_path / "out/probabilities" / file).read_bytes()
         if path.suffix == ".png":
             with Image.open(path) as image:
                 pixels = np.asarray(image)
                 for given in (pixels, image):
-                    assert masks.encode_png(segmenter(given).mask, result.num_classes) == expected, path.name
+                    assert pictures.encode_png(segmenter(given).mask, result.num_classes) == expected, path.name
         seen |= set(np.unique(result.mask).tolist())
     assert len(seen) > 1  # masks that are empty would be equal for any network
 
@@ -96,7 +100,7 @@ def test_flips_and_an_ensemble_give_what_predict_gives(folder, tmp_path):
     differ = 0
     for path in sorted((folder / "photos").iterdir()):
         found = segmenter(str(path)).mask
-        assert masks.encode_png(found, 1) == (tmp_path / f"out/masks/{path.stem}.png").read_bytes()
+        assert pictures.encode_png(found, 1) == (tmp_path / f"out/masks/{path.stem}.png").read_bytes()
         differ += int((found != plain(path).mask).sum())
     assert differ
 

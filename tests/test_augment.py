@@ -5,8 +5,8 @@ import pytest
 import torch
 from conftest import disc
 
-from unet_ray.augment import augment
 from unet_ray.config import AugmentConfig
+from unet_ray.training.augment import augment
 
 ALL = AugmentConfig(
     hflip=0.5,
@@ -115,7 +115,7 @@ def test_a_rotation_of_a_rectangular_image_is_a_rotation_of_its_pixels():
 
 
 def test_elastic_displacements_have_the_standard_deviation_asked_for():
-    from unet_ray.augment import _Draw
+    from unet_ray.training.augment import _Draw
 
     drawn = [_Draw(AugmentConfig(elastic=10), np.random.default_rng(n)).displacement for n in range(300)]
     assert np.std(drawn) == pytest.approx(10, rel=0.05)
@@ -124,7 +124,7 @@ def test_elastic_displacements_have_the_standard_deviation_asked_for():
 
 
 def test_colours_by_hand():
-    from unet_ray.augment import _Draw, _recolour
+    from unet_ray.training.augment import _Draw, _recolour
 
     draw = _Draw(AugmentConfig(), np.random.default_rng(0))
     draw.gamma, draw.contrast, draw.brightness = 2.0, 0.5, 0.1

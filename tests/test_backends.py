@@ -4,10 +4,11 @@ import pytest
 import torch
 from conftest import make_model
 
-from unet_ray import backends, checkpoint, compiling, engine
-from unet_ray.backends import How
 from unet_ray.config import UserError
-from unet_ray.segmenter import BatchSegmenter
+from unet_ray.inference import backends
+from unet_ray.inference.backends import RuntimeOptions
+from unet_ray.inference.segmenter import BatchSegmenter
+from unet_ray.models import checkpoint, compiling, device
 
 CPU = torch.device("cpu")
 NETWORKS = {
@@ -36,8 +37,8 @@ def said(caplog: pytest.LogCaptureFixture) -> list[str]:
 def test_openvino_says_what_torch_says_for_any_size(tmp_path, name):
     pytest.importorskip("openvino")
     make_model(tmp_path, *NETWORKS[name])
-    by_torch, card = backends.load(str(tmp_path), How(CPU, "fp32", "torch"))
-    by_openvino, _ = backends.load(str(tmp_path), How(CPU, "fp32", "openvino"))
+    by_torch, card = backends.load(str(tmp_path), RuntimeOptions(CPU, "fp32", "torch"))
+    by_openvino, _ = backends.load(str(tmp_path), RuntimeOptions(CPU, "fp32", "openvino"))
     sides = [(44 + 40, 44 + 40), (44 + 44, 44 + 40)] if card.model.padding == "valid" else [(64, 64), (50, 97), (7, 3)]
     for side in sides if name != "instance norm" else sides[:2]:  # one value has no variance
         image = noise(1, 3, *side)
@@ -58,7 +59,10 @@ def test_openvinos_network_is_kept_beside_the_model_until_its_weights_change(tmp
     assert kept[0] == kept[1] != kept[2]
     assert [len(names) for names in kept] == [2, 2, 2]
     image = noise(1, 3, 64, 64)
-    for how in (How(CPU, "fp32", "torch"), How(CPU, "fp32", "openvino")):  # the second reads what was kept
+    for how in (
+        RuntimeOptions(CPU, "fp32", "torch"),
+        RuntimeOptions(CPU, "fp32", "openvino"),
+    ):  # the second reads what was kept
         network, _ = backends.load(str(tmp_path), how)
         with torch.inference_mode():
             assert torch.allclose(network(image), backends.load(str(tmp_path), how)[0](image))
@@ -72,7 +76,7 @@ def test_a_model_folder_that_cannot_be_written_is_no_hindrance(tmp_path, monkeyp
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(backends, "write", refuse)
-    network, _ = backends.load(str(tmp_path), How(CPU, "fp32", "openvino"))
+    network, _ = backends.load(str(tmp_path), RuntimeOptions(CPU, "fp32", "openvino"))
     assert network(noise(1, 3, 64, 64)).shape == (1, 1, 64, 64)
     assert not (tmp_path / backends.EXPORTED).exists()
 
@@ -85,11 +89,11 @@ def test_what_openvino_cannot_run_torch_does_and_one_line_says_so(tmp_path, monk
         raise RuntimeError("no such operation\nat line 1")
 
     monkeypatch.setattr(backends, "export", fail)
-    network, _ = backends.load(str(tmp_path), How(CPU))
+    network, _ = backends.load(str(tmp_path), RuntimeOptions(CPU))
     assert isinstance(network, backends.Torch)
     assert said(caplog) == ["OpenVINO can't run this network, torch does: no such operation"]
     with pytest.raises(UserError, match="no such operation"):
-        backends.load(str(tmp_path), How(CPU, backend="openvino"))
+        backends.load(str(tmp_path), RuntimeOptions(CPU, backend="openvino"))
 
 
 def test_a_converted_network_that_says_something_else_is_not_used(tmp_path, monkeypatch):
@@ -111,12 +115,12 @@ def test_a_converted_network_that_says_something_else_is_not_used(tmp_path, monk
 def test_a_compiled_network_says_what_torch_says_and_without_a_compiler_torch_goes_on(tmp_path, monkeypatch, caplog):
     make_model(tmp_path)
     image = noise(1, 3, 64, 64)
-    plain, _ = backends.load(str(tmp_path), How(CPU, "fp32", "torch"))
-    compiled, _ = backends.load(str(tmp_path), How(CPU, "fp32", "compiled"))
+    plain, _ = backends.load(str(tmp_path), RuntimeOptions(CPU, "fp32", "torch"))
+    compiled, _ = backends.load(str(tmp_path), RuntimeOptions(CPU, "fp32", "compiled"))
     with torch.inference_mode():
         assert torch.allclose(compiled(image), plain(image), atol=1e-4, rtol=1e-4)
         assert not said(caplog)
-        broken, _ = backends.load(str(tmp_path), How(CPU, "fp32", "compiled"))
+        broken, _ = backends.load(str(tmp_path), RuntimeOptions(CPU, "fp32", "compiled"))
 
         def refuse(_image: torch.Tensor) -> torch.Tensor:
             raise RuntimeError("No working C++ compiler found")
@@ -129,17 +133,17 @@ def test_a_compiled_network_says_what_torch_says_and_without_a_compiler_torch_go
 
 
 def test_compiling_is_for_many_images_of_a_large_network(tmp_path, monkeypatch):
-    monkeypatch.setattr(engine, "bf16_is_fast", lambda _device: True)
+    monkeypatch.setattr(device, "bf16_is_fast", lambda _device: True)
     small = checkpoint.read_card(str(make_model(tmp_path / "small")))
     settings = [("model.base_channels", 64), ("model.depth", 4), ("data.image_size", 512)]
     large = checkpoint.read_card(str(make_model(tmp_path / "large", *settings)))
     operations = compiling.floating_point_operations(large.model, large.image_size)
     assert operations == pytest.approx(385e9, rel=0.01)  # PEERS' figure
-    assert not backends.compiling_pays(large, How(CPU, images=0))
-    assert not backends.compiling_pays(large, How(CPU, images=100))
-    assert backends.compiling_pays(large, How(CPU, images=100_000))
-    assert not backends.compiling_pays(small, How(CPU, images=100_000))
-    assert not backends.compiling_pays(large, How(CPU, "fp32", images=100_000))
+    assert not backends.compiling_pays(large, RuntimeOptions(CPU, images=0))
+    assert not backends.compiling_pays(large, RuntimeOptions(CPU, images=100))
+    assert backends.compiling_pays(large, RuntimeOptions(CPU, images=100_000))
+    assert not backends.compiling_pays(small, RuntimeOptions(CPU, images=100_000))
+    assert not backends.compiling_pays(large, RuntimeOptions(CPU, "fp32", images=100_000))
 
 
 def test_what_cannot_be_had_is_said(tmp_path, monkeypatch):
@@ -151,4 +155,4 @@ def test_what_cannot_be_had_is_said(tmp_path, monkeypatch):
         BatchSegmenter(location, backend="openvino")
     with pytest.raises(UserError, match=r"unet_ray\[cpu\]"):
         BatchSegmenter(location, precision="int8")
-    assert isinstance(backends.load(location, How(CPU))[0], backends.Torch)
+    assert isinstance(backends.load(location, RuntimeOptions(CPU))[0], backends.Torch)

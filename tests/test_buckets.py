@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import make_bad, make_model, make_photos
 
-from unet_ray import storage
 from unet_ray.config import PredictConfig
-from unet_ray.prediction import predict
+from unet_ray.data import storage
+from unet_ray.inference.predict import predict
 
 pytestmark = pytest.mark.slow
 

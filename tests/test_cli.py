@@ -14,10 +14,11 @@ from click.testing import CliRunner
 from conftest import TINY, make_discs
 from PIL import Image
 
-from unet_ray import checkpoint
 from unet_ray.cli import main
-from unet_ray.config import ModelConfig, load_train_config, recipe_names, recipe_text
-from unet_ray.evaluation import CLEANUPS
+from unet_ray.config import ModelConfig
+from unet_ray.evaluation.choose_cleanup import CLEANUPS
+from unet_ray.models import checkpoint
+from unet_ray.settings import load_train_config, recipe_names, recipe_text
 
 QUICK = [argument for name, value in TINY for argument in ("--set", f"{name}={value}")]
 
@@ -130,7 +131,7 @@ def test_a_stopped_prediction_goes_on_and_ends_the_same(trained, tmp_path, monke
     arguments = ["predict", trained, folder, "--local", "--format", "png,parquet", "--out"]
     run(*arguments, tmp_path / "whole")
 
-    from unet_ray.stages import Write
+    from unet_ray.inference.write import Write
 
     write, calls = Write.__call__, []
 

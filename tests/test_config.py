@@ -2,16 +2,8 @@
 
 import pytest
 
-from unet_ray.config import (
-    ModelConfig,
-    PredictConfig,
-    TrainConfig,
-    UserError,
-    load_train_config,
-    recipe_names,
-    recipe_text,
-    setting_names,
-)
+from unet_ray.config import ModelConfig, PredictConfig, TrainConfig, UserError
+from unet_ray.settings import load_train_config, recipe_names, recipe_text, setting_names
 
 
 def test_a_config_written_as_yaml_is_read_back_the_same():

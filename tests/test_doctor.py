@@ -11,8 +11,11 @@ import pytest
 from conftest import disc, make_discs
 from PIL import Image
 
-from unet_ray import doctor, records
-from unet_ray.config import UserError, load_train_config
+from unet_ray import doctor
+from unet_ray.config import UserError
+from unet_ray.data.pairs import find_pairs
+from unet_ray.data.splits import split_pairs
+from unet_ray.settings import load_train_config
 
 SIDE = 32
 
@@ -590,8 +593,8 @@ def many_channels(images, masks):
     ids=lambda value: getattr(value, "__name__", None),
 )
 def test_the_suggested_command_trains_what_was_seen(discs, plant, recipe, expected):
-    from unet_ray.masks import infer_values
-    from unet_ray.rows import Decoder
+    from unet_ray.data.masks import infer_values
+    from unet_ray.data.rows import Decoder
 
     images, masks = discs
     if plant is not None:
@@ -607,8 +610,8 @@ def test_the_suggested_command_trains_what_was_seen(discs, plant, recipe, expect
         assert sections[section][key] == (list(value) if isinstance(value, tuple) else value), setting
     assert suggestion.config().train == config.train and suggestion.config().model == config.model
     # As a training goes on from here: split, values, rows.
-    pairs = records.find_pairs(config.data.images, config.data.masks)
-    records.split([pair.key for pair in pairs], config.data, config.train.seed)
+    pairs = find_pairs(config.data.images, config.data.masks)
+    split_pairs([pair.key for pair in pairs], config.data, config.train.seed)
     values = config.data.mask_values or infer_values(
         [pair.mask for pair in pairs], config.model.num_classes, config.data
     )

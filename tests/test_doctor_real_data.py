@@ -11,7 +11,7 @@ from PIL import Image
 from scipy import ndimage
 from test_doctor import cut, every, examine, flags_of, renamed, save, troubles
 
-from unet_ray.config import load_train_config
+from unet_ray.settings import load_train_config
 
 FOLDERS = {
     "carvana": ("train", "train_masks"),

@@ -15,14 +15,20 @@ import safetensors.torch
 import torch
 from conftest import RUN_FILES, TINY, make_model
 
-from unet_ray import checkpoint, engine, muon, rows, training
-from unet_ray.augment import augment
-from unet_ray.config import AugmentConfig, FitConfig, ModelConfig, UserError, load_train_config
-from unet_ray.engine import batch_plan, learning_rate_at
-from unet_ray.models import build
-from unet_ray.records import find_pairs
-from unet_ray.rows import Decoder, MemoryRows, StreamedRows
-from unet_ray.training import Watch
+from unet_ray.config import AugmentConfig, ModelConfig, OptimizationConfig, UserError
+from unet_ray.data import rows
+from unet_ray.data.pairs import find_pairs
+from unet_ray.data.rows import Decoder, MemoryRows, StreamedRows
+from unet_ray.models import build, checkpoint, device
+from unet_ray.models.device import ONE_HEAP
+from unet_ray.settings import load_train_config
+from unet_ray.training.augment import augment
+from unet_ray.training.loop import _compiles, prepare
+from unet_ray.training.muon import Muon, orthogonalise
+from unet_ray.training.optimizers import average_of, build_optimizer
+from unet_ray.training.run import Callbacks, train
+from unet_ray.training.sampler import MicroBatch, batch_plan
+from unet_ray.training.schedules import learning_rate_at, plateau_factor
 
 
 @pytest.mark.parametrize("count", [1, 7, 12, 13])
@@ -58,25 +64,25 @@ def test_batches_of_an_epoch_are_equally_large_give_or_take_one():
 
 
 def test_one_cycle_goes_up_and_down_to_zero():
-    config = FitConfig(learning_rate=1.0, schedule="one_cycle")
+    config = OptimizationConfig(learning_rate=1.0, schedule="one_cycle")
     rates = [learning_rate_at(config, p) for p in np.linspace(0, 1, 101)]
     assert rates[0] == pytest.approx(1 / 25)
     assert np.argmax(rates) == 15 and max(rates) == pytest.approx(1)
     assert rates[100] == pytest.approx(0, abs=1e-9)
-    assert learning_rate_at(FitConfig(learning_rate=1.0, schedule="cosine"), 0.5) == pytest.approx(0.5)
-    assert learning_rate_at(FitConfig(learning_rate=1.0), 0.7) == 1.0
+    assert learning_rate_at(OptimizationConfig(learning_rate=1.0, schedule="cosine"), 0.5) == pytest.approx(0.5)
+    assert learning_rate_at(OptimizationConfig(learning_rate=1.0), 0.7) == 1.0
 
 
 def test_warm_up_poly_and_plateau_by_hand():
-    warm = FitConfig(learning_rate=1.0, warm_up=0.2, schedule="cosine")
+    warm = OptimizationConfig(learning_rate=1.0, warm_up=0.2, schedule="cosine")
     assert [learning_rate_at(warm, p) for p in (0, 0.1, 0.2, 0.6, 1)] == pytest.approx([0.04, 0.52, 1, 0.5, 0])
-    poly = FitConfig(learning_rate=2.0, schedule="poly")
+    poly = OptimizationConfig(learning_rate=2.0, schedule="poly")
     assert [learning_rate_at(poly, p) for p in (0, 0.5, 1)] == pytest.approx([2, 2 * 0.5**0.9, 0])
-    assert learning_rate_at(FitConfig(learning_rate=2.0, schedule="plateau"), 0.5, factor=0.25) == 0.5
+    assert learning_rate_at(OptimizationConfig(learning_rate=2.0, schedule="plateau"), 0.5, factor=0.25) == 0.5
 
 
 def test_the_plateau_schedule_is_torchs():
-    config = FitConfig(schedule="plateau", plateau_factor=0.5, plateau_patience=2)
+    config = OptimizationConfig(schedule="plateau", plateau_factor=0.5, plateau_patience=2)
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=1.0)
     scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
@@ -85,27 +91,27 @@ def test_the_plateau_schedule_is_torchs():
     dices = [0.1, 0.3, 0.2, 0.3, 0.3, 0.1, 0.1, 0.5, 0.4, 0.4, 0.4, 0.4, 0.4, 0.4]
     for count in range(1, len(dices) + 1):
         scheduler.step(dices[count - 1])
-        assert engine.plateau_factor(config, dices[:count]) == optimizer.param_groups[0]["lr"]
+        assert plateau_factor(config, dices[:count]) == optimizer.param_groups[0]["lr"]
     assert optimizer.param_groups[0]["lr"] == 1 / 8
-    assert engine.plateau_factor(FitConfig(), dices) == 1
+    assert plateau_factor(OptimizationConfig(), dices) == 1
 
 
 def test_biases_and_norms_do_not_decay():
     model = build(ModelConfig(base_channels=4, depth=1))
-    decayed, kept = engine.build_optimizer(FitConfig(weight_decay=0.1), model).param_groups
+    decayed, kept = build_optimizer(OptimizationConfig(weight_decay=0.1), model).param_groups
     assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0)
     assert all(p.ndim > 1 for p in decayed["params"]) and all(p.ndim == 1 for p in kept["params"])
 
 
 def test_muons_steps_are_orthogonal_and_its_other_parameters_take_adamws_steps():
     matrix = torch.randn(8, 36, generator=torch.Generator().manual_seed(0))
-    singular = torch.linalg.svdvals(muon.orthogonalise(matrix))
+    singular = torch.linalg.svdvals(orthogonalise(matrix))
     assert singular.min() > 0.6 and singular.max() < 1.3
-    assert torch.allclose(muon.orthogonalise(matrix.T), muon.orthogonalise(matrix).T, atol=1e-6)
+    assert torch.allclose(orthogonalise(matrix.T), orthogonalise(matrix).T, atol=1e-6)
 
     ours, theirs = (torch.nn.Parameter(torch.linspace(-1, 1, 5)) for _ in range(2))
     optimizers = [
-        muon.Muon([{"params": [ours], "orthogonal": False, "weight_decay": 0.1}], lr=0.05),
+        Muon([{"params": [ours], "orthogonal": False, "weight_decay": 0.1}], lr=0.05),
         torch.optim.AdamW([theirs], lr=0.05, weight_decay=0.1),
     ]
     for _ in range(4):
@@ -129,13 +135,13 @@ def test_muons_steps_are_the_sources_also_where_directions_are_missing(shape):
         square = expected @ expected.T
         expected = 3.4445 * expected + (-4.7750 * square + 2.0315 * square @ square) @ expected
     # The source computes in bfloat16, which is off by 1e-2.
-    assert torch.allclose(muon.orthogonalise(matrix), expected.float(), atol=1e-3)
-    assert not muon.orthogonalise(torch.zeros(shape)).any()
+    assert torch.allclose(orthogonalise(matrix), expected.float(), atol=1e-3)
+    assert not orthogonalise(torch.zeros(shape)).any()
 
 
 def test_muon_leaves_the_last_layer_biases_and_norms_to_adamw():
     model = build(ModelConfig(base_channels=4, depth=1))
-    hidden, head, others = engine.build_optimizer(FitConfig(optimizer="muon"), model).param_groups
+    hidden, head, others = build_optimizer(OptimizationConfig(optimizer="muon"), model).param_groups
     assert hidden["orthogonal"] and all(p.ndim == 4 for p in hidden["params"])
     assert [p is model.head.weight for p in head["params"]] == [True] and not head["orthogonal"]
     assert all(p.ndim == 1 for p in others["params"]) and not others["orthogonal"]
@@ -206,7 +212,7 @@ def assert_same_state(one, other):
 def test_a_run_directory_has_all_that_is_promised_and_learns(discs, tmp_path):
     config = config_for(discs, ("train.epochs", 40), ("train.schedule", "one_cycle"))
     told = []
-    result = training.train(config, str(tmp_path / "run"), local=True, watch=Watch(on_epoch=told.append))
+    result = train(config, str(tmp_path / "run"), local=True, callbacks=Callbacks(on_epoch=told.append))
     assert [name for name in files(tmp_path / "run") if not name.startswith("tensorboard/")] == RUN_FILES
     assert result.epochs == len(told) == len(result.history) == 40
     assert result.best["val_dice"] > 0.8
@@ -230,9 +236,9 @@ def test_a_run_directory_has_all_that_is_promised_and_learns(discs, tmp_path):
 
 
 def test_a_runs_config_runs_again_and_the_same_command_gives_the_same_figures(discs, tmp_path):
-    training.train(config_for(discs), str(tmp_path / "one"), local=True)
+    train(config_for(discs), str(tmp_path / "one"), local=True)
     again = load_train_config(config_file=(tmp_path / "one/config.yaml").read_text())
-    training.train(again, str(tmp_path / "two"), local=True)
+    train(again, str(tmp_path / "two"), local=True)
     assert lines(tmp_path / "one") == lines(tmp_path / "two")
     assert weights(tmp_path / "one") == weights(tmp_path / "two")
 
@@ -242,27 +248,27 @@ def test_a_compiled_training_takes_the_same_steps(discs, tmp_path, caplog):
     lines = []
     for name, compiled in (("plain", False), ("compiled", True)):
         config = config_for(discs, ("compute.compile", compiled))
-        lines.append(training.train(config, str(tmp_path / name), local=True).best)
+        lines.append(train(config, str(tmp_path / name), local=True).best)
     assert lines[1]["train_loss"] == pytest.approx(lines[0]["train_loss"], rel=1e-3)
     assert not [record for record in caplog.records if "compiled" in record.getMessage()]
 
 
 def test_training_is_compiled_where_that_saves_more_than_it_costs(monkeypatch):
-    monkeypatch.setattr(engine, "bf16_is_fast", lambda _device: True)
+    monkeypatch.setattr(device, "bf16_is_fast", lambda _device: True)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     large = load_train_config(settings=[("model.base_channels", 64), ("model.depth", 4), ("data.image_size", 512)])
     cpu = torch.device("cpu")
-    assert not engine._compiles(large, 50, 1, cpu)
-    assert engine._compiles(large, 5000, 1, cpu)
-    assert not engine._compiles(load_train_config(settings=TINY), 5000, 1, cpu)
+    assert not _compiles(large, 50, 1, cpu)
+    assert _compiles(large, 5000, 1, cpu)
+    assert not _compiles(load_train_config(settings=TINY), 5000, 1, cpu)
     off = dataclasses.replace(large, compute=dataclasses.replace(large.compute, compile=False))
-    assert not engine._compiles(off, 5000, 1, cpu)
+    assert not _compiles(off, 5000, 1, cpu)
 
 
 FEWEST_FAULTS = """
 import resource, sys, threading
 import torch
-from unet_ray import engine
+from unet_ray.models.device import keep_freed_memory
 
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -278,7 +284,7 @@ def take():
     print(min(took))
 
 if sys.argv[1] == "kept":
-    engine.keep_freed_memory(of_any_size=True)
+    keep_freed_memory(of_any_size=True)
 if sys.argv[2] == "thread":
     thread = threading.Thread(target=take)
     thread.start()
@@ -295,7 +301,7 @@ else:
         ("never", "main", {}, True),
         ("kept", "main", {}, False),
         ("kept", "thread", {}, True),
-        ("kept", "thread", engine.ONE_HEAP, False),
+        ("kept", "thread", ONE_HEAP, False),
     ],
 )
 def test_memory_that_was_freed_is_not_taken_from_the_system_again(kept, where, environment, again):
@@ -312,9 +318,9 @@ def test_memory_that_was_freed_is_not_taken_from_the_system_again(kept, where, e
 
 def test_early_stopping_waits_as_long_as_asked_and_resuming_does_not_wait_anew(discs, tmp_path):
     config = config_for(discs, ("train.epochs", 30), ("train.patience", 3), ("train.learning_rate", 1e-9))
-    result = training.train(config, str(tmp_path / "run"), local=True)
+    result = train(config, str(tmp_path / "run"), local=True)
     assert result.epochs == result.best["epoch"] + 3 < 30
-    again = training.train(config, str(tmp_path / "run"), local=True, resume=True)
+    again = train(config, str(tmp_path / "run"), local=True, resume=True)
     assert again.epochs == result.epochs
 
 
@@ -327,7 +333,7 @@ def test_a_batch_in_parts_is_the_same_batch(discs, tmp_path):
             ("train.clip_norm", 0.5),
             ("train.loss", "focal"),
         )
-        training.train(config, str(tmp_path / name), local=True)
+        train(config, str(tmp_path / name), local=True)
     for ours, theirs in zip(lines(tmp_path / "whole"), lines(tmp_path / "parts"), strict=True):
         assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-4)
         assert ours["val_loss"] == pytest.approx(theirs["val_loss"], rel=1e-4)
@@ -336,7 +342,7 @@ def test_a_batch_in_parts_is_the_same_batch(discs, tmp_path):
 def test_gradients_are_cut_to_the_norm_asked_for(discs):
     config = config_for(discs, ("train.clip_norm", 1e-3), ("train.optimizer", "sgd"), ("train.momentum", 0))
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, learning_rate=1.0, weight_decay=0.0))
-    run = engine.prepare(config, torch.device("cpu"))
+    run = prepare(config, torch.device("cpu"))
     before = [p.detach().clone() for p in run.network.parameters()]
     run.model.train()
     batch = {
@@ -344,14 +350,14 @@ def test_gradients_are_cut_to_the_norm_asked_for(discs):
         "mask": np.ones((2, 32, 32), np.uint8),
         "index": np.arange(2),
     }
-    run.step([(batch, engine.Part(np.arange(2), 1.0))], 1, epoch=1)
+    run.step([(batch, MicroBatch(np.arange(2), 1.0))], 1, epoch=1)
     moved = sum(((p - q) ** 2).sum() for p, q in zip(run.network.parameters(), before, strict=True)).sqrt()
     assert moved.item() == pytest.approx(1e-3, rel=1e-3)
 
 
 def test_the_average_of_the_weights_by_hand():
     network = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False), torch.nn.BatchNorm1d(1, affine=False))
-    average = engine.average_of(network, decay=0.9)
+    average = average_of(network, decay=0.9)
     expected = None
     for step in range(30):
         torch.nn.init.constant_(network[0].weight, float(step))
@@ -365,7 +371,7 @@ def test_the_average_of_the_weights_by_hand():
 
 def test_with_an_average_it_is_what_is_scored_and_saved(discs, tmp_path):
     config = config_for(discs, ("train.ema", 0.99), ("train.epochs", 3))
-    training.train(config, str(tmp_path / "run"), local=True)
+    train(config, str(tmp_path / "run"), local=True)
     state = safetensors.torch.load_file(tmp_path / "run/last/state.safetensors")
     model, card = checkpoint.load_model(str(tmp_path / "run/model"))
     assert card.scores["epoch"] == 3 or lines(tmp_path / "run")[-1]["val_dice"] <= card.scores["val_dice"]
@@ -395,7 +401,7 @@ def test_every_setting_of_training_at_once_trains(discs, tmp_path):
         ("train.checkpoint_activations", "true"),
         ("train.epochs", 20),
     )
-    result = training.train(config, str(tmp_path / "run"), local=True)
+    result = train(config, str(tmp_path / "run"), local=True)
     assert result.history[-1]["train_loss"] < 0.7 * result.history[0]["train_loss"]
     written = load_train_config(config_file=(tmp_path / "run/config.yaml").read_text())
     background, foreground = written.train.class_weights
@@ -404,7 +410,7 @@ def test_every_setting_of_training_at_once_trains(discs, tmp_path):
 
 def test_fp16_on_a_cpu_is_refused(discs, tmp_path):
     with pytest.raises(UserError, match="fp16 is for CUDA"):
-        training.train(config_for(discs, ("train.precision", "fp16")), str(tmp_path / "run"), local=True)
+        train(config_for(discs, ("train.precision", "fp16")), str(tmp_path / "run"), local=True)
 
 
 @pytest.mark.parametrize(
@@ -427,21 +433,21 @@ def test_resumed_is_uninterrupted(discs, tmp_path, optimizer, more):
         ("train.learning_rate", 1e-4 if optimizer == "sgd" else 3e-3),
         *more,
     )
-    training.train(config, str(tmp_path / "whole"), local=True)
+    train(config, str(tmp_path / "whole"), local=True)
 
     def stop_after_two(line):
         if line["epoch"] == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        training.train(config, str(tmp_path / "parts"), local=True, watch=Watch(on_epoch=stop_after_two))
+        train(config, str(tmp_path / "parts"), local=True, callbacks=Callbacks(on_epoch=stop_after_two))
     ran = []
-    training.train(
+    train(
         config,
         str(tmp_path / "parts"),
         local=True,
         resume=True,
-        watch=Watch(on_epoch=lambda line: ran.append(line["epoch"])),
+        callbacks=Callbacks(on_epoch=lambda line: ran.append(line["epoch"])),
     )
     assert ran == [3, 4]
     assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
@@ -451,7 +457,7 @@ def test_resumed_is_uninterrupted(discs, tmp_path, optimizer, more):
 
 def test_a_stop_between_metrics_and_state_repeats_the_epoch(discs, tmp_path, monkeypatch):
     config = config_for(discs, ("train.epochs", 2))
-    training.train(config, str(tmp_path / "whole"), local=True)
+    train(config, str(tmp_path / "whole"), local=True)
     save, calls = checkpoint.save_state, []
 
     def stopped_save(*arguments):
@@ -462,37 +468,35 @@ def test_a_stop_between_metrics_and_state_repeats_the_epoch(discs, tmp_path, mon
 
     monkeypatch.setattr(checkpoint, "save_state", stopped_save)
     with pytest.raises(KeyboardInterrupt):
-        training.train(config, str(tmp_path / "parts"), local=True)
+        train(config, str(tmp_path / "parts"), local=True)
     monkeypatch.setattr(checkpoint, "save_state", save)
-    training.train(config, str(tmp_path / "parts"), local=True, resume=True)
+    train(config, str(tmp_path / "parts"), local=True, resume=True)
     assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
 
 
 def test_an_out_that_holds_something_is_refused(discs, tmp_path):
     config, run = config_for(discs, ("train.epochs", 1)), tmp_path / "run"
-    training.train(config, str(run), local=True)
+    train(config, str(run), local=True)
     with pytest.raises(UserError, match="holds another run: choose another --out, or --resume"):
-        training.train(config, str(run), local=True)
+        train(config, str(run), local=True)
     with pytest.raises(UserError, match="is finished"):
-        training.train(config, str(run), local=True, resume=True)
+        train(config, str(run), local=True, resume=True)
     with pytest.raises(UserError, match="other settings"):
-        training.train(
-            config_for(discs, ("train.epochs", 2), ("model.norm", "none")), str(run), local=True, resume=True
-        )
+        train(config_for(discs, ("train.epochs", 2), ("model.norm", "none")), str(run), local=True, resume=True)
     for folder in discs:
         (folder / "z_new.png").write_bytes((folder / "a_000.png").read_bytes())
     with pytest.raises(UserError, match="images have come, gone or changed sides"):
-        training.train(config_for(discs, ("train.epochs", 2)), str(run), local=True, resume=True)
+        train(config_for(discs, ("train.epochs", 2)), str(run), local=True, resume=True)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("keep")
     with pytest.raises(UserError, match="holds other files"):
-        training.train(config, str(tmp_path / "mine"), local=True)
+        train(config, str(tmp_path / "mine"), local=True)
 
 
 def test_what_does_not_fit_in_memory_is_streamed_with_the_same_result(discs, tmp_path, monkeypatch):
-    training.train(config_for(discs), str(tmp_path / "memory"), local=True)
+    train(config_for(discs), str(tmp_path / "memory"), local=True)
     monkeypatch.setattr(rows, "MemoryRows", None)  # must not be used
-    training.train(config_for(discs, ("compute.memory_fraction", "0")), str(tmp_path / "stream"), local=True)
+    train(config_for(discs, ("compute.memory_fraction", "0")), str(tmp_path / "stream"), local=True)
     assert lines(tmp_path / "memory") == lines(tmp_path / "stream")
 
 
@@ -508,7 +512,7 @@ def test_several_classes_with_ignored_pixels_train(discs, tmp_path):
     config = config_for(
         discs, ("model.num_classes", 3), ("data.ignore_index", 11), ("data.classes", "[background, left, right]")
     )
-    result = training.train(config, str(tmp_path / "run"), local=True)
+    result = train(config, str(tmp_path / "run"), local=True)
     assert result.history[0]["val_pixels"] == result.history[0]["val_images"] * 30 * 32
     assert len(result.history[0]["val_counts"]) == 3
 
@@ -516,17 +520,17 @@ def test_several_classes_with_ignored_pixels_train(discs, tmp_path):
 def test_the_2015_network_trains_on_mirrored_tiles(discs, tmp_path):
     size = next(s for s in range(24, 40) if ModelConfig(padding="valid", depth=2).fits(s))
     config = config_for(discs, ("model.padding", "valid"), ("data.image_size", size), ("train.epochs", 1))
-    assert training.train(config, str(tmp_path / "run"), local=True).epochs == 1
+    assert train(config, str(tmp_path / "run"), local=True).epochs == 1
 
 
 def test_a_loss_that_explodes_is_an_error_with_the_remedy(discs, tmp_path):
     config = config_for(discs, ("train.learning_rate", 1e30), ("train.optimizer", "sgd"), ("model.norm", "none"))
     with pytest.raises(UserError, match="lower --lr"):
-        training.train(config, str(tmp_path / "run"), local=True)
+        train(config, str(tmp_path / "run"), local=True)
 
 
 def test_weights_of_another_model_are_refused(discs, tmp_path):
-    training.train(config_for(discs, ("train.epochs", 1)), str(tmp_path / "run"), local=True)
+    train(config_for(discs, ("train.epochs", 1)), str(tmp_path / "run"), local=True)
     model = tmp_path / "run/model"
     good = (model / "model.safetensors").read_bytes()
     for bad, message in ((good[:-4] + b"\0\0\0\0", "damaged"), (good[:-4], "damaged"), (good[:40], "not a model's")):
@@ -544,7 +548,7 @@ def test_weights_of_another_model_are_refused(discs, tmp_path):
 
 
 def test_a_kill_between_the_two_files_of_the_best_model_leaves_a_model(discs, tmp_path):
-    training.train(config_for(discs, ("train.epochs", 3)), str(tmp_path / "run"), local=True)
+    train(config_for(discs, ("train.epochs", 3)), str(tmp_path / "run"), local=True)
     card = json.loads((tmp_path / "run/model/model.json").read_text())
     older = {**card, "scores": {"epoch": 1}, "weights_sha256": "0" * 64}
     (tmp_path / "run/model/model.json").write_text(json.dumps(older))
@@ -573,7 +577,7 @@ def given(tmp_path):
 def prepared(location, *settings, resumes=False):
     """The networks, trained and averaged, before their first step; as tensors by name."""
     settings = [*TINY, *checkpoint.model_settings_of(location), ("train.init", location), ("train.ema", 0.9), *settings]
-    training = engine.prepare(load_train_config(settings=settings), torch.device("cpu"), resumes=resumes)
+    training = prepare(load_train_config(settings=settings), torch.device("cpu"), resumes=resumes)
     return [network.state_dict() for network in training.networks]
 
 
@@ -618,7 +622,7 @@ def test_weights_that_do_not_fit_are_refused_before_anything_is_written(discs, g
         yield
 
     with pytest.raises(UserError, match=message) as error:
-        training.train(config_for(discs, *settings), str(tmp_path / "run"), cluster=cluster())
+        train(config_for(discs, *settings), str(tmp_path / "run"), cluster=cluster())
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
 
@@ -627,18 +631,18 @@ def test_a_fine_tuned_run_resumes_without_the_weights_it_began_with(discs, given
     settings = [*checkpoint.model_settings_of(given), ("model.num_classes", 1), ("train.epochs", 4)]
     monkeypatch.chdir(tmp_path)
     config = config_for(discs, *settings, ("train.init", "given"))
-    training.train(config, "whole", local=True)
+    train(config, "whole", local=True)
     stopped = dataclasses.replace(config, train=dataclasses.replace(config.train, epochs=2))
-    training.train(stopped, "run", local=True)
+    train(stopped, "run", local=True)
     kept = load_train_config(config_file=(tmp_path / "run/config.yaml").read_text())
     assert kept.train.init == given  # absolute
     shutil.rmtree(given)
-    training.train(config, "run", local=True, resume=True)
+    train(config, "run", local=True, resume=True)
     assert lines(tmp_path / "run") == lines(tmp_path / "whole")
     assert_same_state(tmp_path / "run", tmp_path / "whole")
     other = dataclasses.replace(config, train=dataclasses.replace(config.train, init=None, epochs=5))
     with pytest.raises(UserError, match="trained with other settings"):
-        training.train(other, "run", local=True, resume=True)
+        train(other, "run", local=True, resume=True)
 
 
 def test_the_settings_of_a_network_build_it_again(given):

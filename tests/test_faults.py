@@ -19,8 +19,12 @@ import ray.train
 import torch
 from conftest import SLOW, epochs_done, make_discs
 
-from unet_ray import checkpoint, training
-from unet_ray.config import UserError, load_train_config
+from unet_ray.config import UserError
+from unet_ray.models import checkpoint
+from unet_ray.settings import load_train_config
+from unet_ray.training.on_ray import _raise_what_repeats
+from unet_ray.training.run import Callbacks, train
+from unet_ray.training.setup import explain_shortages
 
 pytestmark = pytest.mark.slow
 TIMES = {"seconds", "train_seconds", "wait_seconds", "images_per_second"}
@@ -82,7 +86,7 @@ def assert_close(run: Path, other: Path) -> None:
 def undisturbed(discs, tmp_path_factory) -> Path:
     """The same training in one process, left alone."""
     run = tmp_path_factory.mktemp("undisturbed") / "run"
-    training.train(config_for(discs), str(run), local=True)
+    train(config_for(discs), str(run), local=True)
     return run
 
 
@@ -94,10 +98,10 @@ def ray_workers() -> list[psutil.Process]:
 def test_a_killed_worker_costs_its_epoch_and_nothing_else(ray_cluster, discs, undisturbed, tmp_path):
     run, told, retried = tmp_path / "run", [], []
     killer = when_epoch_is_done(run, 3, lambda: ray_workers()[0].send_signal(signal.SIGKILL))
-    watch = training.Watch(
+    callbacks = Callbacks(
         on_epoch=lambda line: told.append(line["epoch"]), on_retry=lambda why, epoch: retried.append((why, epoch))
     )
-    training.train(config_for(discs, ("compute.workers", 2)), str(run), watch=watch)
+    train(config_for(discs, ("compute.workers", 2)), str(run), callbacks=callbacks)
     killer.join()
     assert len(retried) == 1 and 3 <= retried[0][1] < EPOCHS, retried
     assert told == list(range(1, EPOCHS + 1))
@@ -140,16 +144,17 @@ def test_a_killed_driver_is_resumed(discs, undisturbed, tmp_path):
     done = epochs_done(run)
     assert 2 <= done < EPOCHS
     ran = []
-    watch = training.Watch(on_epoch=lambda line: ran.append(line["epoch"]))
-    training.train(config_for(discs), str(run), local=True, resume=True, watch=watch)
+    callbacks = Callbacks(on_epoch=lambda line: ran.append(line["epoch"]))
+    train(config_for(discs), str(run), local=True, resume=True, callbacks=callbacks)
     assert ran == list(range(done + 1, EPOCHS + 1))
     assert_close(run, undisturbed)
 
 
 FULL_DISK = """
 import json, resource, sys
-from unet_ray import training
-from unet_ray.config import load_train_config, UserError
+from unet_ray.config import UserError
+from unet_ray.settings import load_train_config
+from unet_ray.training.run import Callbacks, train
 
 settings, out = json.loads(sys.argv[1])
 
@@ -158,7 +163,7 @@ def on_epoch(line):
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
 
 try:
-    training.train(load_train_config(settings=settings), out, local=True, watch=training.Watch(on_epoch=on_epoch))
+    train(load_train_config(settings=settings), out, local=True, callbacks=Callbacks(on_epoch=on_epoch))
 except UserError as error:
     print(error)
     sys.exit(2)
@@ -176,12 +181,12 @@ def test_a_disk_that_is_full_leaves_the_last_checkpoint_whole(discs, undisturbed
     assert epochs_done(run) == 3
     assert not list(run.rglob("*.tmp"))
     checkpoint.load_model(str(run / "model"))
-    training.train(config_for(discs), str(run), local=True, resume=True)
+    train(config_for(discs), str(run), local=True, resume=True)
     assert_close(run, undisturbed)
 
 
 def test_a_full_gpu_is_one_line_with_the_remedy():
-    with pytest.raises(UserError, match=r"raise train\.accumulate") as error, training._shortages_are_said("run"):
+    with pytest.raises(UserError, match=r"raise train\.accumulate") as error, explain_shortages("run"):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore")
     assert "\n" not in str(error.value)
 
@@ -196,14 +201,14 @@ def test_what_would_come_again_is_raised_and_what_was_lost_is_not():
 
     died = WorkerHealthCheckFailedError("A worker health check failed.", ActorDiedError())
     broken = UserExceptionWithTraceback(RuntimeError("Connection closed by peer"), "Traceback …")
-    training._raise_what_repeats(failed_workers(died))
-    training._raise_what_repeats(failed_workers(broken, died))
+    _raise_what_repeats(failed_workers(died))
+    _raise_what_repeats(failed_workers(broken, died))
     mine = UserExceptionWithTraceback(UserError("a.png: mend or remove it"), "Traceback …")
     with pytest.raises(UserError, match="mend or remove it"):
-        training._raise_what_repeats(failed_workers(broken, mine))
+        _raise_what_repeats(failed_workers(broken, mine))
     placement = ray.train.ControllerError(TimeoutError("The worker group startup timed out after 60 seconds"))
     with pytest.raises(UserError, match=r"did not start the workers .*timed out.*: use fewer --workers"):
-        training._raise_what_repeats(placement)
+        _raise_what_repeats(placement)
     bug = UserExceptionWithTraceback(TypeError("a bug"), "Traceback …")
     with pytest.raises(ray.train.WorkerGroupError):
-        training._raise_what_repeats(failed_workers(broken, bug))
+        _raise_what_repeats(failed_workers(broken, bug))

@@ -8,7 +8,7 @@ from conftest import disc
 from PIL import Image
 
 from unet_ray.config import IGNORE, DataConfig
-from unet_ray.imaging import ImageError, _resized, decode_image, decode_mask, stored_values, to_own_size
+from unet_ray.data.imaging import ImageError, _resized, decode_image, decode_mask, stored_values, to_own_size
 
 GRAY = np.linspace(0, 255, 12 * 8).astype(np.uint8).reshape(8, 12)
 RGB = np.stack([GRAY, GRAY[::-1], GRAY[:, ::-1]], axis=-1)

@@ -15,9 +15,9 @@ from PIL import Image
 from torch import nn
 
 import unet_ray
-from unet_ray import checkpoint
 from unet_ray.config import UserError
-from unet_ray.imports import import_milesial
+from unet_ray.models import checkpoint
+from unet_ray.models.milesial import import_milesial
 
 
 class Double(nn.Module):

@@ -9,10 +9,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from unet_ray import ledger
 from unet_ray.config import UserError
-from unet_ray.ledger import PART_ROWS, Ledger, RowCost, held
-from unet_ray.records import ImageFile
+from unet_ray.data.inputs import ImageFile
+from unet_ray.inference import ledger
+from unet_ray.inference import output_lock as lock
+from unet_ray.inference.digests import DigestMap, digests_of
+from unet_ray.inference.ledger import PART_ROWS, Ledger, RowCost
+from unet_ray.inference.output_lock import _held_by_beats, output_lock
 
 
 def images(numbers, *, size=1, suffix=".jpg"):
@@ -205,38 +208,41 @@ def test_an_image_that_is_listed_twice_is_one_and_equal_names_are_told_apart(tmp
 
 
 def test_ten_thousand_digests_are_found_again():
-    digests, numbers = ledger._DigestMap(), np.arange(10_000)
+    digests, numbers = DigestMap(), np.arange(10_000)
     names = [str(n).encode() for n in numbers]
     for start in range(0, 10_000, 700):
-        digests.add(ledger._digests(names[start : start + 700]), numbers[start : start + 700])
-    assert (digests.find(ledger._digests(names)) == numbers).all()
-    assert (digests.find(ledger._digests([b"no", b"neither"])) == -1).all()
+        digests.add(digests_of(names[start : start + 700]), numbers[start : start + 700])
+    assert (digests.find(digests_of(names)) == numbers).all()
+    assert (digests.find(digests_of([b"no", b"neither"])) == -1).all()
     assert len(digests.runs) < 10
 
 
 def test_a_second_run_into_the_same_folder_is_refused_and_the_hold_ends_with_the_process(tmp_path):
-    code = f"from unet_ray.ledger import held\nwith held({str(tmp_path)!r}):\n  print('held', flush=True)\n  input()"
+    code = (
+        "from unet_ray.inference.output_lock import output_lock\n"
+        f"with output_lock({str(tmp_path)!r}):\n  print('held', flush=True)\n  input()"
+    )
     other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "held\n"
     with (
         pytest.raises(UserError, match=rf"another run \(process {other.pid} on .*choose another --out"),
-        held(str(tmp_path)),
+        output_lock(str(tmp_path)),
     ):
         pass
     other.kill()
     other.wait()
-    with held(str(tmp_path)) as check:
+    with output_lock(str(tmp_path)) as check:
         check()
 
 
 def test_in_a_bucket_a_lock_that_is_renewed_is_respected_and_a_dead_one_taken_over(tmp_path, monkeypatch):
-    monkeypatch.setattr(ledger, "BEAT_SECONDS", 0.3)
-    monkeypatch.setattr(ledger, "DEAD_AFTER_SECONDS", 3.0)
+    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.3)
+    monkeypatch.setattr(lock, "DEAD_AFTER_SECONDS", 3.0)
     # As in a bucket: no file lock.
     out = str(tmp_path)
 
     def beats(me):
-        return ledger._held_by_beats(out, str(tmp_path / ".work/lock.json"), me)
+        return _held_by_beats(out, str(tmp_path / ".work/lock.json"), me)
 
     def me(host):
         return {"id": host, "host": host, "pid": 1, "since": "now"}
@@ -264,13 +270,13 @@ def test_a_file_system_without_locks_is_held_by_beats(tmp_path, monkeypatch):
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(fcntl, "flock", unsupported)
-    monkeypatch.setattr(ledger, "BEAT_SECONDS", 0.3)
-    monkeypatch.setattr(ledger, "DEAD_AFTER_SECONDS", 3.0)
-    with held(str(tmp_path)) as check:
+    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.3)
+    monkeypatch.setattr(lock, "DEAD_AFTER_SECONDS", 3.0)
+    with output_lock(str(tmp_path)) as check:
         while not (tmp_path / ".work/lock.json").read_text():
             pass
         # Of this very process, which lives.
-        with pytest.raises(UserError, match="another run"), held(str(tmp_path)):
+        with pytest.raises(UserError, match="another run"), output_lock(str(tmp_path)):
             pass
         check()
     assert not (tmp_path / ".work/lock.json").exists()

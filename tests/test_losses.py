@@ -6,14 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from unet_ray import losses
-from unet_ray.config import IGNORE, FitConfig
+from unet_ray.config import IGNORE, OptimizationConfig
+from unet_ray.training import losses
 
 BIG = 30.0  # a logit whose sigmoid is 1 in float32
 
 
 def of(name, classes=1, **settings):
-    return losses.build(FitConfig(loss=name, **settings), classes)
+    return losses.build(OptimizationConfig(loss=name, **settings), classes)
 
 
 def mask(*rows):

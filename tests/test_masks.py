@@ -8,19 +8,10 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from unet_ray.config import Cleanup, DataConfig, UserError
-from unet_ray.imaging import stored_values
-from unet_ray.masks import (
-    border_map,
-    box,
-    clean,
-    coco_runs,
-    encode_png,
-    infer_values,
-    inverse_frequencies,
-    overlay,
-    pixel_counts,
-    row_runs,
-)
+from unet_ray.data.imaging import stored_values
+from unet_ray.data.masks import border_map, clean, infer_values, inverse_frequencies, pixel_counts
+from unet_ray.data.pictures import encode_png, overlay
+from unet_ray.data.run_lengths import box, coco_runs, row_runs
 
 
 def stored(folder, *arrays):

@@ -15,8 +15,10 @@ import torch
 from conftest import SLOW, TINY, Machines, environment, epochs_done, make_discs, make_model, make_photos, recorded
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 
-from unet_ray import datasets, nodes, training
-from unet_ray.config import load_train_config
+from unet_ray.ray_backend import nodes
+from unet_ray.ray_backend.inference import A_TASK_BESIDE_A_MODEL
+from unet_ray.settings import load_train_config
+from unet_ray.training.run import train
 
 pytestmark = pytest.mark.slow
 
@@ -65,23 +67,24 @@ def test_copies_of_a_model_never_fill_a_node(monkeypatch, sizes):
             left[cpus] = cpus - fit * held
         # Where --workers makes the shares small, the smallest nodes may be left to the models.
         assert min(left.values()) > 0
-        assert (min(left.values()) if each == default else left[max(sizes)]) >= datasets.A_TASK_BESIDE_A_MODEL
+        assert (min(left.values()) if each == default else left[max(sizes)]) >= A_TASK_BESIDE_A_MODEL
 
 
 AS_MANY_GPUS_AS_CPUS = """
 import sys
 import numpy as np
 import ray
-from unet_ray import datasets
+from unet_ray.ray_backend.data_context import configure
+from unet_ray.ray_backend.inference import run_on_cluster
 
 ray.init(
     address="local", num_cpus=1, num_gpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
     object_store_memory=200 * 2**20, _temp_dir=sys.argv[1], _node_ip_address="127.0.0.1",
 )
-datasets.configure()
+configure()
 before = lambda number: {"number": np.array([number])}
 model = lambda device, threads, copies: lambda chunk: {"number": chunk["number"], "device": np.array([device])}
-made = datasets.run_on_cluster(range(20), before, model, lambda chunk: chunk, workers=0, device="auto", shared={})
+made = run_on_cluster(range(20), before, model, lambda chunk: chunk, workers=0, device="auto", shared={})
 assert sorted((int(chunk["number"][0]), str(chunk["device"][0])) for chunk in made) == [(n, "cuda") for n in range(20)]
 """
 
@@ -130,7 +133,7 @@ def machines():
 def test_training_goes_on_with_the_node_that_is_left(machines, tmp_path):
     images, masks = make_discs(tmp_path / "discs", 21, size=128)
     same = [*SLOW, ("data.images", str(images)), ("data.masks", str(masks))]
-    training.train(load_train_config(settings=same), str(tmp_path / "undisturbed"), local=True)
+    train(load_train_config(settings=same), str(tmp_path / "undisturbed"), local=True)
     run = tmp_path / "run"
     settings = [*same, ("compute.cpus_per_worker", 2), ("compute.workers", [1, 2])]
     process = machines.command(

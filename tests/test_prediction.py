@@ -18,10 +18,14 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from unet_ray import datasets, storage, training
-from unet_ray.config import FORMATS, EvaluateConfig, PredictConfig, UserError, load_train_config
-from unet_ray.evaluation import evaluate
-from unet_ray.prediction import predict
+from unet_ray.config import FORMATS, EvaluateConfig, PredictConfig, UserError
+from unet_ray.data import storage
+from unet_ray.evaluation.evaluate import evaluate
+from unet_ray.inference.predict import predict
+from unet_ray.ray_backend.data_context import configure
+from unet_ray.ray_backend.inference import run_on_cluster
+from unet_ray.settings import load_train_config
+from unet_ray.training.run import train
 
 
 @pytest.fixture(scope="module")
@@ -256,7 +260,7 @@ def test_many_channels_of_16_bits_are_trained_on_and_segmented(tmp_path, format)
         ("data.value_range", [900, 2000]),
         ("train.epochs", 25),
     ]
-    result = training.train(load_train_config(settings=settings), str(tmp_path / "run"), local=True)
+    result = train(load_train_config(settings=settings), str(tmp_path / "run"), local=True)
     assert result.best["val_dice"] > 0.8
     Image.new("RGB", (32, 32)).save(images / "colour.png")
     summary = run(tmp_path / "run", images, tmp_path / "out")
@@ -404,7 +408,7 @@ def test_workers_may_be_as_many_as_there_are_cpus_and_no_more(ray_cluster, model
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["before", "model", "after"])
 def test_what_a_stage_raises_on_the_cluster_is_raised_as_it_was(ray_cluster, where):
-    datasets.configure()
+    configure()
 
     def before(number):
         if where == "before":
@@ -421,5 +425,5 @@ def test_what_a_stage_raises_on_the_cluster_is_raised_as_it_was(ray_cluster, whe
 
     expected = pytest.raises(OSError if where == "after" else UserError)
     with expected as raised:
-        list(datasets.run_on_cluster(range(3), before, model, after, workers=1, device="cpu", shared={}))
+        list(run_on_cluster(range(3), before, model, after, workers=1, device="cpu", shared={}))
     assert raised.value.errno == errno.ENOSPC if where == "after" else str(raised.value) == "mend it"

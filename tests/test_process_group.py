@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import psutil
 import ray.util
 
-from unet_ray import process_group
+from unet_ray.ray_backend.process_group import choose_interface
 
 
 def test_gloo_takes_the_interface_of_rays_address(monkeypatch):
@@ -22,5 +22,5 @@ def test_gloo_takes_the_interface_of_rays_address(monkeypatch):
         monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
         if before:
             monkeypatch.setenv("GLOO_SOCKET_IFNAME", before)
-        process_group.choose_interface()
+        choose_interface()
         assert os.environ.get("GLOO_SOCKET_IFNAME") == after

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from unet_ray import progress
-from unet_ray.config import load_train_config
+from unet_ray.report import progress
+from unet_ray.report.progress import ImagesDisplay, TrainingDisplay, duration, speed
+from unet_ray.settings import load_train_config
 
 LINE = {
     "epoch": 1,
@@ -23,15 +24,15 @@ LINE = {
 }
 WORK = """
 import time
-from unet_ray.config import load_train_config
-from unet_ray.engine import Progress
-from unet_ray.progress import ImagesDisplay, TrainingDisplay
+from unet_ray.settings import load_train_config
+from unet_ray.training.loop import EpochProgress
+from unet_ray.report.progress import ImagesDisplay, TrainingDisplay
 
 line = {line}
 with TrainingDisplay(load_train_config(settings=[("train.epochs", 3)])) as display:
     display.tell("word " * 30)
     for epoch in (1, 2, 3):
-        display.step(Progress(epoch, 40, 98, 0.123456, 1234.5))
+        display.step(EpochProgress(epoch, 40, 98, 0.123456, 1234.5))
         time.sleep(0.5)  # it is drawn four times a second
         display.epoch({{**line, "epoch": epoch}})
 with ImagesDisplay("segmented") as display:
@@ -45,20 +46,20 @@ print("the end")
 
 
 def test_durations_and_speeds_are_short():
-    assert [progress.duration(s) for s in (0.4, 59.4, 61, 3599.6, 7500)] == [
+    assert [duration(s) for s in (0.4, 59.4, 61, 3599.6, 7500)] == [
         "0 s",
         "59 s",
         "1 min 1 s",
         "1 h 0 min",
         "2 h 5 min",
     ]
-    assert [progress.speed(s) for s in (0.123, 12.34, 1234.5)] == ["0.12 img/s", "12.3 img/s", "1234 img/s"]
+    assert [speed(s) for s in (0.123, 12.34, 1234.5)] == ["0.12 img/s", "12.3 img/s", "1234 img/s"]
 
 
 def test_without_a_terminal_an_epoch_is_a_line_and_steps_are_one_a_minute(capsys, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    display = progress.TrainingDisplay(load_train_config(settings=[("train.epochs", 100)]))
+    display = TrainingDisplay(load_train_config(settings=[("train.epochs", 100)]))
     step = SimpleNamespace(epoch=1, step=40, steps=98, loss=0.5, images_per_second=3.21)
     for now[0] in (10.0, 59.0, 61.0, 70.0):
         display.step(step)
@@ -71,7 +72,7 @@ def test_without_a_terminal_an_epoch_is_a_line_and_steps_are_one_a_minute(capsys
 def test_without_a_terminal_images_are_a_line_every_ten_seconds(capsys, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    display = progress.ImagesDisplay("segmented")
+    display = ImagesDisplay("segmented")
     display(0, 0, 100)
     for now[0], done in ((105.0, 10), (111.0, 22), (112.0, 50), (150.0, 100)):
         display(done, 1, 100)

@@ -13,11 +13,16 @@ from conftest import TINY, make_discs
 pytest.importorskip("openvino")
 pytest.importorskip("nncf")
 
-from unet_ray import backends, checkpoint, quantization, training
 from unet_ray.cli import main
-from unet_ray.config import EvaluateConfig, MaskOptions, UserError, load_train_config
-from unet_ray.prediction import Pipeline
-from unet_ray.segmenter import BatchSegmenter
+from unet_ray.config import EvaluateConfig, MaskOptions, UserError
+from unet_ray.evaluation import quantization
+from unet_ray.evaluation.quantization import MAY_FALL, quantize
+from unet_ray.inference import backends
+from unet_ray.inference.pipeline import Pipeline
+from unet_ray.inference.segmenter import BatchSegmenter
+from unet_ray.models import checkpoint
+from unet_ray.settings import load_train_config
+from unet_ray.training.run import train
 
 pytestmark = pytest.mark.slow
 
@@ -29,7 +34,7 @@ def run(tmp_path_factory) -> str:
     images, masks = make_discs(folder / "discs", 24)
     settings = [("data.images", str(images)), ("data.masks", str(masks)), ("data.val_fraction", 0.33)]
     config = load_train_config(settings=[*TINY, *settings, ("train.epochs", 12)])
-    assert training.train(config, str(folder / "run"), local=True).best["val_dice"] > 0.8
+    assert train(config, str(folder / "run"), local=True).best["val_dice"] > 0.8
     return str(folder / "run")
 
 
@@ -41,14 +46,14 @@ def test_int8_is_kept_used_and_close(run):
     assert result["kept"]
     assert result["images"] == 8
     assert result["calibrated_on"] == 8
-    assert result["dice"] - result["dice_int8"] <= quantization.MAY_FALL
+    assert result["dice"] - result["dice_int8"] <= MAY_FALL
 
     pipeline = Pipeline.of(run, MaskOptions())
     card = pipeline.card
     assert pipeline.quantized is not None
     for others in ({"precision": "bf16"}, {"ensemble": (run,)}):
         assert Pipeline.of(run, MaskOptions(**others)).quantized is None
-    network, _ = backends.load(pipeline.model, backends.How(torch.device("cpu")), pipeline.quantized)
+    network, _ = backends.load(pipeline.model, backends.RuntimeOptions(torch.device("cpu")), pipeline.quantized)
     assert any(op.get_type_name() == "FakeQuantize" for op in network.network.get_ops())
     image = np.random.default_rng(0).integers(0, 255, (1, 40, 32, 3)).astype(np.uint8)  # not its calibration's size
     segmenter = BatchSegmenter(pipeline.model, quantized=pipeline.quantized)
@@ -73,4 +78,4 @@ def test_int8_that_costs_too_much_is_refused_and_removed(run, monkeypatch):
 
 def test_a_model_folder_without_its_run_cannot_be_calibrated(run):
     with pytest.raises(UserError, match="not a run directory"):
-        quantization.quantize(EvaluateConfig(model=run + "/model"), calibration=1)
+        quantize(EvaluateConfig(model=run + "/model"), calibration=1)

@@ -13,9 +13,12 @@ import pytest
 from conftest import TINY, make_bad, make_discs, make_photos
 from PIL import Image
 
-from unet_ray import evaluation, report, training
-from unet_ray.config import EvaluateConfig, PredictConfig, UserError, load_train_config
-from unet_ray.prediction import predict
+from unet_ray.config import EvaluateConfig, PredictConfig, UserError
+from unet_ray.evaluation.evaluate import evaluate
+from unet_ray.inference.predict import predict
+from unet_ray.report.page import write
+from unet_ray.settings import load_train_config
+from unet_ray.training.run import train
 
 
 @pytest.fixture(scope="module")
@@ -23,13 +26,13 @@ def run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("report")
     images, masks = make_discs(folder / "discs <b>&", 20, size=48)
     settings = [*TINY, ("data.images", str(images)), ("data.masks", str(masks)), ("data.val_fraction", 0.7)]
-    training.train(load_train_config(settings=settings), str(folder / "run"), local=True)
+    train(load_train_config(settings=settings), str(folder / "run"), local=True)
     return folder / "run"
 
 
 @pytest.fixture(scope="module")
 def page(run) -> str:
-    assert report.write(str(run)) == str(run / "report.html")
+    assert write(str(run)) == str(run / "report.html")
     return (run / "report.html").read_text()
 
 
@@ -39,7 +42,7 @@ def prediction(run, tmp_path_factory) -> Path:
     photos, out = make_photos(folder / "photos", 30), folder / "out"
     make_bad(photos / "bad")
     predict(PredictConfig(model=str(run), inputs=(str(photos),), out=str(out)), local=True)
-    report.write(str(out))
+    write(str(out))
     return out
 
 
@@ -94,7 +97,7 @@ def check_alone(page: str) -> Parsed:
 
 def test_a_training_is_shown_with_its_scores_curves_and_pictures(run, page):
     parsed = check_alone(page)
-    scores = evaluation.evaluate(EvaluateConfig(model=str(run), backend="torch"), local=True)
+    scores = evaluate(EvaluateConfig(model=str(run), backend="torch"), local=True)
     assert scores.images == 14
     for name in ("dice", "iou", "precision", "recall"):
         assert f"{scores.means[name].mean:.4f}" in parsed.text
@@ -125,13 +128,13 @@ def test_an_outlier_leads_to_its_pictures(run, tmp_path):
     elsewhere = np.zeros((48, 48), np.uint8)
     elsewhere[0, 0] = 255
     Image.fromarray(elsewhere).save(data / "masks" / f"{victim}.png")
-    report.write(str(moved))
+    write(str(moved))
     parsed = check_alone((moved / "report.html").read_text())
     assert any(link.startswith("#image-") for link in parsed.links)
 
 
 def _scores(run: Path):
-    return evaluation.evaluate(EvaluateConfig(model=str(run), backend="torch"), local=True)
+    return evaluate(EvaluateConfig(model=str(run), backend="torch"), local=True)
 
 
 def test_without_its_images_a_training_still_has_its_curves(run, tmp_path):
@@ -139,7 +142,7 @@ def test_without_its_images_a_training_still_has_its_curves(run, tmp_path):
     shutil.copytree(run, moved)
     text = (moved / "config.yaml").read_text()
     (moved / "config.yaml").write_text(text.replace("discs <b>&", "gone"))
-    report.write(str(moved))
+    write(str(moved))
     parsed = check_alone((moved / "report.html").read_text())
     assert "could not be scored again" in parsed.text and "How it went" in parsed.text
     assert not parsed.pictures
@@ -153,8 +156,8 @@ def test_several_classes_have_a_table_with_their_names(tmp_path):
         Image.fromarray(ids).save(path)
     settings = [*TINY, ("data.images", str(images)), ("data.masks", str(masks)), ("data.val_fraction", 0.5)]
     settings += [("model.num_classes", 3), ("data.classes", ["background", "disc", "bar"])]
-    training.train(load_train_config(settings=settings), str(tmp_path / "run"), local=True)
-    report.write(str(tmp_path / "run"))
+    train(load_train_config(settings=settings), str(tmp_path / "run"), local=True)
+    write(str(tmp_path / "run"))
     parsed = check_alone((tmp_path / "run/report.html").read_text())
     scores = _scores(tmp_path / "run")
     assert set(scores.per_class) == {"background", "disc", "bar"}
@@ -178,15 +181,15 @@ def test_masks_are_found_in_parquet_too_and_without_any_there_is_still_a_page(ru
     for formats, pictures in (("parquet", 6), ("rle", 0)):
         out = tmp_path / formats
         predict(PredictConfig(model=str(run), inputs=(str(photos),), out=str(out), formats=(formats,)), local=True)
-        report.write(str(out))
+        write(str(out))
         assert len(check_alone((out / "report.html").read_text()).pictures) == pictures
 
 
 def test_what_is_no_run_is_one_line(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
-        report.write(str(tmp_path / "nowhere"))
+        write(str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="neither a finished training"):
-        report.write(str(tmp_path))
+        write(str(tmp_path))
 
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -9,11 +9,11 @@ from conftest import make_model
 from PIL import Image
 from torch import nn
 
-from unet_ray import checkpoint
-from unet_ray.backends import fold_batch_norm
 from unet_ray.config import UserError
-from unet_ray.imaging import ImageError, Pixels
-from unet_ray.segmenter import BatchSegmenter
+from unet_ray.data.imaging import ImageError, Pixels
+from unet_ray.inference.backends import fold_batch_norm
+from unet_ray.inference.segmenter import BatchSegmenter
+from unet_ray.models import checkpoint
 
 SIZES = [(1, 1), (3, 200), (64, 64), (65, 63), (300, 7), (129, 130)]
 

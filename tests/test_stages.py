@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 
 from unet_ray.config import MAX_PIXELS
-from unet_ray.ledger import objects
-from unet_ray.stages import Decode, Reader
+from unet_ray.data.chunks import objects
+from unet_ray.inference.reader import Reader
+from unet_ray.inference.stages import Decode
 
 FORMATS = {"JPEG": {}, "PNG": {}, "GIF": {}, "TIFF": {"compression": "tiff_lzw"}, "WEBP": {}, "BMP": {}}
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from unet_ray import storage
 from unet_ray.config import UserError
+from unet_ray.data import storage
 
 
 def test_a_written_file_is_whole_and_leaves_nothing_beside_it(tmp_path):

@@ -8,8 +8,9 @@ import safetensors.torch
 import torch
 from conftest import RUN_FILES, TINY, make_discs
 
-from unet_ray import training
-from unet_ray.config import UserError, load_train_config
+from unet_ray.config import UserError
+from unet_ray.settings import load_train_config
+from unet_ray.training.run import Callbacks, train
 
 pytestmark = pytest.mark.slow
 TIMES = {"seconds", "train_seconds", "wait_seconds", "images_per_second"}
@@ -79,12 +80,12 @@ def test_one_and_three_workers_and_none_train_the_same_network(ray_cluster, disc
     local, one, three, streamed = (tmp_path / name for name in ("local", "one", "three", "streamed"))
     # Without momentum, rounding stays rounding over many steps.
     same = ("train.optimizer", "sgd"), ("train.momentum", 0.0), ("train.learning_rate", 1e-2)
-    training.train(config_for(discs, *same), str(local), local=True)
+    train(config_for(discs, *same), str(local), local=True)
     told = []
-    watch = training.Watch(on_epoch=told.append)
-    assert training.train(config_for(discs, *same, ("compute.workers", 1)), str(one), watch=watch).epochs == 3
+    callbacks = Callbacks(on_epoch=told.append)
+    assert train(config_for(discs, *same, ("compute.workers", 1)), str(one), callbacks=callbacks).epochs == 3
     threes = *same, ("compute.workers", 3), ("compute.cpus_per_worker", 1)
-    training.train(config_for(discs, *threes), str(three), watch=watch)
+    train(config_for(discs, *threes), str(three), callbacks=callbacks)
     assert [line["epoch"] for line in told] == [1, 2, 3, 1, 2, 3]
     assert_equal_to_rounding(local, one)
     assert_equal_to_rounding(one, three)
@@ -93,24 +94,24 @@ def test_one_and_three_workers_and_none_train_the_same_network(ray_cluster, disc
     written = sorted(str(p.relative_to(three)) for p in three.rglob("*") if p.is_file())
     assert [name for name in written if not name.startswith("tensorboard/")] == RUN_FILES
     # What does not fit in the object store is streamed in every epoch, and the same again to the last bit.
-    training.train(config_for(discs, *threes, ("compute.memory_fraction", 0)), str(streamed))
+    train(config_for(discs, *threes, ("compute.memory_fraction", 0)), str(streamed))
     assert lines(streamed) == lines(three)
     assert all(torch.equal(*pair) for pair in zip(weights(streamed).values(), weights(three).values(), strict=True))
 
 
 def test_requests_that_the_cluster_cannot_meet_are_errors_at_once(ray_cluster, discs, tmp_path):
     with pytest.raises(UserError, match="the cluster has 4 CPUs: use --workers 4 or fewer"):
-        training.train(config_for(discs, ("compute.workers", 5), ("train.batch_size", 5)), str(tmp_path / "run"))
+        train(config_for(discs, ("compute.workers", 5), ("train.batch_size", 5)), str(tmp_path / "run"))
     with pytest.raises(UserError, match="the cluster has no GPU"):
-        training.train(config_for(discs, ("compute.device", "cuda")), str(tmp_path / "run"))
+        train(config_for(discs, ("compute.device", "cuda")), str(tmp_path / "run"))
     with pytest.raises(UserError, match="leaves none of 4 CPUs to stream"):
         config = config_for(discs, ("compute.workers", 4), ("compute.memory_fraction", 0))
-        training.train(config, str(tmp_path / "run"))
+        train(config, str(tmp_path / "run"))
 
 
 def test_a_bad_pair_is_one_line_that_names_the_file(ray_cluster, tmp_path):
     images, masks = make_discs(tmp_path / "bad", 6)
     (images / "b_001.png").write_bytes((images / "b_001.png").read_bytes()[:300])
     with pytest.raises(UserError, match=r"b_001.png: cannot be decoded: .*; mend or remove it") as error:
-        training.train(config_for((images, masks)), str(tmp_path / "run"))
+        train(config_for((images, masks)), str(tmp_path / "run"))
     assert "\n" not in str(error.value)

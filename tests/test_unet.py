@@ -7,7 +7,7 @@ import torch
 
 from unet_ray.config import ModelConfig
 from unet_ray.models import build, parameter_count
-from unet_ray.tiles import mirror_margin
+from unet_ray.models.tiles import mirror_margin
 
 SMALL = {"base_channels": 4, "depth": 2}
 

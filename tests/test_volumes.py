@@ -7,8 +7,8 @@ from PIL import Image
 
 from unet_ray.cli import main
 from unet_ray.config import UserError
-from unet_ray.imaging import decode_image
-from unet_ray.volumes import write_slices
+from unet_ray.data.imaging import decode_image
+from unet_ray.data.volumes import write_slices
 
 nibabel = pytest.importorskip("nibabel")
 CHANNELS = ("flair", "t1", "t1ce", "t2")

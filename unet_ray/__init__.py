@@ -27,8 +27,9 @@ if TYPE_CHECKING:
         train,
     )
     from unet_ray.config import UserError
-    from unet_ray.imports import import_milesial
-    from unet_ray.report import write as write_report
+    from unet_ray.models.milesial import import_milesial
+    from unet_ray.report.page import write as write_report
+
 
 __version__ = "0.1.0"
 
@@ -49,8 +50,8 @@ __all__ = [
 
 _ELSEWHERE = {
     "UserError": ("config", "UserError"),
-    "import_milesial": ("imports", "import_milesial"),
-    "write_report": ("report", "write"),
+    "import_milesial": ("models.milesial", "import_milesial"),
+    "write_report": ("report.page", "write"),
 }
 """What is not in `api`: its module, and its name there."""
 

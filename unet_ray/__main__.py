@@ -1,5 +1,7 @@
 """`python -m unet_ray` is `unet-ray`."""
 
+from __future__ import annotations
+
 from unet_ray.cli import main
 
 if __name__ == "__main__":

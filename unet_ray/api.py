@@ -21,22 +21,25 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from unet_ray import checkpoint, engine, evaluation, imaging, masks, prediction, stages, storage, training
-from unet_ray.config import (
-    EvaluateConfig,
-    MaskOptions,
-    PredictConfig,
-    TrainConfig,
-    UserError,
-    from_mapping,
-    load_train_config,
-)
-from unet_ray.engine import TrainResult
-from unet_ray.imaging import ImageError, Source
-from unet_ray.ledger import objects
+from unet_ray.config import MAX_PIXELS, EvaluateConfig, MaskOptions, PredictConfig, TrainConfig, UserError
+from unet_ray.data import imaging, masks, pictures, storage
+from unet_ray.data.chunks import objects
+from unet_ray.data.imaging import ImageError, Source
+from unet_ray.evaluation import evaluate as evaluation
+from unet_ray.inference import predict as prediction
+from unet_ray.inference.pipeline import OnProgress, Pipeline
+from unet_ray.inference.predict import PredictSummary
+from unet_ray.inference.reader import GivenReader, Reader
 from unet_ray.metrics import Scores
-from unet_ray.prediction import OnProgress, Pipeline, PredictSummary
-from unet_ray.training import Watch
+from unet_ray.models import checkpoint
+from unet_ray.models.device import device_here
+from unet_ray.settings import from_mapping, load_train_config
+from unet_ray.training import run as training
+from unet_ray.training.results import TrainResult
+from unet_ray.training.run import Callbacks
+
+Watch = Callbacks
+"""What a training tells whoever started it."""
 
 Location = str | os.PathLike[str]
 """A path, or a URI (`s3://`, `gs://`, `file://`)."""
@@ -54,7 +57,7 @@ def train(
     local: bool = False,
     resume: bool = False,
     verbose: bool = False,
-    watch: Watch = Watch(),
+    watch: Callbacks = Callbacks(),
 ) -> TrainResult:
     """Trains a U-Net on pairs of images and masks and writes the run directory `out`.
 
@@ -88,7 +91,9 @@ def train(
     built = dataclasses.replace(built, data=dataclasses.replace(built.data, **folders))
     if init is not None:
         built = dataclasses.replace(built, train=dataclasses.replace(built.train, init=os.fspath(init)))
-    return training.train(built, os.fspath(out), local=local, resume=resume, cluster=_ray(local, verbose), watch=watch)
+    return training.train(
+        built, os.fspath(out), local=local, resume=resume, cluster=_ray(local, verbose), callbacks=watch
+    )
 
 
 def predict(
@@ -164,9 +169,9 @@ def _given(**locations: Location | None) -> dict[str, str]:
 def _ray(local: bool, verbose: bool) -> AbstractContextManager[None]:
     if local:
         return nullcontext()
-    from unet_ray.cluster import started
+    from unet_ray.ray_backend.session import ray_session
 
-    return started(verbose)
+    return ray_session(verbose)
 
 
 def _yaml(config: TrainConfig | Location | None) -> str | None:
@@ -208,7 +213,7 @@ class SegmentedImage:
         if not storage.split_options(location)[0].lower().endswith(".png"):
             raise UserError(f"{location}: masks are PNG files: let the name end with .png")
         try:
-            storage.write_bytes(location, masks.encode_png(self.mask, self.num_classes))
+            storage.write_bytes(location, pictures.encode_png(self.mask, self.num_classes))
         except OSError as error:
             raise UserError(f"{location}: cannot be written: {error.strerror or error}") from None
 
@@ -254,7 +259,7 @@ class Segmenter:
         tta: bool = False,
         ensemble: Sequence[Location] = (),
         cleanup: str | None = None,
-        max_pixels: int = imaging.MAX_PIXELS,
+        max_pixels: int = MAX_PIXELS,
         device: str = "auto",
         precision: str = "auto",
         backend: str = "auto",
@@ -274,7 +279,7 @@ class Segmenter:
             },
         )
         self.pipeline = Pipeline.of(os.fspath(model), options)
-        self.batches = self.pipeline.segmenter(device=engine.device_here(options.device, 1).type)
+        self.batches = self.pipeline.segmenter(device=device_here(options.device, 1).type)
 
     def __repr__(self) -> str:
         card = self.pipeline.card
@@ -306,7 +311,7 @@ class Segmenter:
             path = storage.absolute(image)
         else:
             source = _source(image, card.model.in_channels)
-            reader = stages.GivenReader(reader.channels, reader.value_range, reader.max_pixels, source)
+            reader = GivenReader(reader.channels, reader.value_range, reader.max_pixels, source)
         found = self.pipeline.one(self.batches, path, reader, probabilities)
         if isinstance(found, str):
             raise UserError(f"{storage.without_secrets(path) or 'the image'}: {found}")
@@ -332,6 +337,6 @@ def _source(image: Image.Image | np.ndarray, channels: int) -> Source:
     return stream.getvalue()
 
 
-def _drawn(reader: stages.Reader, path: str, mask: np.ndarray, num_classes: int) -> bytes:
+def _drawn(reader: Reader, path: str, mask: np.ndarray, num_classes: int) -> bytes:
     [data] = reader.encoded({"path": objects([os.fsencode(path)])})
     return reader.overlay(data, mask, num_classes)

@@ -17,21 +17,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from unet_ray import __version__, storage
-from unet_ray.cluster import started, stop_like_ctrl_c
-from unet_ray.config import (
-    EvaluateConfig,
-    PredictConfig,
-    TrainConfig,
-    UserError,
-    load_train_config,
-    recipe_names,
-    recipe_text,
-)
-from unet_ray.progress import ImagesDisplay, TrainingDisplay, duration, say, speed
+from unet_ray import __version__
+from unet_ray.config import EvaluateConfig, PredictConfig, TrainConfig, UserError
+from unet_ray.data import storage
+from unet_ray.ray_backend.session import ray_session, stop_like_ctrl_c
+from unet_ray.report.progress import ImagesDisplay, TrainingDisplay, duration, say, speed
+from unet_ray.settings import load_train_config, recipe_names, recipe_text
 
 if TYPE_CHECKING:
-    from unet_ray.training import Split, Watch
+    from unet_ray.training.run import Callbacks
+    from unet_ray.training.setup import Split
+
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -178,7 +174,7 @@ def train(
         raise UserError("--recipe and --config both say all settings: give one of them")
     network: list[tuple[str, Any]] = []
     if flags["init"] is not None:
-        from unet_ray.checkpoint import model_settings_of
+        from unet_ray.models.checkpoint import model_settings_of
 
         network = model_settings_of(flags["init"])
     config = load_train_config(
@@ -186,19 +182,19 @@ def train(
         config_file=_read_text(config_file, "--config") if config_file else None,
         settings=[*network, *map(_setting, settings), *_flag_settings({"images": images, "masks": masks, **flags})],
     )
-    from unet_ray.training import train as run
+    from unet_ray.training.run import train as run
 
     if folds is not None:
-        from unet_ray.folds import cross_validate
+        from unet_ray.evaluation.cross_validation import cross_validate
 
-        with TrainingDisplay(config) as display, nullcontext() if local else started(verbose):
+        with TrainingDisplay(config) as display, nullcontext() if local else ray_session(verbose):
             summary = cross_validate(
                 config,
                 out,
                 folds,
                 local=local,
                 resume=resume,
-                watch=_watch(config, display),
+                callbacks=_callbacks(config, display),
                 on_fold=display.tell,
                 on_scores=lambda fold, dice: display.tell(f"{fold}: Dice {dice:.4f} on the images held out"),
             )
@@ -207,7 +203,9 @@ def train(
             click.echo(f"{label:<16} {mean:.4f} ± {sd:.4f} (mean and sd of {folds} folds)")
         return
     with TrainingDisplay(config) as display:
-        result = run(config, out, local=local, resume=resume, cluster=started(verbose), watch=_watch(config, display))
+        result = run(
+            config, out, local=local, resume=resume, cluster=ray_session(verbose), callbacks=_callbacks(config, display)
+        )
     best = result.best
     click.echo(f"best: epoch {best['epoch']}, validation Dice {best['val_dice']:.4f}")
     _say_places(model=storage.join(out, "model"), **_reported(out, no_report))
@@ -274,10 +272,10 @@ def predict(
         **_given(options),
     )
     allowed = _allowance(allow_failures)
-    from unet_ray.prediction import predict as run
+    from unet_ray.inference.predict import predict as run
 
     with ImagesDisplay("segmented") as display:
-        summary = run(config, local=local, cluster=started(verbose), on_progress=display)
+        summary = run(config, local=local, cluster=ray_session(verbose), on_progress=display)
     places = {"masks": storage.join(out, "masks")} if {"png"} & set(config.formats) else {"output": out}
     places |= {"table": storage.join(out, "manifest.parquet"), **_reported(out, no_report)}
     if as_json:
@@ -335,20 +333,21 @@ def evaluate(
     """
     values = None if mask_values is None else _numbers(mask_values, "--mask-values", "0,255")
     config = EvaluateConfig(model=model, mask_values=values, **_given(options))
-    from unet_ray import evaluation, metrics
+    from unet_ray import metrics
+    from unet_ray.evaluation.choose_cleanup import choose_cleanup as find_cleanup
+    from unet_ray.evaluation.evaluate import evaluate, write_table
+    from unet_ray.evaluation.run_pairs import pairs_of, trained_on
 
-    pairs = evaluation.pairs_of(config)
+    pairs = pairs_of(config)
     for name in filter(None, (model, against)):
-        known = evaluation.trained_on(name, pairs)
+        known = trained_on(name, pairs)
         if known:
             click.echo(f"warning: {name} was trained on {known} of these {len(pairs)} images", err=True)
     if choose_cleanup:
         if against is not None or table is not None:
             raise UserError("--choose-cleanup goes without --against and --table")
         with ImagesDisplay("scored") as display:
-            choice = evaluation.choose_cleanup(
-                config, pairs=pairs, local=local, cluster=started(verbose), on_progress=display
-            )
+            choice = find_cleanup(config, pairs=pairs, local=local, cluster=ray_session(verbose), on_progress=display)
         if as_json:
             click.echo(json.dumps(dataclasses.asdict(choice)))
             return
@@ -357,8 +356,8 @@ def evaluate(
             click.echo(f"{name:<20} {dice:.4f}" + ("  <- kept for predict" if name == choice.chosen else ""))
         return
     comparison = None
-    with nullcontext() if local or against is None else started(verbose):
-        score = functools.partial(evaluation.evaluate, pairs=pairs, local=local, cluster=started(verbose))
+    with nullcontext() if local or against is None else ray_session(verbose):
+        score = functools.partial(evaluate, pairs=pairs, local=local, cluster=ray_session(verbose))
         with ImagesDisplay("scored") as display:
             scores = score(config, on_progress=display)
         if against is not None:
@@ -366,7 +365,7 @@ def evaluate(
                 other = score(dataclasses.replace(config, model=against), on_progress=display)
             comparison = metrics.compare(scores.each, other.each)
     if table is not None:
-        evaluation.write_table(scores, table)
+        write_table(scores, table)
     if as_json:
         result = scores.to_json()
         if comparison is not None:
@@ -398,12 +397,10 @@ def quantize(run: str, calibration: int, as_json: bool) -> None:
     Example:
       unet-ray quantize RUN
     """
-    from unet_ray import quantization
+    from unet_ray.evaluation.quantization import MAY_FALL, quantize
 
     with ImagesDisplay("scored") as display:
-        result = quantization.quantize(
-            EvaluateConfig(model=run, device="cpu"), calibration=calibration, on_progress=display
-        )
+        result = quantize(EvaluateConfig(model=run, device="cpu"), calibration=calibration, on_progress=display)
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(result)))
     else:
@@ -412,7 +409,7 @@ def quantize(run: str, calibration: int, as_json: bool) -> None:
         if result.kept:
             click.echo("kept: predict and evaluate use it on CPUs (--precision bf16 or fp32: they don't)")
     if not result.kept:
-        click.echo(f"refused: {result.dice - result.dice_int8:.4f} is more than {quantization.MAY_FALL}", err=True)
+        click.echo(f"refused: {result.dice - result.dice_int8:.4f} is more than {MAY_FALL}", err=True)
         sys.exit(1)
 
 
@@ -430,7 +427,7 @@ def slices(folder: str, out: str, channels: str, labels: str, every: int) -> Non
       unet-ray slices BraTS2020_TrainingData --out slices
       unet-ray train --images slices/images --masks slices/masks --out RUN --recipe brats
     """
-    from unet_ray.volumes import write_slices
+    from unet_ray.data.volumes import write_slices
 
     summary = write_slices(
         folder,
@@ -460,13 +457,11 @@ def doctor(images: str | None, masks: str | None, samples: int | None, no_timing
     """
     if images is None:
         raise UserError("--images is missing: the folder of the images")
-    from unet_ray import doctor as examination
+    from unet_ray import doctor
 
     with ImagesDisplay("looked at") as display:
-        found = examination.examine(
-            images, masks, timing=not no_timing, on_progress=display, **_given({"samples": samples})
-        )
-    click.echo(json.dumps(found.to_json()) if as_json else examination.table(found))
+        found = doctor.examine(images, masks, timing=not no_timing, on_progress=display, **_given({"samples": samples}))
+    click.echo(json.dumps(found.to_json()) if as_json else doctor.table(found))
     sys.exit(found.exit_code)
 
 
@@ -491,7 +486,7 @@ def import_weights(checkpoint: str, out: str, image_size: str, mask_values: str 
     size = _numbers(image_size, "--image-size", "640 or 640,960")
     if len(size) not in (1, 2):
         raise UserError(f"--image-size {image_size}: one number, or height and width")
-    from unet_ray.imports import import_milesial
+    from unet_ray.models.milesial import import_milesial
 
     card = import_milesial(
         checkpoint,
@@ -523,10 +518,10 @@ def report(location: str, on_cluster: bool, verbose: bool) -> None:
     Example:
       unet-ray report RUN
     """
-    from unet_ray import report as page
+    from unet_ray.report.page import write
 
     with ImagesDisplay("scored") as display:
-        place = page.write(location, local=not on_cluster, cluster=started(verbose), on_progress=display)
+        place = write(location, local=not on_cluster, cluster=ray_session(verbose), on_progress=display)
     click.echo(storage.without_secrets(place))
 
 
@@ -572,13 +567,13 @@ def demo(out: str, local: bool, verbose: bool) -> None:
     run, masks = str(folder / "run"), str(folder / "masks")
     if not local:
         click.echo("starting Ray (about 20 seconds)")
-    from unet_ray.evaluation import evaluate as run_evaluate
-    from unet_ray.prediction import predict as run_predict
-    from unet_ray.training import train as run_train
+    from unet_ray.evaluation.evaluate import evaluate as run_evaluate
+    from unet_ray.inference.predict import predict as run_predict
+    from unet_ray.training.run import train as run_train
 
-    with nullcontext() if local else started(verbose):
+    with nullcontext() if local else ray_session(verbose):
         with TrainingDisplay(config) as display:
-            run_train(config, run, local=local, watch=_watch(config, display))
+            run_train(config, run, local=local, callbacks=_callbacks(config, display))
         click.echo("segmenting the unseen folder")
         summary = run_predict(
             PredictConfig(model=run, inputs=(str(data / "unseen"),), out=masks, formats=("png", "parquet")), local=local
@@ -660,15 +655,15 @@ def _reported(location: str, no_report: bool) -> dict[str, str]:
     """Writes report.html where a run has ended, and says where; what is finished does not fail by its page."""
     if no_report:
         return {}
-    from unet_ray import report
+    from unet_ray.report.page import write
 
     try:
         with ImagesDisplay("scored for the report") as display:
-            report.write(location, on_progress=display)
+            write(location, on_progress=display)
     except Exception as error:
         say(f"no report.html: {type(error).__name__}: {error}", err=True)
         return {}
-    from unet_ray.prediction import REPORT
+    from unet_ray.inference.predict import REPORT
 
     return {"report": storage.join(location, REPORT)}
 
@@ -684,10 +679,10 @@ def _say_next(*commands: str) -> None:
         click.echo(f"  {command}")
 
 
-def _watch(config: TrainConfig, display: TrainingDisplay) -> Watch:
+def _callbacks(config: TrainConfig, display: TrainingDisplay) -> Callbacks:
     """What a training says."""
-    from unet_ray.records import leak_report
-    from unet_ray.training import Watch
+    from unet_ray.data.splits import leak_report
+    from unet_ray.training.run import Callbacks
 
     def start(split: Split) -> None:
         display.tell(f"training on {len(split.train)} pairs, validating on {len(split.val)}")
@@ -704,7 +699,7 @@ def _watch(config: TrainConfig, display: TrainingDisplay) -> Watch:
     def retry(reason: str, done: int) -> None:
         display.tell(f"lost a worker ({reason[:200]}): going on after epoch {done}", err=True)
 
-    return Watch(on_start=start, on_epoch=display.epoch, on_step=display.step, on_retry=retry)
+    return Callbacks(on_start=start, on_epoch=display.epoch, on_step=display.step, on_retry=retry)
 
 
 def run_command(name: str, arguments: Sequence[str] | None = None) -> None:

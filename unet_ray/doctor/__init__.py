@@ -13,8 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from unet_ray import records, storage
 from unet_ray.config import MAX_PIXELS
+from unet_ray.data import storage
+from unet_ray.data.inputs import ImageFile, evenly
+from unet_ray.data.pairs import Pair
+from unet_ray.data.splits import group_of, likely_groups
 from unet_ray.doctor.files import THREADS, Header, damage, read_headers
 from unet_ray.doctor.groups import duplicates, named_groups, neighbours, too_few
 from unet_ray.doctor.images import channels, constants, kinds, sizes, sizes_of_pairs, value_range
@@ -24,7 +27,6 @@ from unet_ray.doctor.pixels import Look, look_at, values_of
 from unet_ray.doctor.report import LEVELS, Expected, Finding, Report, Suggestion, table
 from unet_ray.doctor.suggestion import expected, suggest, trial
 from unet_ray.doctor.words import times
-from unet_ray.records import ImageFile, Pair
 
 __all__ = ["Expected", "Finding", "Report", "Suggestion", "examine", "table"]
 
@@ -57,7 +59,7 @@ def examine(
         found = listing(images, masks)
         headers, looks = _read(found, samples, max_pixels, on_progress)
         good, usable = _good(headers, found.images), _usable(found.pairs, headers)
-        pattern = records.likely_groups([pair.key for pair in found.pairs]) if len(found.pairs) > 1 else None
+        pattern = likely_groups([pair.key for pair in found.pairs]) if len(found.pairs) > 1 else None
         in_channels, of_channels = channels(good, looks)
         found_range, of_range = value_range(looks)
         found_classes, of_masks = classes(looks, found.masks_at)
@@ -101,7 +103,7 @@ def _read(
     found: Listing, samples: int, max_pixels: int, on_progress: OnProgress
 ) -> tuple[dict[str, Header], list[Look]]:
     """Headers by path, and a look at the pixels of a sample of the pairs that can be used."""
-    sampled = {path for pair in records.evenly(found.pairs, samples) for path in (pair.image, pair.mask)}
+    sampled = {path for pair in evenly(found.pairs, samples) for path in (pair.image, pair.mask)}
     files = [*found.images, *found.masks]
     many = len(files) > HEADERS
     files = [f for f in files if f.path in sampled or f.size <= 0 or not (many or storage.is_uri(f.path))]
@@ -115,7 +117,7 @@ def _read(
         on_progress(done, len(bad), done + pending)
 
     headers = read_headers(files, max_pixels, lambda header: report(len(files) - done - 1 + len(sampled) // 2, header))
-    pairs = records.evenly(_usable(found.pairs, headers), samples)
+    pairs = evenly(_usable(found.pairs, headers), samples)
     looks = []
     with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as threads:
         for place, look in enumerate(threads.map(lambda pair: look_at(pair, headers), pairs), start=1):
@@ -147,7 +149,7 @@ def _facts(
         facts[f"{kind}_sizes"] = dict(Counter(times(header.size) for header in good).most_common(SHOWN))
     values = sorted(values_of(looks))[:SHOWN]
     binary = len(of_masks.values) == 2
-    groups = set() if pattern is None else {records.group_of(pair.key, pattern) for pair in found.pairs}
+    groups = set() if pattern is None else {group_of(pair.key, pattern) for pair in found.pairs}
     return facts | {
         "mask_values": {value: sum(value in look.counts for look in looks) for value in values},
         "class_shares": of_masks.shares,

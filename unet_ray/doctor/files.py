@@ -13,11 +13,11 @@ from typing import IO, Literal
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from unet_ray import imaging, storage
 from unet_ray.config import ValueRange
+from unet_ray.data import imaging, storage
+from unet_ray.data.inputs import ImageFile
 from unet_ray.doctor.report import Finding, error
 from unet_ray.doctor.words import number
-from unet_ray.records import ImageFile
 
 THREADS = 8
 AT_ONCE = 32

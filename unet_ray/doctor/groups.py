@@ -13,12 +13,14 @@ from pathlib import Path
 
 import numpy as np
 
-from unet_ray import imaging, records, storage
+from unet_ray.data import imaging, storage
+from unet_ray.data.inputs import ImageFile
+from unet_ray.data.pairs import Pair
+from unet_ray.data.splits import group_of
 from unet_ray.doctor.files import THREADS
 from unet_ray.doctor.pixels import Look
 from unet_ray.doctor.report import Finding, error, note, warning
 from unet_ray.doctor.words import number
-from unet_ray.records import ImageFile, Pair
 
 ALIKE = 0.8
 """Neighbours that differ by less than this share of what others differ by are taken for slices or frames: 0.67
@@ -50,7 +52,7 @@ def too_few(count: int) -> list[Finding]:
 
 
 def named_groups(pairs: Sequence[Pair], pattern: str) -> list[Finding]:
-    groups = Counter(records.group_of(pair.key, pattern) for pair in pairs)
+    groups = Counter(group_of(pair.key, pattern) for pair in pairs)
     largest, count = groups.most_common(1)[0]
     text = f"the names look like {len(groups)} groups, such as {largest!r} with {count} images"
     remedy = f"--group-by {shlex.quote(pattern)} keeps each on one side of the split, as scores that don't flatter need"

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 
 from unet_ray.config import ValueRange
+from unet_ray.data.pairs import Pair
 from unet_ray.doctor.files import Header
 from unet_ray.doctor.pixels import Look
 from unet_ray.doctor.report import Finding, error, note, warning
 from unet_ray.doctor.words import few, number, setting, times
-from unet_ray.records import Pair
 
 TINY, DIFFER_AREA, DIFFER_ASPECT = 32, 16, 3
 SPREAD = 4

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from unet_ray import storage
 from unet_ray.config import MAX_CLASSES
+from unet_ray.data import storage
 from unet_ray.doctor.pixels import Look, values_of
 from unet_ray.doctor.report import Finding, error, note, warning
 from unet_ray.doctor.words import few, number, percent, setting

@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from unet_ray import records, storage
 from unet_ray.config import UserError
+from unet_ray.data import storage
+from unet_ray.data.inputs import EXTENSIONS, ImageFile, find_images
+from unet_ray.data.pairs import MASK_SUFFIX, Pair, match_pairs
 from unet_ray.doctor.pixels import gray_levels
 from unet_ray.doctor.report import Finding, error, note
 from unet_ray.doctor.words import counts, number
-from unet_ray.records import MASK_SUFFIX, ImageFile, Pair
 
 _WORDS = (
     r"masks?|msk|labels?|labelids|seg|segmentation|gt|gtfine|annot[a-z]*|truth|targets?|matte|binary|manual1?|1stho"
@@ -70,7 +71,7 @@ def listing(images_at: str, masks_at: str | None) -> Listing:
         findings += error("folders-swapped", text, remedy)
     for location, files in ((images_at, images), (masks_at, masks)):
         if location is not None and not files:
-            remedy = f"kinds: {', '.join(sorted(records.EXTENSIONS))}; convert others, or name another folder"
+            remedy = f"kinds: {', '.join(sorted(EXTENSIONS))}; convert others, or name another folder"
             findings += error("no-images", f"{location}: no file of a kind that can be read", remedy)
     findings += _passed_over({images_at, masks_at or images_at})
     if masks_at is None:
@@ -83,7 +84,7 @@ def listing(images_at: str, masks_at: str | None) -> Listing:
 def _listed(location: str) -> list[ImageFile]:
     """The images of a folder, none where it has none. Raises UserError if there is no such folder."""
     try:
-        return records.find_images(location)
+        return find_images(location)
     except UserError:
         if storage.exists(location) and storage.is_folder(location):
             return []
@@ -107,7 +108,7 @@ def _two_folders(images: Sequence[ImageFile]) -> tuple[str, str] | None:
 def _swapped(images: Sequence[ImageFile], masks: Sequence[ImageFile]) -> bool:
     """Whether the names match the other way round, or the first pairs have few values where photographs should be and
     many where masks should be."""
-    straight, crossed = records.match(images, masks).pairs, records.match(masks, images).pairs
+    straight, crossed = match_pairs(images, masks).pairs, match_pairs(masks, images).pairs
     if len(crossed) > 2 * len(straight) and len(crossed) >= len(masks) / 2:
         return True
     votes = [(gray_levels(pair.image), gray_levels(pair.mask)) for pair in straight[:4]]
@@ -117,7 +118,7 @@ def _swapped(images: Sequence[ImageFile], masks: Sequence[ImageFile]) -> bool:
 def _paired(found: Listing, *, one_folder: bool) -> Listing:
     """The listing with its pairs and what can't be paired; in one folder, images and masks are told apart."""
     images, masks = found.images, found.masks
-    matches = records.match(images, masks, one_folder=one_folder)
+    matches = match_pairs(images, masks, one_folder=one_folder)
     missing, orphans = matches.missing, matches.orphans
     if one_folder:
         sides = ([i for i in missing if bool(MASK_WORD.search(_last(i.key))) == mask] for mask in (False, True))
@@ -217,9 +218,9 @@ def _passed_over(locations: Iterable[str]) -> list[Finding]:
             subfolders[:] = [name for name in subfolders if not name.startswith(".")]
             for name in files:
                 kind = ".nii.gz" if name.endswith(".nii.gz") else PurePosixPath(name).suffix.lower()
-                if not name.startswith(".") and kind not in NOT_MISSED | records.EXTENSIONS:
+                if not name.startswith(".") and kind not in NOT_MISSED | EXTENSIONS:
                     kinds.setdefault(kind, []).append(str(Path(folder, name).relative_to(location)))
     numbers = {kind: len(names) for kind, names in kinds.items()}
     text = f"{sum(numbers.values())} files are passed over ({counts(numbers)})"
-    remedy = f"convert them to one of {', '.join(sorted(records.EXTENSIONS))}, volumes (.nii) by `unet-ray slices`"
+    remedy = f"convert them to one of {', '.join(sorted(EXTENSIONS))}, volumes (.nii) by `unet-ray slices`"
     return note("files-passed-over", text, remedy, [names[0] for names in kinds.values()])

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from unet_ray import imaging, storage
 from unet_ray.config import ValueRange
+from unet_ray.data import imaging, storage
+from unet_ray.data.imaging import ImageError
+from unet_ray.data.pairs import Pair
 from unet_ray.doctor.files import LOOK, Header
-from unet_ray.imaging import ImageError
-from unet_ray.records import Pair
 
 THUMB = 32
 SAME = 0.9

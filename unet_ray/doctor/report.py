@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
 
-from unet_ray.config import TrainConfig, load_train_config
+from unet_ray.config import TrainConfig
 from unet_ray.doctor.words import counts, percent, some
-from unet_ray.progress import duration
+from unet_ray.report.progress import duration
+from unet_ray.settings import load_train_config
 
 NAMED = 20
 """Files that a finding lists."""

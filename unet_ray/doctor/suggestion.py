@@ -12,14 +12,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from unet_ray import engine, records, storage
-from unet_ray.config import TrainConfig, UserError, ValueRange, load_train_config
+from unet_ray.config import TrainConfig, UserError, ValueRange
+from unet_ray.data import storage
+from unet_ray.data.masks import infer_values
+from unet_ray.data.pairs import Pair
+from unet_ray.data.rows import Decoder, fits_in_memory
+from unet_ray.data.splits import group_of, split_pairs
 from unet_ray.doctor.masks import MUCH_FOREGROUND, Classes
 from unet_ray.doctor.report import Expected, Finding, Suggestion, error
 from unet_ray.doctor.words import yaml_text
-from unet_ray.masks import infer_values
-from unet_ray.records import Pair
-from unet_ray.rows import Decoder, fits_in_memory
+from unet_ray.models.device import device_here, keep_freed_memory
+from unet_ray.settings import load_train_config
+from unet_ray.training.loop import prepare
+from unet_ray.training.sampler import MicroBatch
 
 STEPS = 2500
 """Of a whole training, which the suggested epochs come near to: what `carvana-fast` takes on 3,200 pairs."""
@@ -67,7 +72,7 @@ def suggest(
         "data.value_range": value_range,
     }
     config = load_train_config(recipe=recipe, settings=settings.items())
-    train, _ = records.split([pair.key for pair in pairs], config.data, config.train.seed)
+    train, _ = split_pairs([pair.key for pair in pairs], config.data, config.train.seed)
     steps = -(-len(train) // config.train.batch_size)
     settings["train.epochs"] = max(base.train.epochs, min(40, round(STEPS / steps)))
     known = base.to_dict()
@@ -96,7 +101,7 @@ def _same_groups(known: str | None, pattern: str | None, keys: Sequence[str]) ->
     """The recipe's own pattern where it makes the same groups, otherwise the other."""
     if known is None or not all(re.search(known, key) for key in keys):
         return pattern
-    both = {(records.group_of(key, known), records.group_of(key, pattern)) for key in keys}
+    both = {(group_of(key, known), group_of(key, pattern)) for key in keys}
     return known if len({ours for ours, _ in both}) == len(both) == len({seen for _, seen in both}) else pattern
 
 
@@ -130,7 +135,7 @@ def expected(suggestion: Suggestion, pairs: Sequence[Pair]) -> Expected:
     """Times a training step."""
     config = suggestion.config()
     decoder = Decoder.of(config)
-    train, val = records.split([pair.key for pair in pairs], config.data, config.train.seed)
+    train, val = split_pairs([pair.key for pair in pairs], config.data, config.train.seed)
     batch, seconds, device = _timed_step(config, len(train))
     return Expected(
         # Of a step's work the forward pass, which validation is, is a third.
@@ -144,10 +149,10 @@ def expected(suggestion: Suggestion, pairs: Sequence[Pair]) -> Expected:
 
 def _timed_step(config: TrainConfig, count: int) -> tuple[int, float, str]:
     """Images of the batch, seconds of one training step on it, and the device."""
-    device = engine.device_here("auto", 1)
+    device = device_here("auto", 1)
     if device.type == "cpu":
-        engine.keep_freed_memory(of_any_size=True)
-    training = engine.prepare(config, device)
+        keep_freed_memory(of_any_size=True)
+    training = prepare(config, device)
     training.model.train()
     decoder = Decoder.of(config)
     generator = np.random.default_rng(0)
@@ -157,7 +162,7 @@ def _timed_step(config: TrainConfig, count: int) -> tuple[int, float, str]:
         batch["image"] = generator.integers(0, 255, batch["image"].shape, np.uint8)
         indices = batch["index"] = np.arange(images)
         started = time.perf_counter()
-        float(training.step([(batch, engine.Part(indices, 1.0))], 1, 1))  # float: waits for a GPU
+        float(training.step([(batch, MicroBatch(indices, 1.0))], 1, 1))  # float: waits for a GPU
         return time.perf_counter() - started
 
     step(1)  # warms up

@@ -1,0 +1,1 @@
+"""Images, masks and the way from files to rows."""

@@ -1,0 +1,200 @@
+"""Decoded training rows kept in Parquet files, for the next epoch, run, fold or recipe.
+
+CACHE/<what decides over a row>/<hash>.parquet, a row group for each pair: `stat` (paths, sizes and times of its two
+files), `content` (hash of their bytes), `image`, `mask` and perhaps `border`. Files that were copied or touched are
+known by their content; their row then has `same` and no data. Files are never changed; any may be deleted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from unet_ray.data import storage
+from unet_ray.data.pairs import Pair
+from unet_ray.data.rows import Batch, Decoder, Row
+
+FORMAT = 1
+"""Raised when rows of the same settings come to look otherwise."""
+PART_BYTES = 64 * 2**20
+"""Rows of a file: large enough for a bucket, small enough that a stopped run loses seconds."""
+
+Pairs = Sequence[tuple[Pair, bytes]]
+"""Each with its `stat`."""
+
+
+class Place(NamedTuple):
+    """Where a row lies."""
+
+    part: str
+    """Name of a file of the cache."""
+    row: int
+
+
+@dataclass(frozen=True, slots=True)
+class CachedDecoder:
+    """A `Decoder` that looks its rows up; images without a row are decoded."""
+
+    decoder: Decoder
+    folder: str
+    places: dict[str, Place]
+    """Path of the image -> its row."""
+
+    def __call__(self, image_path: str, mask_path: str) -> Row:
+        place = self.places.get(image_path)
+        if place is not None:
+            try:
+                return self._read(*place)
+            except (OSError, ValueError):  # deleted meanwhile, or damaged: a cache is never a reason to stop
+                pass
+        return self.decoder(image_path, mask_path)
+
+    def _read(self, part: str, row: int) -> Row:
+        filesystem, path = storage.resolve(storage.join(self.folder, part))
+        height, width = self.decoder.data.size_hw
+        names = [*self.decoder.empty(0)]
+        with pq.ParquetFile(path, filesystem=filesystem, memory_map=not storage.is_uri(self.folder)) as file:
+            table = file.read_row_group(row, columns=names)
+        return {
+            name: np.frombuffer(table[name][0].as_buffer(), np.uint8).reshape(
+                (height, width, -1) if name == "image" else (height, width)
+            )
+            for name in names
+        }
+
+    def empty(self, count: int) -> Batch:
+        return self.decoder.empty(count)
+
+    def row_bytes(self) -> int:
+        return self.decoder.row_bytes()
+
+
+Write = Callable[[Pairs], None]
+"""Decodes pairs and writes them as one file of the cache; runs anywhere."""
+Run = Callable[[Write, list[Pairs]], Iterable[None]]
+"""Calls the function with each of the lists, in whatever order and wherever, and yields as they are done."""
+
+
+def filled(pairs: Sequence[Pair], decoder: Decoder, location: str, run: Run) -> CachedDecoder:
+    """The decoder with all pairs in the cache at `location`: those that are not there yet are put there.
+
+    Raises UserError that names the file for what can't be decoded.
+    """
+    folder = storage.join(storage.absolute(location), _key(decoder))
+    stats = _stats(pairs)
+    by_stat, by_content = _index(folder)
+    missing = [(pair, stat) for pair, stat in zip(pairs, stats, strict=True) if stat not in by_stat]
+    size = max(1, PART_BYTES // decoder.row_bytes())
+    parts: list[Pairs] = [missing[start : start + size] for start in range(0, len(missing), size)]
+    if parts:
+        for _ in run(_WritePart(decoder, folder, by_content), parts):
+            pass
+        by_stat, _ = _index(folder)
+    places = {pair.image: by_stat[stat] for pair, stat in zip(pairs, stats, strict=True) if stat in by_stat}
+    return CachedDecoder(decoder, folder, places)
+
+
+def _key(decoder: Decoder) -> str:
+    """Of everything that a row depends on beside its files."""
+    data = decoder.data
+    settings = {
+        "format": FORMAT,
+        "size": data.size_hw,
+        "channels": decoder.in_channels,
+        "mask_values": data.mask_values,
+        "ignore_index": data.ignore_index,
+        "value_range": data.value_range,
+        "border_sigma": decoder.border_sigma,
+    }
+    return _hash(json.dumps(settings).encode()).hex()
+
+
+def _hash(*values: bytes) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    for value in values:
+        digest.update(len(value).to_bytes(8, "little"))
+        digest.update(value)
+    return digest.digest()
+
+
+def _stats(pairs: Sequence[Pair]) -> list[bytes]:
+    images, masks = ([getattr(pair, name) for pair in pairs] for name in ("image", "mask"))
+    told = zip(images, storage.sizes_and_times(images), masks, storage.sizes_and_times(masks), strict=True)
+    return [_hash(repr(entry).encode("utf-8", "surrogateescape")) for entry in told]
+
+
+def _index(folder: str) -> tuple[dict[bytes, Place], dict[bytes, Place]]:
+    """Rows by `stat` and by `content`."""
+    by_stat: dict[bytes, Place] = {}
+    by_content: dict[bytes, Place] = {}
+    same: list[tuple[bytes, bytes]] = []
+    for name in storage.names_in(folder):
+        if not name.endswith(".parquet"):
+            continue
+        filesystem, path = storage.resolve(storage.join(folder, name))
+        try:
+            table = pq.read_table(path, columns=["stat", "content", "same"], filesystem=filesystem)
+        except (OSError, pa.ArrowInvalid):  # half copied by hand, say
+            continue
+        for row, entry in enumerate(table.to_pylist()):
+            if entry["same"]:
+                same.append((entry["stat"], entry["content"]))
+            else:
+                by_stat[entry["stat"]] = by_content[entry["content"]] = Place(name, row)
+    by_stat |= {stat: by_content[content] for stat, content in same if content in by_content}
+    return by_stat, by_content
+
+
+@dataclass(frozen=True, slots=True)
+class _WritePart:
+    decoder: Decoder
+    folder: str
+    known: dict[bytes, Place]
+    """Rows by content."""
+
+    def __call__(self, pairs: Pairs) -> None:
+        entries = [self._entry(pair, stat) for pair, stat in pairs]
+        names = [*self.decoder.empty(0)]
+        fields = [("stat", pa.binary()), ("content", pa.binary()), ("same", pa.bool_())]
+        schema = pa.schema([*fields, *((name, pa.large_binary()) for name in names)])
+        stream = io.BytesIO()
+        # Photographs hardly shrink, and reading them is what must be fast.
+        compression = {name: "NONE" if name == "image" else "ZSTD" for name in schema.names}
+        pq.write_table(
+            pa.Table.from_pylist(entries, schema),
+            stream,
+            row_group_size=1,
+            compression=compression,
+            use_dictionary=False,
+            write_statistics=False,
+        )
+        name = _hash(*(stat for _, stat in pairs)).hex()
+        storage.write_bytes(storage.join(self.folder, f"{name}.parquet"), stream.getvalue())
+
+    def _entry(self, pair: Pair, stat: bytes) -> dict[str, bytes | bool | None]:
+        image, mask = self.decoder.read(pair.image), self.decoder.read(pair.mask)
+        content = _hash(image, mask)
+        entry: dict[str, bytes | bool | None] = {"stat": stat, "content": content, "same": content in self.known}
+        if not entry["same"]:
+            row = self.decoder.row(image, mask, pair.image, pair.mask)
+            entry |= {name: values.tobytes() for name, values in row.items()}
+        return entry
+
+
+def in_threads(threads: int) -> Run:
+    """For `filled`: in this process."""
+
+    def run(write: Write, parts: list[Pairs]) -> Iterator[None]:
+        with ThreadPoolExecutor(threads) as pool:
+            yield from pool.map(write, parts)
+
+    return run

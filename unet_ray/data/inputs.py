@@ -1,0 +1,295 @@
+"""Find images: folders, globs, lists, Parquet files, buckets.
+
+An image's *key* is its path below the folder it was found in, without the extension: it names the mask and decides
+the split, so neither depends on the machine, on where the folder lies, or on the order of a listing."""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path, PurePosixPath
+from typing import TypeVar
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from unet_ray.config import UserError
+from unet_ray.data import storage
+
+T = TypeVar("T")
+
+EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".gif", ".tif", ".tiff", ".bmp", ".webp", ".npy"})
+BYTES_COLUMNS = ("image", "bytes", "image_bytes", "data", "content")
+"""Names under which a Parquet file may hold encoded images, the first that is there."""
+NAME_COLUMNS = ("path", "file_name", "name", "id")
+"""Columns that may name those images."""
+NAMES_AT_ONCE = 2**16
+LISTED_AT_ONCE = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFile:
+    """One image to segment."""
+
+    key: str
+    """Relative path without extension, `/` between folders."""
+    path: str
+    """Absolute path or URI; of an image inside a Parquet file, that of the file, `#` and the row."""
+    name: str
+    """Relative path with extension."""
+    size: int
+    """Bytes (of the file); -1: it is not there."""
+    mtime_ns: int
+    source: str = ""
+    """The Parquet file that holds the encoded image; empty: the image is a file of its own."""
+    row: int = -1
+    """Its row there."""
+
+
+def evenly(items: Sequence[T], count: int) -> list[T]:
+    """`count` of the items, evenly spaced; all if there are fewer."""
+    return [items[number * len(items) // count] for number in range(count)] if len(items) > count else list(items)
+
+
+def find_images(location: str) -> list[ImageFile]:
+    """What `iter_images` finds, sorted by relative path."""
+    return sorted(iter_images(location), key=lambda image: image.name)
+
+
+def iter_images(location: str) -> Iterator[ImageFile]:
+    """Every image below a folder, of a local glob, of a list, or the one file: one at a time, in an order that depends
+    on the names alone (of a list: its own order).
+
+    A list is a `.txt` with a path or URI on each line, relative ones below the list's own folder, or a `.parquet` file
+    or folder with a column `path`, or with the encoded images in a binary column (`image`, `bytes`, …; Hugging Face's
+    struct of bytes and path too). In folders and globs, hidden files and other extensions than `EXTENSIONS` are passed
+    over. A link that leads nowhere, or a file that a list names and that is not there, has size -1. Holds the names of
+    one folder at a time. Raises UserError if there is no such folder or no image in it.
+    """
+    location = storage.absolute(location)
+    count = 0
+    for image in _found(location):
+        count += 1
+        yield image
+    if not count:
+        raise UserError(f"{location}: no image in it ({', '.join(sorted(EXTENSIONS))})")
+
+
+def root_name(location: str) -> str:
+    """What to call the place that relative paths of an input's images begin at: its folder's name, a list's stem."""
+    location = storage.absolute(location)
+    path = PurePosixPath(storage.split_options(location)[0])
+    if path.suffix in (".txt", ".parquet"):
+        return path.stem
+    while glob.has_magic(path.name) or _wanted(path.name):
+        path = path.parent
+    return path.name or "input"
+
+
+def _found(location: str) -> Iterator[ImageFile]:
+    if not storage.is_uri(location) and not storage.exists(location) and glob.has_magic(location):
+        yield from _of_glob(location)
+        return
+    found = storage.info(location)
+    path = PurePosixPath(storage.split_options(location)[0])
+    if found is None and not os.path.islink(location):  # noqa: PTH114 - surrogates of odd names stay as they are
+        raise UserError(f"{location}: no such folder or file")
+    if path.suffix == ".parquet":
+        yield from _of_parquet(location)
+    elif found is not None and storage.is_folder(location):
+        yield from _walk(location, "", ())
+    elif path.suffix == ".txt":
+        base = storage.parent(location)
+        lines = storage.read_bytes(location).decode("utf-8", "surrogateescape").splitlines()
+        yield from _listed((line.strip() for line in lines if line.strip()), base)
+    else:
+        yield from _listed([location], storage.parent(location))
+
+
+def _image(path: str, name: str, size: int, mtime_ns: int) -> ImageFile:
+    stem, dot, _ = name.rpartition(".")
+    return ImageFile(stem if dot and not stem.endswith("/") and stem else name, path, name, size, mtime_ns)
+
+
+def _wanted(name: str) -> bool:
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS  # noqa: PTH122 - by the million
+
+
+def _of_glob(pattern: str) -> Iterator[ImageFile]:
+    fixed = pattern[: re.search(r"[*?\[]", pattern).start()]  # type: ignore[union-attr]
+    root = fixed.rpartition("/")[0] or "/"
+    for path in sorted(glob.iglob(pattern, recursive=True)):  # noqa: PTH207
+        if _wanted(path.rpartition("/")[2]) and not Path(path).is_dir():
+            yield _image(path, path[len(root) :].lstrip("/"), *storage.sizes_and_times([path])[0])
+
+
+def _walk(folder: str, below: str, ancestors: tuple[tuple[int, int], ...]) -> Iterator[ImageFile]:
+    """The images of a folder by name, then those of its subfolders by name. `ancestors`: the folders above (device,
+    inode), so that a link to one of them ends there."""
+    subfolders = []
+    if storage.is_uri(folder):
+        for entry in storage.entries(folder):
+            if entry.is_file and _wanted(entry.base_name):
+                name = below + entry.base_name
+                path = storage.join(folder, entry.base_name)
+                yield _image(path, name, entry.size, entry.mtime_ns or 0)
+            elif not entry.is_file and not entry.base_name.startswith("."):
+                subfolders.append(entry.base_name)
+    else:
+        status = os.stat(folder)  # noqa: PTH116
+        here = (status.st_dev, status.st_ino)
+        if here in ancestors:
+            return
+        ancestors = (*ancestors, here)
+        try:
+            files = _names_here(folder, subfolders)
+        except OSError as error:
+            if not below:
+                raise UserError(f"{folder}: cannot be listed: {error.strerror}") from None
+            # An entry of its own, so that it fails where everybody looks for what failed.
+            yield ImageFile(below.rstrip("/"), folder, below.rstrip("/"), -1, 0)
+            return
+        for base_name in files:
+            path = f"{folder.rstrip('/')}/{base_name}"
+            yield _image(path, below + base_name, *storage.sizes_and_times([path])[0])
+    for name in sorted(subfolders):
+        yield from _walk(storage.join(folder, name), f"{below}{name}/", ancestors)
+
+
+def _names_here(folder: str, subfolders: list[str]) -> Iterator[str]:
+    """Names of the images in a local folder, sorted; those of its folders are appended to `subfolders`.
+
+    Kept as Arrow's bytes until they are needed: ten million names are 0.3 GB rather than 0.8.
+    """
+    kept: list[pa.Array] = []
+    batch: list[bytes] = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                if not entry.name.startswith("."):
+                    subfolders.append(entry.name)
+            elif _wanted(entry.name):
+                batch.append(os.fsencode(entry.name))
+                if len(batch) == NAMES_AT_ONCE:
+                    kept.append(pa.array(batch, pa.large_binary()))
+                    batch = []
+    kept.append(pa.array(batch, pa.large_binary()))
+    names = pa.concat_arrays(kept)
+    del kept, batch
+    return _in_order(names)
+
+
+def _in_order(names: pa.Array) -> Iterator[str]:
+    order = pc.sort_indices(names)
+    for start in range(0, len(names), NAMES_AT_ONCE):
+        for name in names.take(order[start : start + NAMES_AT_ONCE]).to_pylist():
+            yield os.fsdecode(name)
+
+
+def _listed(paths: Iterable[str], base: str) -> Iterator[ImageFile]:
+    """Images that are named one by one; relative paths are below `base`."""
+    paths, folder = iter(paths), storage.split_options(base)[0].rstrip("/") + "/"
+    while some := list(islice(paths, LISTED_AT_ONCE)):
+        full = [p if storage.is_uri(p) or p.startswith("/") else storage.join(base, *p.split("/")) for p in some]
+        for path, found in zip(full, storage.sizes_and_times(full), strict=True):
+            shown = storage.split_options(path)[0]
+            if shown.startswith(folder):
+                name = shown[len(folder) :]
+            else:
+                name = shown.partition("://")[2] or shown.lstrip("/")
+            yield _image(path, name, *found)
+
+
+def _of_parquet(location: str) -> Iterator[ImageFile]:
+    if storage.is_folder(location):
+        names = [name for name in storage.names_in(location) if name.endswith(".parquet") and name[0] not in "._"]
+        files = [(storage.join(location, name), name.removesuffix(".parquet") + "/") for name in names]
+    else:
+        files = [(location, "")]
+    for path, prefix in files:
+        try:
+            yield from _of_parquet_file(path, prefix)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise UserError(f"{path}: not a Parquet file that can be read: {error}") from None
+
+
+def _of_parquet_file(location: str, prefix: str) -> Iterator[ImageFile]:
+    filesystem, inner = storage.resolve(location)
+    with pq.ParquetFile(inner, filesystem=filesystem) as file:
+        schema = file.schema_arrow
+        images = image_column(schema)
+        names = next((n for n in NAME_COLUMNS if n in schema.names and _is_text(schema, n)), None)
+        if images is None and names != "path":
+            raise UserError(
+                f"{location}: neither a column `path` nor encoded images in a binary one ({', '.join(BYTES_COLUMNS)})"
+            )
+        if images is None:
+            for batch in file.iter_batches(LISTED_AT_ONCE, columns=["path"]):
+                yield from _listed(batch.column(0).to_pylist(), storage.parent(location))
+            return
+        size, mtime_ns = storage.sizes_and_times([location])[0]
+        base, options = storage.split_options(location)
+        row = 0
+        for batch in file.iter_batches(LISTED_AT_ONCE, columns=[names] if names else [schema.names[0]]):
+            for value in batch.column(0).to_pylist() if names else [None] * batch.num_rows:
+                name = prefix + (value.lstrip("/") if value else f"{row:09d}")
+                image = _image(f"{base}#{row}{options}", name, size, mtime_ns)
+                yield dataclasses.replace(image, source=location, row=row)
+                row += 1
+
+
+def image_column(schema: pa.Schema) -> str | None:
+    """The column of a Parquet schema that holds encoded images: binary, or a struct with binary `bytes`."""
+    for name in BYTES_COLUMNS:
+        if name in schema.names:
+            kind = schema.field(name).type
+            if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+                return name
+            if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+                return name
+    return None
+
+
+def encoded_images(location: str, rows: Sequence[int]) -> dict[int, bytes]:
+    """Encoded images of some rows (ascending) of a Parquet file: only their row groups are read, a batch at a time.
+
+    Raises OSError, or ValueError where it is no longer such a file.
+    """
+    filesystem, inner = storage.resolve(location)
+    found: dict[int, bytes] = {}
+    with pq.ParquetFile(inner, filesystem=filesystem) as file:
+        column = image_column(file.schema_arrow)
+        if column is None:
+            raise ValueError("no longer a Parquet file with images")
+        start = 0
+        for number in range(file.metadata.num_row_groups):
+            stop = start + file.metadata.row_group(number).num_rows
+            wanted = [row for row in rows if start <= row < stop]
+            if wanted:
+                first = start
+                for batch in file.iter_batches(64, row_groups=[number], columns=[column]):
+                    inside = [row - first for row in wanted if first <= row < first + batch.num_rows]
+                    if inside:
+                        for place, value in zip(inside, batch.column(0).take(inside).to_pylist(), strict=True):
+                            found[first + place] = (value["bytes"] if isinstance(value, dict) else value) or b""
+                    first += batch.num_rows
+                    if first > wanted[-1]:
+                        break
+            start = stop
+    return found
+
+
+def _is_text(schema: pa.Schema, name: str) -> bool:
+    kind = schema.field(name).type
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def listing(names: Sequence[str], limit: int = 5) -> str:
+    more = len(names) - limit
+    return ", ".join(map(repr, names[:limit])) + (f" and {more} more" if more > 0 else "")

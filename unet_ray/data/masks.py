@@ -1,0 +1,125 @@
+"""How a mask is stored and what it says: the values of a mask file, weights drawn from masks, masks as PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from unet_ray.config import IGNORE, Cleanup, DataConfig, UserError
+from unet_ray.data import storage
+from unet_ray.data.imaging import ImageError, decode_mask, stored_values
+
+SAMPLE = 32
+"""How many masks, evenly spaced over the sorted list, are read to learn their values."""
+
+
+def infer_values(mask_paths: Sequence[str], num_classes: int, config: DataConfig) -> tuple[int, ...]:
+    """Which stored value is which class: read from `SAMPLE` masks, decided once for the whole data set.
+
+    One class: {0, v} is background and foreground, whatever v is (1, 255, a palette index). More: the ids 0 .. K-1 if
+    no larger value occurs, else the K values that occur, in order. Anything else is a UserError that names the values.
+    """
+    found: set[int] = set()
+    for path in _sample(mask_paths):
+        try:
+            found.update(np.unique(stored_values(storage.read_bytes(path))).tolist())
+        except (ImageError, OSError) as error:
+            raise UserError(f"{path}: {error}") from None
+    found.discard(-1 if config.ignore_index is None else config.ignore_index)
+    values = sorted(found)
+    ids = max(2, num_classes)
+    if num_classes == 1 and len(values) == 2:
+        return (values[0], values[1])
+    if num_classes > 1 and values and values[-1] < ids:
+        return tuple(range(ids))
+    if num_classes > 1 and len(values) == ids:
+        return tuple(values)
+    shown = ", ".join(map(str, values[:8])) + (" …" if len(values) > 8 else "")
+    raise UserError(
+        f"{len(values)} mask value(s) ({shown}) for {ids} classes: name the value of each with "
+        "--set data.mask_values='[0, 255]', their number with --set model.num_classes=K, "
+        "and one to leave out with --set data.ignore_index=V"
+    )
+
+
+def inverse_frequencies(mask_paths: Sequence[str], config: DataConfig) -> tuple[float, ...]:
+    """Weight of each class id, pixels / (classes * pixels of the class), from `SAMPLE` masks. Raises UserError if a
+    class does not occur in them."""
+    assert config.mask_values is not None
+    counts = np.zeros(256, np.int64)
+    for path in _sample(mask_paths):
+        try:
+            mask, _ = decode_mask(storage.read_bytes(path), config, None)
+        except (ImageError, OSError) as error:
+            raise UserError(f"{path}: {error}") from None
+        counts += np.bincount(mask.ravel(), minlength=256)
+    counts = counts[: len(config.mask_values)]
+    if not counts.all():
+        raise UserError(
+            f"train.class_weights=inverse: class {np.flatnonzero(counts == 0)[0]} does not occur in a sample of "
+            f"{len(_sample(mask_paths))} masks: give the weights as numbers"
+        )
+    return tuple(float(f"{weight:.6g}") for weight in counts.sum() / (len(counts) * counts))
+
+
+def _sample(paths: Sequence[str]) -> Sequence[str]:
+    return paths[:: max(1, len(paths) // SAMPLE)][:SAMPLE]
+
+
+def border_map(mask: np.ndarray, sigma: float) -> np.ndarray:
+    """255 * exp(-(d1 + d2)² / 2σ²) on background pixels, d1 and d2 the distances in pixels to the nearest and the
+    second nearest object (equation 2 of Ronneberger et al. 2015, without w0); 0 elsewhere. uint8 [H,W].
+
+    An object is a connected region (edges, not corners) of one class other than 0.
+    """
+    from scipy import ndimage  # here, as in `clean`: most predictions need none, and start sooner
+
+    reach = int(np.ceil(3.53 * sigma))  # beyond, the map rounds to 0
+    nearest = np.full(mask.shape, np.inf, np.float32)
+    second = nearest.copy()
+    for class_id in set(np.unique(mask).tolist()) - {0, IGNORE}:
+        labels, _ = ndimage.label(mask == class_id)
+        # Distances in a window around each object only: the whole image for each would cost far more.
+        for label, (rows, columns) in enumerate(ndimage.find_objects(labels), start=1):
+            window = (
+                slice(max(0, rows.start - reach), rows.stop + reach),
+                slice(max(0, columns.start - reach), columns.stop + reach),
+            )
+            distance = ndimage.distance_transform_edt(labels[window] != label).astype(np.float32)
+            before = nearest[window]
+            second[window] = np.minimum(second[window], np.maximum(before, distance))
+            nearest[window] = np.minimum(before, distance)
+    weight = np.exp(-((nearest + second) ** 2) / (2 * sigma**2))
+    return np.where(mask == 0, np.rint(255 * weight), 0).astype(np.uint8)
+
+
+def pixel_counts(mask: np.ndarray, classes: int) -> list[int]:
+    """Pixels of each class id, of uint8 [H,W]."""
+    if classes == 2:
+        foreground = int(np.count_nonzero(mask))
+        return [mask.size - foreground, foreground]
+    # Line by line: bincount makes 8 bytes of each of its pixels.
+    return np.sum([np.bincount(line, minlength=classes) for line in mask], axis=0).tolist()
+
+
+def clean(mask: np.ndarray, cleanup: Cleanup) -> np.ndarray:
+    """Class ids, uint8 [H,W], after clean-up; `mask` itself is left as it is."""
+    from scipy import ndimage
+
+    cleaned = mask.copy()
+    least = max(cleanup.min_area, cleanup.min_share * mask.size)
+    for class_id in set(np.unique(mask).tolist()) - {0}:
+        if least or cleanup.largest:
+            labels, count = ndimage.label(mask == class_id)
+            areas = np.bincount(labels.ravel(), minlength=count + 1)
+            stays = areas >= least
+            if cleanup.largest:
+                stays &= np.arange(count + 1) == 1 + areas[1:].argmax()
+            stays[0] = True
+            cleaned[~stays[labels]] = 0
+    if cleanup.holes:
+        for class_id in set(np.unique(cleaned).tolist()) - {0}:
+            filled = ndimage.binary_fill_holes(cleaned == class_id)
+            cleaned[filled & (cleaned == 0)] = class_id
+    return cleaned

@@ -1,0 +1,217 @@
+"""Decoded training rows: in memory or streamed, read in any order.
+
+A *row* is one pair, decoded and resized: image uint8 [H,W,C], mask uint8 [H,W] and, where the loss asks for it, border
+uint8 [H,W] (`masks.border_map`). Rows are numbered by their place in
+the sorted list of pairs. Training asks for batches of row numbers, so that order, batch composition and steps are
+decided in one place (`engine.batch_plan`) and are the same however the rows are held.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import psutil
+
+from unet_ray.config import DataConfig, TrainConfig, UserError
+from unet_ray.data import imaging, masks, storage
+from unet_ray.data.imaging import ImageError
+from unet_ray.data.pairs import Pair
+
+BATCHES_AHEAD = 2
+
+Row = dict[str, np.ndarray]
+Batch = dict[str, np.ndarray]
+"""`image` uint8 [N,H,W,C], `mask` and perhaps `border` uint8 [N,H,W], `index` int64 [N] (row numbers)."""
+
+
+class Decodes(Protocol):
+    """Pair -> row: a plain callable that a thread, a process or a Ray task can run."""
+
+    def __call__(self, image_path: str, mask_path: str) -> Row: ...
+
+    def empty(self, count: int) -> Batch:
+        """Room for as many rows; zeros."""
+
+    def row_bytes(self) -> int: ...
+
+
+class Rows(Protocol):
+    """Something that can be asked for batches of rows."""
+
+    def __len__(self) -> int: ...
+
+    def batches(self, plan: Sequence[np.ndarray]) -> Iterator[Batch]:
+        """One batch for each array of row numbers in `plan`, in its order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decoder:
+    """Decodes from the files."""
+
+    data: DataConfig
+    in_channels: int
+    border_sigma: float = 0.0
+    """Of the border map; 0: no such map."""
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> Decoder:
+        fit = config.train
+        return cls(config.data, config.model.in_channels, fit.border_sigma if fit.border_weight else 0.0)
+
+    def __call__(self, image_path: str, mask_path: str) -> Row:
+        """Raises UserError that names the file."""
+        return self.row(self.read(image_path), self.read(mask_path), image_path, mask_path)
+
+    @staticmethod
+    def read(path: str) -> bytes:
+        """An encoded file. Raises UserError."""
+        try:
+            return storage.read_bytes(path)
+        except OSError as error:
+            raise UserError(f"{path}: {error}") from None
+
+    def row(self, encoded_image: bytes, encoded_mask: bytes, image_path: str, mask_path: str) -> Row:
+        """The row of a pair whose files are read. Raises UserError that names the file."""
+        size = self.data.size_hw
+        try:
+            image, image_size = imaging.decode_image(
+                encoded_image, self.in_channels, size, value_range=self.data.value_range
+            )
+        except ImageError as error:
+            raise UserError(f"{image_path}: {error}; mend or remove it") from None
+        try:
+            mask, mask_size = imaging.decode_mask(encoded_mask, self.data, size)
+        except ImageError as error:
+            raise UserError(f"{mask_path}: {error}") from None
+        if image_size != mask_size:
+            raise UserError(
+                f"{mask_path}: {mask_size[1]}x{mask_size[0]} pixels, but its image {image_path} has "
+                f"{image_size[1]}x{image_size[0]}: the two must match"
+            )
+        row = {"image": image, "mask": mask}
+        if self.border_sigma:
+            row["border"] = masks.border_map(mask, self.border_sigma)
+        return row
+
+    def empty(self, count: int) -> Batch:
+        height, width = self.data.size_hw
+        batch = {
+            "image": np.zeros((count, height, width, self.in_channels), np.uint8),
+            "mask": np.zeros((count, height, width), np.uint8),
+        }
+        if self.border_sigma:
+            batch["border"] = np.zeros_like(batch["mask"])
+        return batch
+
+    def row_bytes(self) -> int:
+        height, width = self.data.size_hw
+        return height * width * (self.in_channels + 1 + bool(self.border_sigma))
+
+
+def fits_in_memory(count: int, decoder: Decodes, share: float) -> bool:
+    """Whether `count` rows take at most this share of the memory that is free now."""
+    return count * decoder.row_bytes() <= share * psutil.virtual_memory().available
+
+
+class Subset:
+    """Some of the rows, numbered from 0; `index` in their batches stays the number among all rows."""
+
+    def __init__(self, rows: Rows, indices: Sequence[int]) -> None:
+        self.rows, self.indices = rows, np.asarray(indices, np.int64)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def batches(self, plan: Sequence[np.ndarray]) -> Iterator[Batch]:
+        return self.rows.batches([self.indices[numbers] for numbers in plan])
+
+
+class MemoryRows:
+    """All rows decoded once, in one array for each of their parts."""
+
+    def __init__(self, pairs: Sequence[Pair], decoder: Decodes) -> None:
+        self.arrays = decoder.empty(len(pairs))
+
+        def fill(index: int) -> None:
+            for name, values in decoder(pairs[index].image, pairs[index].mask).items():
+                self.arrays[name][index] = values
+
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            for _ in threads.map(fill, range(len(pairs))):
+                pass  # raises what a decode raised
+
+    def __len__(self) -> int:
+        return len(self.arrays["mask"])
+
+    def batches(self, plan: Sequence[np.ndarray]) -> Iterator[Batch]:
+        for indices in plan:
+            yield {**{name: values[indices] for name, values in self.arrays.items()}, "index": indices}
+
+
+class StreamedRows:
+    """Rows decoded anew in every epoch by threads of this process, a few batches ahead of the training."""
+
+    def __init__(self, pairs: Sequence[Pair], decoder: Decodes) -> None:
+        self.pairs, self.decoder = pairs, decoder
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def batches(self, plan: Sequence[np.ndarray]) -> Iterator[Batch]:
+        def load(index: int) -> Row:
+            return self.decoder(self.pairs[index].image, self.pairs[index].mask)
+
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            # Submitted a few batches ahead: a plain map would decode the whole epoch into memory.
+            waiting: deque[tuple[np.ndarray, list]] = deque()
+            try:
+                for indices in plan:
+                    waiting.append((indices, [threads.submit(load, int(index)) for index in indices]))
+                    if len(waiting) > BATCHES_AHEAD:
+                        yield _collect(*waiting.popleft())
+                while waiting:
+                    yield _collect(*waiting.popleft())
+            finally:
+                threads.shutdown(wait=False, cancel_futures=True)
+
+
+def prefetched(batches: Iterator[Batch], ahead: int = BATCHES_AHEAD) -> Iterator[Batch]:
+    """The same batches, fetched by a thread while the caller is busy with an earlier one."""
+    with ThreadPoolExecutor(1) as thread:
+        waiting: deque[Future[Batch | None]] = deque()
+        try:
+            waiting.extend(thread.submit(next, batches, None) for _ in range(ahead))
+            while (batch := waiting.popleft().result()) is not None:
+                waiting.append(thread.submit(next, batches, None))
+                yield batch
+        finally:
+            thread.shutdown(cancel_futures=True)
+
+
+class Waiting:
+    """Batches, and how long the training has waited for them."""
+
+    def __init__(self, batches: Iterator[Batch]) -> None:
+        self.batches, self.seconds = batches, 0.0
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        started = time.perf_counter()
+        try:
+            return next(self.batches)
+        finally:
+            self.seconds += time.perf_counter() - started
+
+
+def _collect(indices: np.ndarray, futures: list) -> Batch:
+    rows = [future.result() for future in futures]
+    return {**{name: np.stack([row[name] for row in rows]) for name in rows[0]}, "index": indices}

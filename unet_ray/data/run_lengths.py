@@ -1,0 +1,58 @@
+"""Masks as run lengths: Kaggle's and COCO's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+
+def row_runs(mask: np.ndarray) -> str:
+    """Run lengths as Kaggle's Carvana challenge took them: `start length start length …` of the pixels that are not 0,
+    from left to right, then from top to bottom, the first pixel being 1. Empty for an empty mask."""
+    runs = _run_starts(mask.reshape(-1))
+    pairs = runs.copy()
+    pairs[0::2] += 1
+    pairs[1::2] = runs[1::2] - runs[0::2]
+    return " ".join(map(str, pairs.tolist()))
+
+
+def coco_runs(mask: np.ndarray) -> str:
+    """COCO's compressed run lengths of the pixels that are not 0, uint8 or bool [H,W]: what pycocotools calls `counts`.
+
+    Runs go down the columns and begin with one of zeros; from the fourth on each is told as the difference to the one
+    before the last; five bits a character, low ones first.
+    """
+    flat = np.ascontiguousarray(mask.T).reshape(-1)
+    counts = np.diff(np.concatenate([[0], _run_starts(flat), [flat.size]]))
+    if counts[-1] == 0 and len(counts) > 1:
+        counts = counts[:-1]
+    values = counts.copy()
+    values[3:] -= counts[1:-2]
+    shifts = 5 * np.arange(8)
+    digits = (values[:, None] >> shifts) & 31
+    # As many digits as hold the value and its sign.
+    limit = 16 << shifts
+    length = 1 + ((values[:, None] >= limit) | (values[:, None] < -limit)).sum(axis=1)
+    place = np.arange(8)
+    characters = digits + 48 + 32 * (place < length[:, None] - 1)
+    return characters[place < length[:, None]].astype(np.uint8).tobytes().decode("ascii")
+
+
+def coco_region(region: np.ndarray) -> dict[str, Any]:
+    """`bbox` and `counts` of the pixels that are True, bool [H,W], of which there must be one at least."""
+    return {"bbox": box(region), "counts": coco_runs(region)}
+
+
+def box(region: np.ndarray) -> list[int]:
+    """[left, top, width, height] of the pixels that are True, of which there must be one at least."""
+    rows, columns = (np.flatnonzero(region.any(axis=axis)) for axis in (1, 0))
+    left, top = int(columns[0]), int(rows[0])
+    return [left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top]
+
+
+def _run_starts(flat: np.ndarray) -> np.ndarray:
+    """Positions where a run of non-zeros begins and where it ends, by turns, int64 of even length."""
+    inside = flat.view(bool) if flat.dtype == bool else flat != 0
+    edges = np.flatnonzero(inside[1:] != inside[:-1]) + 1
+    return np.concatenate([[0] * bool(inside[:1].any()), edges, [flat.size] * bool(inside[-1:].any())]).astype(np.int64)

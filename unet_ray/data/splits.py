@@ -1,0 +1,127 @@
+"""Split pairs into training and validation, whole groups on one side."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from unet_ray.config import DataConfig, UserError
+from unet_ray.data import storage
+from unet_ray.data.inputs import listing
+
+SPLIT = "split.csv"
+"""In a run directory: which images it was trained and validated on."""
+
+
+def group_of(key: str, pattern: str | None) -> str:
+    """The part of `key` that `pattern` (a regular expression) finds first; the whole key without a pattern."""
+    if pattern is None:
+        return key
+    match = re.search(pattern, key)
+    if match is None:
+        raise UserError(f"--group-by {pattern!r} finds nothing in {key!r}")
+    return match.group()
+
+
+def split_pairs(keys: Sequence[str], config: DataConfig, seed: int) -> tuple[list[int], list[int]]:
+    """Indices into `keys` of the training and of the validation pairs, after taking `config.fraction` of them.
+
+    Groups (single pairs without `group_by`) are put in the order of a hash of seed and name, or in that of the names
+    (`split_order`). The first `val_fraction` of them, rounded, are validation, or with `folds` the part that `fold`
+    names: the same on every machine and for every order of `keys`.
+    """
+    chosen = _lowest_hashes(keys, config.fraction, f"{seed}:fraction")
+    group_by_key = {key: group_of(key, config.group_by) for key in sorted(chosen)}
+    groups = set(group_by_key.values())
+    unknown = set(config.val_groups) - groups
+    if unknown:
+        raise UserError(f"data.val_groups: {listing(sorted(unknown))}: no image of that group")
+    held_out = set(config.val_groups)
+    remaining = _by_hash(groups - held_out, f"{seed}:split")
+    if config.split_order == "name":
+        remaining.sort()
+    if config.folds:
+        if config.folds > len(groups):
+            raise UserError(f"{config.folds} folds of {len(groups)} groups: use --folds {len(groups)} or fewer")
+        bounds = [round(len(remaining) * number / config.folds) for number in (config.fold, config.fold + 1)]
+        held_out.update(remaining[slice(*bounds)])
+    else:
+        wanted = max(round(len(groups) * config.val_fraction), int(config.val_fraction > 0 and len(groups) > 1))
+        held_out.update(remaining[: max(0, wanted - len(held_out))])
+    train = [i for i, key in enumerate(keys) if key in group_by_key and group_by_key[key] not in held_out]
+    val = [i for i, key in enumerate(keys) if key in group_by_key and group_by_key[key] in held_out]
+    if not train:
+        raise UserError("nothing left to train on: lower data.val_fraction or shorten data.val_groups")
+    if not val:
+        raise UserError("nothing left to validate on: raise data.val_fraction or add images")
+    return train, val
+
+
+@dataclass(frozen=True, slots=True)
+class LeakReport:
+    """Whether images that belong together are on both sides of a split."""
+
+    pattern: str | None
+    """What finds an image's group in its key; None: no group was named, and none can be seen in the names."""
+    named: bool
+    """The user named it; otherwise it is what the names look like."""
+    groups: int
+    shared: int
+    """Groups with images on both sides."""
+
+
+_LOOKS_LIKE = (r"^.+(?=/)", r"^[^_]+(?=_)", r"^[^-]+(?=-)", r"^.+(?=[_-])")
+"""The folder; what stands before the first `_`, the first `-`, the last of either."""
+
+
+def leak_report(train_keys: Sequence[str], val_keys: Sequence[str], pattern: str | None) -> LeakReport:
+    """How many groups are shared by training and validation: groups as `pattern` finds them, or else as the names look,
+    which is the first pattern that puts nearly all images in groups of two and more."""
+    keys = [*train_keys, *val_keys]
+    found = pattern or likely_groups(keys)
+    if found is None:
+        return LeakReport(None, False, 0, 0)
+    sides = [{group_of(key, found) for key in side} for side in (train_keys, val_keys)]
+    return LeakReport(found, pattern is not None, len(sides[0] | sides[1]), len(sides[0] & sides[1]))
+
+
+def likely_groups(keys: Sequence[str]) -> str | None:
+    """The pattern of the groups that the names look like, see `leak_report`; None: they look like none."""
+    return next((pattern for pattern in _LOOKS_LIKE if _groups_them(keys, pattern)), None)
+
+
+def _groups_them(keys: Sequence[str], pattern: str) -> bool:
+    matches = [re.search(pattern, key) for key in keys]
+    sizes = Counter(match.group() for match in matches if match)
+    in_groups = sum(size for size in sizes.values() if size > 1)
+    return len(sizes) > 1 and in_groups >= 0.9 * len(keys) and all(matches)
+
+
+def write_split(location: str, sides: Mapping[str, str]) -> None:
+    """Writes `key,part` with part `train` or `val`, sorted by key."""
+    stream = io.StringIO()
+    csv.writer(stream, lineterminator="\n").writerows([("key", "part"), *sorted(sides.items())])
+    storage.write_bytes(location, stream.getvalue().encode())
+
+
+def read_split(location: str) -> dict[str, str]:
+    """Key -> part; empty if there is no such file."""
+    if not storage.exists(location):
+        return {}
+    text = storage.read_bytes(location).decode()
+    return {row["key"]: row["part"] for row in csv.DictReader(io.StringIO(text))}
+
+
+def _by_hash(names: Iterable[str], salt: str) -> list[str]:
+    return sorted(names, key=lambda name: hashlib.sha256(f"{salt}:{name}".encode()).digest())
+
+
+def _lowest_hashes(keys: Sequence[str], fraction: float, salt: str) -> set[str]:
+    if fraction == 1:
+        return set(keys)
+    return set(_by_hash(keys, salt)[: max(1, round(len(keys) * fraction))])

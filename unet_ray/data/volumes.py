@@ -1,0 +1,141 @@
+"""Slices of NIfTI volumes as images: from patients' folders of MRI to what every other command reads.
+
+A slice of a compressed volume costs the whole volume, in each epoch anew; so the slices are written once, as PNG files
+that are then trained on, split and segmented like any other image.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from unet_ray.config import UserError
+from unet_ray.data import storage
+from unet_ray.data.imaging import MODES
+
+IMAGES, MASKS = "images", "masks"
+PERCENTILES = 0.5, 99.5
+"""Of a volume's voxels above 0, that become 1 and 255: MRI has no unit, and single voxels shine."""
+
+
+@dataclass(frozen=True, slots=True)
+class SliceSummary:
+    """What `write_slices` returns."""
+
+    volumes: int
+    slices: int
+    labels: tuple[int, ...]
+    """Values that occur in the segmentations."""
+
+
+def write_slices(
+    folder: str,
+    out: str,
+    channels: Sequence[str],
+    labels: str | None,
+    *,
+    every: int = 1,
+    on_volume: Callable[[str, int], None] = lambda _name, _slices: None,
+) -> SliceSummary:
+    """Writes `out`/images/<patient>/<slice>.png and `out`/masks/<patient>/<slice>.png.
+
+    A patient is a folder below `folder` that holds one file `…<channel>.nii` or `.nii.gz` for each of 1 to 4 `channels`
+    (BraTS: flair, t1, t1ce, t2) and, unless `labels` is None, one `…<labels>.nii.gz` (BraTS: seg). Slices are axial
+    (the third axis), each `every`th of them, and only those in which something is above 0; voxels become 1 to 255
+    between a volume's `PERCENTILES`, 0 stays 0. Masks keep the labels as they are.
+    Raises UserError that names the file.
+    """
+    if not 1 <= len(channels) <= len(MODES):
+        raise UserError(f"--channels {','.join(channels)}: 1 to {len(MODES)} of them fit into an image")
+    out = storage.absolute(out)
+    if storage.names_in(out):
+        raise UserError(f"--out {out} is not empty: remove it or choose another")
+    patients = _patients(storage.absolute(folder), [*channels, *([labels] if labels else [])])
+    count, seen = 0, set[int]()
+    for name, files in patients.items():
+        volumes = [_scaled(_volume(files[channel])) for channel in channels]
+        truth = _volume(files[labels]) if labels else None
+        for volume, channel in zip([*volumes, truth], [*channels, labels], strict=True):
+            if volume is not None and volume.shape != volumes[0].shape:
+                raise UserError(f"{files[channel or '']}: {volume.shape} voxels, {channels[0]} has {volumes[0].shape}")
+        written = 0
+        for z in range(0, volumes[0].shape[2], every):
+            planes = [volume[:, :, z] for volume in volumes]
+            if not any(plane.any() for plane in planes):
+                continue
+            path = f"{name}/{z:04d}.png"
+            image = Image.merge(MODES[len(planes)], [Image.fromarray(plane) for plane in planes])
+            _write_png(image, storage.join(out, IMAGES, path))
+            if truth is not None:
+                mask = np.rint(truth[:, :, z])
+                if mask.min() < 0 or mask.max() > 255:
+                    raise UserError(f"{files[labels or '']}: labels from {mask.min():g} to {mask.max():g}: 0 to 255")
+                seen.update(np.unique(mask).astype(int).tolist())
+                _write_png(Image.fromarray(mask.astype(np.uint8)), storage.join(out, MASKS, path))
+            written += 1
+        on_volume(name, written)
+        count += written
+    return SliceSummary(len(patients), count, tuple(sorted(seen)))
+
+
+def _patients(folder: str, endings: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Patient -> ending -> file. Raises UserError that lists what is missing."""
+    if not storage.is_folder(folder):
+        raise UserError(f"{folder}: no such folder")
+    found: dict[str, dict[str, str]] = {}
+    for file in storage.list_files(folder):
+        path = PurePosixPath(file.path)
+        stem = path.name.removesuffix(".gz").removesuffix(".nii")
+        if stem == path.name:
+            continue
+        for ending in endings:
+            # The whole ending: `t1` is not `t1ce`, and `…_t1` not `…_ht1`.
+            if stem == ending or stem.endswith((f"_{ending}", f"-{ending}")):
+                patient = found.setdefault(path.parent.name, {})
+                if ending in patient:
+                    raise UserError(f"{path.parent}: two files {ending}: {patient[ending]} and {path.name}")
+                patient[ending] = str(path)
+    if not found:
+        raise UserError(f"{folder}: no folder in it has files like …_{endings[0]}.nii.gz")
+    missing = [f"{name}: {ending}" for name in sorted(found) for ending in endings if ending not in found[name]]
+    if missing:
+        raise UserError(f"{folder}: missing {', '.join(missing[:5])}" + (" and more" if len(missing) > 5 else ""))
+    return dict(sorted(found.items()))
+
+
+def _volume(path: str) -> np.ndarray:
+    """float32 [X,Y,Z]."""
+    try:
+        import nibabel
+    except ImportError:
+        raise UserError("NIfTI volumes need nibabel: pip install 'unet_ray[brats]'") from None
+    try:
+        volume: Any = nibabel.load(path)
+        values = np.asarray(volume.dataobj, np.float32)
+    except Exception as error:  # nibabel and zlib raise many kinds on bad files
+        raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
+    if values.ndim != 3:
+        raise UserError(f"{path}: {values.ndim} dimensions: one volume a file")
+    return values
+
+
+def _scaled(values: np.ndarray) -> np.ndarray:
+    """uint8 [X,Y,Z]: 0 where there is nothing, 1 to 255 elsewhere."""
+    inside = values > 0
+    if not inside.any():
+        return np.zeros(values.shape, np.uint8)
+    low, high = np.percentile(values[inside], PERCENTILES)
+    scaled = 1 + 254 * ((values - low) / max(high - low, 1e-6)).clip(0, 1)
+    return np.where(inside, np.rint(scaled), 0).astype(np.uint8)
+
+
+def _write_png(image: Image.Image, location: str) -> None:
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    storage.write_bytes(location, stream.getvalue())

@@ -1,0 +1,49 @@
+"""The clean-up of masks with the best Dice."""
+
+from __future__ import annotations
+
+import dataclasses
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+from unet_ray.config import EvaluateConfig
+from unet_ray.data.pairs import Pair
+from unet_ray.evaluation.evaluate import measure
+from unet_ray.inference.pipeline import OnProgress, Pipeline
+from unet_ray.models import checkpoint
+
+CLEANUPS = ("holes", "largest", "largest+holes", "area=0.02%+holes", "area=0.2%+holes", "area=1%+holes")
+"""What `choose_cleanup` tries, beside nothing."""
+WORTH = 1e-4
+"""Mean Dice that a clean-up must gain to be chosen: less is chance, and masks better stay as the network drew them."""
+
+
+@dataclass(frozen=True, slots=True)
+class CleanupChoice:
+    """What `choose_cleanup` returns."""
+
+    chosen: str
+    dice: dict[str, float]
+    """Clean-up -> mean Dice over the images."""
+    images: int
+
+
+def choose_cleanup(
+    config: EvaluateConfig,
+    *,
+    pairs: list[Pair] | None = None,
+    local: bool = False,
+    cluster: AbstractContextManager[None] = nullcontext(),
+    on_progress: OnProgress = lambda _done, _failed, _all: None,
+) -> CleanupChoice:
+    """Scores masks after each of `CLEANUPS`; the best is written into the model directory, where `predict` finds it.
+
+    Arguments and errors as of `evaluate`; `config.cleanup` has no say.
+    """
+    pipeline = Pipeline.of(config.model, dataclasses.replace(config, cleanup="none"))
+    each, _ = measure(config, pipeline, CLEANUPS, pairs, local, cluster, on_progress)
+    dice = {name: float(scores.means()["dice"].mean()) for name, scores in zip(("none", *CLEANUPS), each, strict=True)}
+    best = max(dice, key=dice.__getitem__)
+    chosen = best if dice[best] >= dice["none"] + WORTH else "none"
+    checkpoint.save_choice(pipeline.model, checkpoint.CLEANUP, pipeline.card, {"cleanup": chosen, "dice": dice})
+    return CleanupChoice(chosen, dice, len(each[0].paths))

@@ -1,0 +1,1 @@
+"""Segment images with a trained network."""

@@ -1,0 +1,111 @@
+"""Where an image's bytes come from and how they are decoded."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unet_ray.data import imaging, pictures, storage
+from unet_ray.data.chunks import Chunk
+from unet_ray.data.imaging import ImageError, Pixels, Source
+from unet_ray.data.inputs import encoded_images
+from unet_ray.models.checkpoint import ModelCard
+
+OVERLAY_SIDE = 1024
+"""Pixels of an overlay's longer side at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """Where an image's bytes come from and how they are decoded."""
+
+    channels: int
+    value_range: Any
+    max_pixels: int
+
+    @classmethod
+    def of(cls, card: ModelCard, max_pixels: int) -> Reader:
+        return cls(card.model.in_channels, card.value_range, max_pixels)
+
+    def encoded(self, chunk: Chunk) -> Iterator[Source | str]:
+        """The file of each row, or why there is none."""
+        inside = "source" in chunk and any(chunk["source"])
+        stored = _from_parquet(chunk) if inside else {}
+        for row, path in enumerate(chunk["path"]):
+            try:
+                if row in stored:
+                    yield stored[row]
+                else:
+                    yield self._file(os.fsdecode(path))
+            except (ImageError, OSError, ValueError) as error:
+                yield _reason(error)
+
+    def _file(self, path: str) -> bytes:
+        if not storage.is_uri(path):
+            status = Path(path).stat()
+            if stat.S_ISDIR(status.st_mode):
+                raise ImageError("a folder that cannot be listed")
+            if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
+                raise ImageError("not a regular file")
+            if status.st_size > 16 * self.max_pixels:
+                raise ImageError(f"{status.st_size} bytes, more than --max-pixels {self.max_pixels} can be")
+        return storage.read_bytes(path)
+
+    def resized(self, data: Source | str, size_hw: tuple[int, int] | None) -> tuple[np.ndarray, tuple[int, int]]:
+        """See `imaging.decode_image`. Raises ImageError."""
+        if isinstance(data, str):
+            raise ImageError(data)
+        return imaging.decode_image(
+            data, self.channels, size_hw, value_range=self.value_range, max_pixels=self.max_pixels
+        )
+
+    def pixels(self, data: Source | str) -> Pixels:
+        """The image at its own size. Raises ImageError."""
+        if isinstance(data, str):
+            raise ImageError(data)
+        return Pixels(data, self.channels, self.value_range, self.max_pixels)
+
+    def picture(self, data: Source | str, size_hw: tuple[int, int], side: int) -> np.ndarray:
+        """An image of this size to look at: uint8 [h,w,3], its longer side at most `side`. Raises ImageError."""
+        picture, _ = self.resized(data, imaging.fitted(size_hw, side))
+        return np.ascontiguousarray(picture[..., [0, 1, 2] if picture.shape[-1] in (3, 4) else [0, 0, 0]])
+
+    def overlay(self, data: Source | str, mask: np.ndarray, num_classes: int) -> bytes:
+        """A small picture, JPEG, with the class ids, uint8 [H,W], drawn in. Raises ImageError."""
+        return pictures.overlay(self.picture(data, mask.shape, OVERLAY_SIDE), mask, num_classes)
+
+
+@dataclass(frozen=True, slots=True)
+class GivenReader(Reader):
+    """Reads the one image that it was given."""
+
+    image: Source
+
+    def encoded(self, chunk: Chunk) -> Iterator[Source | str]:
+        yield from [self.image] * len(chunk["path"])
+
+
+def _from_parquet(chunk: Chunk) -> dict[int, bytes | str]:
+    """Row of the chunk -> encoded image, for rows that lie in Parquet files."""
+    found: dict[int, bytes | str] = {}
+    for source in sorted(set(chunk["source"]) - {b""}):
+        mine = np.flatnonzero(chunk["source"] == source)
+        wanted = {int(chunk["source_row"][row]): int(row) for row in mine}
+        try:
+            data = encoded_images(os.fsdecode(source), sorted(wanted))
+            found |= {wanted[number]: image for number, image in data.items()}
+        except (OSError, ValueError) as error:
+            found |= dict.fromkeys(wanted.values(), _reason(error))
+    return found
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, ImageError):
+        return str(error)
+    return f"cannot be read: {getattr(error, 'strerror', None) or error}"

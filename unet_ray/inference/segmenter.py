@@ -1,0 +1,224 @@
+"""Model directories as a callable on a batch of images, or on one image of any size, a tile at a time.
+
+Legend: N images, C channels, K classes (1 for a single logit), H, W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unet_ray.config import UserError
+from unet_ray.data import imaging
+from unet_ray.data.imaging import Pixels
+from unet_ray.inference import backends
+from unet_ray.inference.tiles import SIGMA, Axis
+from unet_ray.models.checkpoint import ModelCard
+from unet_ray.models.device import check_gpu, check_precision, keep_freed_memory, run_network
+from unet_ray.models.tiles import mirrored
+
+IMAGES_AT_ONCE = {"cpu": 1, "cuda": 8}
+"""On a CPU one image at a time keeps the activations in the caches, and was fastest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Segmentation:
+    """What the network says of a batch."""
+
+    logits: np.ndarray
+    """float16 [N,K,H,W]: half the bytes of float32 on the way to the stage that writes; signs are kept exactly."""
+    confidence: np.ndarray
+    """float32 [N]: probability of the decided class, mean over the pixels."""
+
+
+@dataclass(frozen=True, slots=True)
+class WholeImage:
+    """What the network says of one image at its own size."""
+
+    mask: np.ndarray
+    """Class ids, uint8 [H,W]."""
+    confidence: float
+    probabilities: np.ndarray | None
+    """uint8 [K,H,W], if they were asked for."""
+
+
+class BatchSegmenter:
+    """Loads a model once, then segments batch after batch: uint8 [N,H,W,C] at the model's image size -> Segmentation.
+
+    `ensemble`: further models of the same channels, image size and classes; probabilities are averaged. `flips`: axes
+    (`h`, `v` or both) over which they are averaged too. `threads`: on a CPU; None leaves torch's own choice.
+    `precision`, `backend`, `images`: see `backends.RuntimeOptions`; `quantized`: see `backends.load`.
+    Raises UserError if there is no such model, or where models do not go together.
+    """
+
+    def __init__(
+        self,
+        location: str,
+        *,
+        ensemble: Sequence[str] = (),
+        flips: str = "",
+        device: str = "cpu",
+        precision: str = "auto",
+        backend: str = "auto",
+        threads: int | None = None,
+        images: int = 0,
+        quantized: str | None = None,
+    ) -> None:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        check_precision(precision, device)
+        if device == "cpu":
+            keep_freed_memory(of_any_size=True)
+        else:
+            check_gpu()
+        self.device = torch.device(device)
+        self.at_once = IMAGES_AT_ONCE[self.device.type]
+        how = backends.RuntimeOptions(self.device, precision, backend, images)
+        self.models = [backends.load(path, how, None if ensemble else quantized) for path in (location, *ensemble)]
+        self.card = self.models[0][1]
+        check_ensemble([card for _, card in self.models], [location, *ensemble])
+        # Axes of NCHW for each way that an image is looked at.
+        self.views: list[tuple[int, ...]] = [()]
+        for axis in (3 * ("h" in flips), 2 * ("v" in flips)):
+            self.views += [(*view, axis) for view in self.views if axis]
+
+    @torch.inference_mode()
+    def __call__(self, image_NHWC: np.ndarray) -> Segmentation:
+        logits, confidence = [], []
+        for output in self._with_room(self._logits, image_NHWC):
+            logits.append(output.half().cpu().numpy())
+            confidence.append(_certainty(output).mean(dim=(1, 2)).cpu().numpy())
+        return Segmentation(np.concatenate(logits), np.concatenate(confidence))
+
+    def _with_room(self, logits_of: Callable[[np.ndarray], Tensor], image_NHWC: np.ndarray) -> Iterator[Tensor]:
+        """Logits [n,K,h,w] of as many images at a time as the GPU has room for, which is tried: half as many from where
+        its memory ran out."""
+        start = 0
+        while start < len(image_NHWC):
+            # Ray's batches are read-only views of shared memory, which torch must not be given: those are copied.
+            part = np.require(image_NHWC[start : start + self.at_once], requirements=["C", "W"])
+            try:
+                output = logits_of(part)
+            except torch.OutOfMemoryError:
+                if len(part) == 1:
+                    height, width = part.shape[1:3]
+                    raise UserError(
+                        f"the GPU has no room for one image of {width}x{height}: use a smaller --tile, fewer models in "
+                        "--ensemble, or --device cpu"
+                    ) from None
+                self.at_once = len(part) // 2
+            else:
+                start += len(part)
+                yield output
+
+    def _logits(self, image_NHWC: np.ndarray) -> Tensor:
+        """float32 [N,K,H,W] on the device; of several models and views, the logits of their mean probability."""
+        image = torch.from_numpy(image_NHWC).to(self.device, non_blocking=True)
+        outputs = []
+        for model, card in self.models:
+            for view in self.views:
+                # Flipped in memory order, so that what the network sees stays channels_last.
+                seen = image.flip([axis - 1 for axis in view]) if view else image
+                output = run_network(model, seen, card.model, card.data)
+                outputs.append(output.flip(view) if view else output)
+        if len(outputs) == 1:
+            return outputs[0]
+        if self.card.model.num_classes == 1:
+            return torch.stack([output.sigmoid() for output in outputs]).mean(dim=0).logit(eps=1e-6)
+        return torch.stack([output.softmax(dim=1) for output in outputs]).mean(dim=0).clamp_min(1e-6).log()
+
+    @torch.inference_mode()
+    def by_tiles(self, pixels: Pixels, tile: int, overlap: float, *, probabilities: bool) -> WholeImage:
+        """One image at its own size, in tiles of `tile` pixels a side that have `overlap` of it in common.
+
+        Mirrored at the edges; where tiles overlap, their logits are averaged with Gaussian weights (as nnU-Net does).
+        An unpadded network needs no overlap: its tiles are exact. Beside the image and its mask, one band of
+        tiles is in memory at a time.
+        """
+        height, width = pixels.size_hw
+        classes, threshold = self.card.model.num_classes, self.card.threshold
+        mask = np.empty((height, width), np.uint8)
+        maps = np.empty((classes, height, width), np.uint8) if probabilities else None
+        certain = 0.0
+        for top, logits in self._bands(pixels, tile, overlap):
+            bottom = top + logits.shape[1]
+            planes = logits.cpu().numpy()
+            mask[top:bottom] = imaging.decide(planes, classes, threshold)
+            certain += float(_certainty(logits[None]).double().sum())
+            if maps is not None:
+                maps[:, top:bottom] = imaging.to_probabilities(planes)
+        return WholeImage(mask, certain / (height * width), maps)
+
+    def _bands(self, pixels: Pixels, tile: int, overlap: float) -> Iterator[tuple[int, Tensor]]:
+        """(first row, logits float32 [K,h,W]) of the image's rows from top to bottom."""
+        height, width = pixels.size_hw
+        config = self.card.model
+        if config.padding == "valid":
+            # At multiples of 2 ** depth, so that pooling meets the same pixels as in the whole image.
+            step, beyond, weight = tile // 2**config.depth * 2**config.depth, 0, torch.ones(tile, device=self.device)
+        else:
+            # Far enough beyond the edges that its pixels, too, lie in the middle part of some tile.
+            step, weight = max(1, round(tile * (1 - overlap))), self._weights(tile)
+            beyond = (tile - step) // 2
+        rows, columns = (Axis.of(length, tile, step, beyond) for length in (height, width))
+        rows_total, columns_total = (axis.total(weight) for axis in (rows, columns))
+        at_once = self.at_once
+        # The rows that further tiles can still change: `tile` of them, from `rows.starts[n]` on.
+        band = torch.zeros((config.num_classes, tile, columns.padded), device=self.device)
+        for number, top in enumerate(rows.starts):
+            places = [mirrored(top - config.margin, tile + 2 * config.margin, height)]
+            for first in range(0, len(columns.starts), at_once):
+                lefts = columns.starts[first : first + at_once]
+                windows = [
+                    pixels.window(places[0], mirrored(left - config.margin, tile + 2 * config.margin, width))
+                    for left in lefts
+                ]
+                tiles = chain.from_iterable(self._with_room(self._tile_logits, np.stack(windows)))
+                for left, logits in zip(lefts, tiles, strict=True):
+                    start = left - columns.starts[0]
+                    band[:, :, start : start + tile] += logits * weight[:, None] * weight
+            # Rows up to the next tile's first are finished; after the last tile, all.
+            finished = step if number + 1 < len(rows.starts) else tile
+            inside = slice(max(0, -top), min(finished, height - top))
+            if inside.start < inside.stop:
+                share = rows_total[top - rows.starts[0] :][inside, None] * columns_total
+                left = -columns.starts[0]
+                yield top + inside.start, (band[:, inside] / share)[..., left : left + width]
+            band = torch.cat([band[:, finished:], torch.zeros_like(band[:, :finished])], dim=1)
+
+    def _tile_logits(self, image_NHWC: np.ndarray) -> Tensor:
+        """Logits [N,K,tile,tile] of windows that have the network's margin around them."""
+        if self.card.model.margin == 0:
+            return self._logits(image_NHWC)
+        image = torch.from_numpy(image_NHWC).to(self.device).permute(0, 3, 1, 2)
+        return torch.stack([model(image) for model, _ in self.models]).mean(dim=0)
+
+    def _weights(self, tile: int) -> Tensor:
+        place = torch.arange(tile, device=self.device, dtype=torch.float32) - (tile - 1) / 2
+        return torch.exp(-(place**2) / (2 * (SIGMA * tile) ** 2)).clamp_min(1e-3)
+
+
+def _certainty(logits_NKHW: Tensor) -> Tensor:
+    """Probability of the class that is decided for, [N,H,W]."""
+    if logits_NKHW.shape[1] == 1:
+        probability = logits_NKHW[:, 0].sigmoid()
+        return torch.maximum(probability, 1 - probability)
+    return logits_NKHW.softmax(dim=1).amax(dim=1)
+
+
+def check_ensemble(cards: Sequence[ModelCard], names: Sequence[str]) -> None:
+    """Raises UserError unless all models take the same images and tell the same classes."""
+    for card, name in zip(cards[1:], names[1:], strict=True):
+        for what, one, other in (
+            ("channels", card.model.in_channels, cards[0].model.in_channels),
+            ("image size", card.image_size, cards[0].image_size),
+            ("number of classes", card.model.num_classes, cards[0].model.num_classes),
+            ("value range", card.value_range, cards[0].value_range),
+        ):
+            if one != other:
+                raise UserError(f"--ensemble {name}: its {what} is {one}, that of {names[0]} {other}")

@@ -1,0 +1,165 @@
+"""Networks trained with other code as model directories of ours."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unet_ray.config import AugmentConfig, DataConfig, ModelConfig, TrainConfig, UserError
+from unet_ray.data import storage
+from unet_ray.models import build
+from unet_ray.models import checkpoint as checkpoints
+from unet_ray.models.checkpoint import ModelCard
+
+CONVOLUTIONS = {".0.bias": ".1.running_mean", ".3.bias": ".4.running_mean"}
+"""Of a double convolution: the bias that old checkpoints have, and the norm that takes it up."""
+
+
+def import_milesial(
+    checkpoint: str,
+    out: str,
+    *,
+    image_size: int | tuple[int, int],
+    mask_values: Sequence[int] | None = None,
+    classes: Sequence[str] | None = None,
+) -> ModelCard:
+    """Writes the model directory `out` from a state dict of milesial/Pytorch-UNet (a .pth file, here or in a bucket).
+
+    The same logits to rounding for sides that 16 divides (2 ** depth); milesial pads other sizes with zeros where we
+    continue the edge. Images are resized bilinearly, as everywhere here, not bicubically. Widths, depth, channels and
+    classes are read from the shapes.
+
+    `image_size`: side of a square, or (height, width), that images are resized to for the network: that of the images
+    times milesial's `--scale`. `mask_values`: stored value of each class, which only evaluation uses; None: what the
+    checkpoint says, else 0 and 255 for one or two classes and the class ids for more. `classes`: their names; None:
+    `background`, which mean scores leave out, as milesial's do, and `foreground`, or `class 1` and so on.
+
+    No code of the file is run. Raises UserError: a file that holds anything but weights, other networks, those trained
+    with `--bilinear`, and an `out` that is not empty.
+
+        import_milesial("checkpoint_epoch5.pth", "MODEL", image_size=(640, 960))
+    """
+    tensors, stored_values = _read(checkpoint)
+    model = _architecture(tensors, checkpoint)
+    ids = max(2, model.num_classes)
+    if mask_values is None:
+        mask_values = stored_values or ((0, 255) if ids == 2 else range(ids))
+    if classes is None:
+        classes = ("background", *(["foreground"] if ids == 2 else [f"class {k}" for k in range(1, ids)]))
+    config = TrainConfig(
+        model=model,
+        data=DataConfig(image_size=image_size, mask_values=tuple(mask_values), classes=tuple(classes)),
+        augment=AugmentConfig(hflip=0),  # milesial mirrors no image in training
+    )
+    with torch.device("meta"):  # without memory: what a strange file makes of the widths may be far too much
+        expected = build(model).state_dict()
+    found = _matched(expected, tensors, model.depth, checkpoint)
+    network = build(model)
+    network.load_state_dict(found)
+    out = storage.absolute(out)
+    if storage.names_in(out):
+        raise UserError(f"{out} holds other files: choose another --out")
+    checkpoints.save_model(out, network, config, {})
+    return checkpoints.read_card(out)
+
+
+def _read(location: str) -> tuple[dict[str, Tensor], tuple[int, ...] | None]:
+    """Tensors by name and, where they are single numbers, the mask values of a checkpoint."""
+    location = storage.absolute(location)
+    try:
+        data = storage.read_bytes(location)
+    except OSError as error:
+        raise UserError(f"{location}: {error.strerror or error}") from None
+    try:
+        # weights_only: a pickle can run any code; this reads tensors, numbers and containers, and refuses the rest.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is then refused
+            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        what = re.search(r"GLOBAL (\S+)", str(error))
+        raise UserError(
+            f"{location}: holds more than weights{f' ({what[1]})' if what else ''}, or is no checkpoint; none of its "
+            "code was run: save it with torch.save(model.state_dict(), FILE)"
+        ) from None
+    except Exception as error:  # torch raises many kinds for files that are damaged or something else
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"{location}: not a checkpoint that torch can read: {reason[:200]}") from None
+    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
+        state = state["state_dict"]
+    if not isinstance(state, Mapping) or not any(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{location}: not a state dict: save it with torch.save(model.state_dict(), FILE)")
+    tensors = {str(key).removeprefix("module."): v for key, v in state.items() if isinstance(v, Tensor)}
+    return tensors, _mask_values(state.get("mask_values"))
+
+
+def _mask_values(stored: Any) -> tuple[int, ...] | None:
+    """None also for colours, which our masks don't have."""
+    if not isinstance(stored, (list, tuple)):
+        return None
+    if not all(isinstance(value, (int, float)) and float(value).is_integer() for value in stored):
+        return None
+    return tuple(int(value) for value in stored)
+
+
+def _architecture(tensors: Mapping[str, Tensor], location: str) -> ModelConfig:
+    """Read from the shapes, as far as it takes to build a network that `_matched` compares. Raises UserError."""
+
+    def shape(name: str) -> tuple[int, ...]:
+        if name not in tensors:
+            raise UserError(f"{location}: {name} is missing: not a network of milesial/Pytorch-UNet")
+        if tensors[name].ndim != 4:
+            raise UserError(f"{location}: {name} is {[*tensors[name].shape]}: not a network of milesial/Pytorch-UNet")
+        return tuple(tensors[name].shape)
+
+    base, in_channels, *_ = shape("inc.double_conv.0.weight")
+    shape("down1.maxpool_conv.1.double_conv.0.weight")
+    if "up1.conv.double_conv.0.weight" in tensors and "up1.up.weight" not in tensors:
+        raise UserError(
+            f"{location}: no up1.up.weight, so it was trained with --bilinear, a network that unet_ray does not have: "
+            "only those with transposed convolutions can be imported"
+        )
+    levels = range(1, len(tensors))
+    return ModelConfig(
+        in_channels=in_channels,
+        num_classes=shape("outc.conv.weight")[0],
+        base_channels=base,
+        depth=sum(f"down{level}.maxpool_conv.1.double_conv.0.weight" in tensors for level in levels),
+        norm="batch",
+        up="transpose",
+        pixel_mean=0.0,  # milesial divides by 255, and no more
+        pixel_std=1.0,
+    )
+
+
+def _matched(ours: Mapping[str, Tensor], tensors: Mapping[str, Tensor], depth: int, location: str) -> dict[str, Tensor]:
+    """The tensors under our names. Raises UserError, naming the first that is missing, unknown or of another shape."""
+    prefixes = {"head.": "outc.conv.", "down.0.": "inc.double_conv."}
+    for level in range(1, depth + 1):  # their first step up is from the deepest level
+        prefixes[f"down.{level}."] = f"down{level}.maxpool_conv.1.double_conv."
+        prefixes[f"up.{depth - level}.conv."] = f"up{level}.up."
+        prefixes[f"join.{depth - level}."] = f"up{level}.conv.double_conv."
+    found, rest = {}, dict(tensors)
+    for name, tensor in ours.items():
+        prefix = next(prefix for prefix in prefixes if name.startswith(prefix))
+        theirs = prefixes[prefix] + name.removeprefix(prefix)
+        if theirs not in rest:
+            raise UserError(
+                f"{location}: {theirs} is missing: not a network of milesial/Pytorch-UNet, or not all of it"
+            )
+        found[name] = rest.pop(theirs)
+        if found[name].shape != tensor.shape:
+            raise UserError(f"{location}: {theirs} is {[*found[name].shape]}: {[*tensor.shape]} was expected")
+        # A norm subtracts the mean of what it sees, bias and all.
+        bias = next((theirs.removesuffix(mean) + b for b, mean in CONVOLUTIONS.items() if theirs.endswith(mean)), None)
+        if bias in rest:
+            found[name] = found[name].float() - rest.pop(bias).float()
+    for name in rest:
+        raise UserError(f"{location}: {name} is unknown: not a network of milesial/Pytorch-UNet")
+    return found

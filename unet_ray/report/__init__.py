@@ -1,0 +1,1 @@
+"""report.html, and what a run shows while it goes."""

@@ -1,0 +1,48 @@
+"""report.html: one self-contained page that shows a training run or a prediction.
+
+Charts are SVG in the page's own text colour, so that they are right in light and dark; pictures are small JPEGs, a
+bounded number of them, so that the page stays small however large the run."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
+
+from unet_ray.config import UserError
+from unet_ray.data import storage
+from unet_ray.inference.pipeline import OnProgress
+from unet_ray.inference.predict import REPORT, SUMMARY
+from unet_ray.models import checkpoint
+from unet_ray.report.of_prediction import of_prediction
+from unet_ray.report.of_run import of_run
+
+if TYPE_CHECKING:
+    pass
+
+
+def write(
+    location: str,
+    *,
+    local: bool = True,
+    cluster: AbstractContextManager[None] = nullcontext(),
+    on_progress: OnProgress = lambda _done, _failed, _all: None,
+) -> str:
+    """Writes report.html into a run directory or a prediction's folder. Returns where it lies.
+
+    Of a run, up to `SCORED` validation images are scored: in this process, or with `local=False` through Ray Data,
+    where `cluster` is as of `evaluate`. Raises UserError if it is neither.
+    """
+    location = storage.absolute(location)
+    if storage.exists(storage.join(location, checkpoint.METRICS)):
+        page = of_run(location, local, cluster, on_progress)
+    elif storage.exists(storage.join(location, SUMMARY)):
+        page = of_prediction(location)
+    elif storage.exists(location):
+        raise UserError(
+            f"{location}: neither a finished training (--out of `train`) nor prediction (--out of `predict`)"
+        )
+    else:
+        raise UserError(f"{location}: no such folder")
+    path = storage.join(location, REPORT)
+    storage.write_bytes(path, page.encode())
+    return path

@@ -1,0 +1,120 @@
+"""Read YAML, `--set` and recipes into the settings of `config.py`; an error names the nearest setting.
+
+Standard library and PyYAML only, so that a wrong flag answers at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from unet_ray.config import TrainConfig, UserError, nearest
+
+T = TypeVar("T")
+
+
+def from_mapping(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
+    """Builds dataclass `cls` from nested mappings, as YAML gives them; unknown keys and wrong types are UserErrors."""
+    hints = typing.get_type_hints(cls)
+    known = setting_names() if prefix or cls is TrainConfig else list(hints)
+    arguments = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if key not in hints:
+            raise UserError(f"unknown setting {name!r}{nearest(name, known)}")
+        hint = hints[key]
+        if dataclasses.is_dataclass(hint):
+            if not isinstance(value, Mapping):
+                raise UserError(f"setting {name!r} is a section: it needs keys of its own")
+            arguments[key] = from_mapping(typing.cast("type[Any]", hint), value, f"{name}.")
+        else:
+            arguments[key] = _coerce(value, hint, name)
+    return cls(**arguments)
+
+
+def setting_names() -> list[str]:
+    """All dotted names that YAML and `--set` take, such as `train.batch_size`."""
+    sections = typing.get_type_hints(TrainConfig)
+    return [f"{section}.{f.name}" for section, cls in sections.items() for f in dataclasses.fields(cls)]
+
+
+def load_train_config(
+    *, recipe: str | None = None, config_file: str | None = None, settings: Iterable[tuple[str, Any]] = ()
+) -> TrainConfig:
+    """Defaults, then the recipe or the YAML text of a config file, then dotted `settings`, later ones winning.
+
+    Values of `settings` that are strings are read as YAML ("0.1", "[0, 255]", "null").
+    """
+    values: dict[str, dict[str, Any]] = {}
+    if recipe is not None:
+        values = yaml.safe_load(recipe_text(recipe))
+    elif config_file is not None:
+        try:
+            values = yaml.safe_load(config_file) or {}
+        except yaml.YAMLError as error:
+            raise UserError(f"--config is not YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(values, dict):
+            raise UserError("--config must hold sections such as `train:`, see `unet-ray recipes carvana`")
+    for name, value in settings:
+        if name not in setting_names():
+            raise UserError(f"unknown setting {name!r}{nearest(name, setting_names())}")
+        section, key = name.split(".")
+        if isinstance(value, str):
+            try:
+                value = yaml.safe_load(value)
+            except yaml.YAMLError:
+                raise UserError(f"--set {name}: {value!r} is not a YAML value") from None
+        values.setdefault(section, {})[key] = value
+    return from_mapping(TrainConfig, values)
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that the package carries."""
+    files = resources.files("unet_ray.recipes").iterdir()
+    return sorted(f.name.removesuffix(".yaml") for f in files if f.name.endswith(".yaml"))
+
+
+def recipe_text(name: str) -> str:
+    """A recipe as YAML. Its first comment line is its summary; saved to a file it runs as `--config`."""
+    if name not in recipe_names():
+        raise UserError(f"unknown recipe {name!r}{nearest(name, recipe_names())}; `unet-ray recipes` lists them")
+    return (resources.files("unet_ray.recipes") / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def _coerce(value: Any, hint: Any, name: str) -> Any:
+    """`value`, as YAML gave it, as the type `hint` asks for."""
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        # YAML 1.1 reads a bare `none` as text but `no`, `off` and `null` as something else.
+        return "none" if value is None and "none" in options else value
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in options:
+            return None
+        for option in (o for o in options if o is not type(None)):
+            if typing.get_origin(option) is Literal and value not in typing.get_args(option):
+                continue
+            try:
+                return _coerce(value, option, name)
+            except UserError:
+                continue
+    elif origin is tuple and isinstance(value, (list, tuple)):
+        if options[-1] is Ellipsis:
+            return tuple(_coerce(v, options[0], name) for v in value)
+        if len(value) == len(options):
+            return tuple(_coerce(v, o, name) for v, o in zip(value, options, strict=True))
+    elif hint in (bool, int) and type(value) is hint:  # a bool is an int, but no number
+        return value
+    elif hint is float and not isinstance(value, bool):
+        try:
+            return float(value)  # also "3e-4", which YAML 1.1 reads as text
+        except (TypeError, ValueError):
+            pass
+    elif hint is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+        return str(value)
+    wanted = getattr(hint, "__name__", None) if isinstance(hint, type) else str(hint).replace("typing.", "")
+    raise UserError(f"setting {name} is {value!r}: {wanted} is needed")

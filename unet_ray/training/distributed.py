@@ -1,0 +1,39 @@
+"""Sums and averages over the processes of a training."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from unet_ray.models import SegmentationModel
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def sum_over_ranks(tensor: Tensor, device: torch.device) -> None:
+    """Adds a CPU tensor up over all ranks, in place."""
+    if world_size() > 1:
+        shared = tensor.to(device)
+        dist.all_reduce(shared)
+        tensor.copy_(shared)
+
+
+def average_buffers(model: nn.Module, device: torch.device) -> None:
+    """Gives every rank the mean of the ranks' running statistics, so that all score and save the same network."""
+    for buffer in model.buffers():
+        if buffer.is_floating_point() and world_size() > 1:
+            sum_over_ranks(buffer, device)
+            buffer /= world_size()
+
+
+def over_ranks(network: SegmentationModel, device: torch.device) -> DistributedDataParallel:
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        # Normalises over the whole batch, as one worker would. There is no such layer for CPUs. Converted in place:
+        # the outermost module is no norm itself.
+        nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    return DistributedDataParallel(network, device_ids=[device] if on_gpu else None, broadcast_buffers=False)

@@ -1,0 +1,59 @@
+"""metrics.jsonl and the result of a training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from unet_ray.data import storage
+from unet_ray.models.checkpoint import METRICS, MODEL
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """What `train` returns."""
+
+    out: str
+    """The run directory."""
+    epochs: int
+    best: dict[str, Any]
+    """The line of metrics.jsonl of the best epoch, whose weights are in `model/`."""
+    history: list[dict[str, Any]]
+    """All lines of metrics.jsonl."""
+
+    def __repr__(self) -> str:
+        out = storage.without_secrets(self.out)
+        return (
+            f"TrainResult: {self.epochs} epochs, the best is {self.best['epoch']} with validation Dice "
+            f"{self.best['val_dice']:.4f}\n"
+            f"  model: {storage.join(out, MODEL)}\n"
+            f"  next: unet_ray.predict({out!r}, 'FOLDER', 'MASKS'), unet_ray.evaluate({out!r}), "
+            f"unet_ray.Segmenter({out!r})(image)"
+        )
+
+
+def read_metrics(out: str) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl; none if there is no such file."""
+    path = storage.join(out, METRICS)
+    if not storage.exists(path):
+        return []
+    return [json.loads(line) for line in storage.read_bytes(path).splitlines()]
+
+
+def write_metrics(out: str, history: Iterable[dict[str, Any]]) -> None:
+    """Writes metrics.jsonl anew: whole or absent also in a bucket, where nothing can be appended."""
+    text = "".join(json.dumps(line) + "\n" for line in history)
+    storage.write_bytes(storage.join(out, METRICS), text.encode(), durable=True)
+
+
+def rounded(line: dict[str, Any]) -> dict[str, Any]:
+    return {key: float(f"{value:.8g}") if isinstance(value, float) else value for key, value in line.items()}
+
+
+def result_of(out: str) -> TrainResult:
+    """The result of a run directory."""
+    history = read_metrics(out)
+    best = max(history, key=lambda line: line["val_dice"])
+    return TrainResult(out=out, epochs=len(history), best=best, history=history)

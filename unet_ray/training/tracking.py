@@ -1,0 +1,74 @@
+"""Metrics for other programs: TensorBoard files beside the run, MLflow where it is asked for.
+
+What `metrics.jsonl` says is what they get, line by line; neither needs an account.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from unet_ray.config import TrainConfig, UserError
+from unet_ray.data import storage
+
+Track = Callable[[dict[str, Any]], None]
+TENSORBOARD = "tensorboard"
+
+
+@contextmanager
+def trackers(config: TrainConfig, out: str, name: str) -> Iterator[Track]:
+    """Something to call with each line of metrics.jsonl. `name`: of the run."""
+    with ExitStack() as stack:
+        tracks: list[Track] = []
+        if not storage.is_uri(out):  # TensorBoard's writer appends, which a bucket can't
+            tracks.append(stack.enter_context(_tensorboard(storage.join(out, TENSORBOARD))))
+        if config.compute.mlflow:
+            tracks.append(stack.enter_context(_mlflow(config, name)))
+
+        def track(line: dict[str, Any]) -> None:
+            for each in tracks:
+                each(line)
+
+        yield track
+
+
+def scalars(line: dict[str, Any]) -> dict[str, float]:
+    """What of a line is a number to plot over epochs."""
+    return {key: float(value) for key, value in line.items() if key != "epoch" and isinstance(value, (int, float))}
+
+
+@contextmanager
+def _tensorboard(folder: str) -> Iterator[Track]:
+    from tensorboardX import SummaryWriter
+
+    writers: list[SummaryWriter] = []
+
+    def track(line: dict[str, Any]) -> None:
+        if not writers:
+            # Not before the first line: and what a stopped run wrote of later epochs is no longer true.
+            writers.append(SummaryWriter(folder, purge_step=line["epoch"]))
+        for key, value in scalars(line).items():
+            part, _, rest = key.partition("_")
+            writers[0].add_scalar(f"{part}/{rest}" if part in ("train", "val") else key, value, line["epoch"])
+        writers[0].flush()
+
+    try:
+        yield track
+    finally:
+        for writer in writers:
+            writer.close()
+
+
+@contextmanager
+def _mlflow(config: TrainConfig, name: str) -> Iterator[Track]:
+    try:
+        import mlflow
+    except ImportError:
+        raise UserError("compute.mlflow needs MLflow: pip install 'unet_ray[mlflow]'") from None
+    mlflow.set_tracking_uri(config.compute.mlflow)
+    mlflow.set_experiment("unet_ray")
+    with mlflow.start_run(run_name=name):
+        settings = config.to_dict()
+        mlflow.log_params({f"{part}.{key}": value for part in settings for key, value in settings[part].items()})
+        yield lambda line: mlflow.log_metrics(scalars(line), step=line["epoch"])
