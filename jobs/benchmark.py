@@ -66,7 +66,7 @@ from unet_ray.models.checkpoint import ModelCard
 from unet_ray.models.device import bf16_is_fast, keep_freed_memory, run_network
 from unet_ray.ray_backend.data_context import configure
 from unet_ray.ray_backend.inference import run_on_cluster
-from unet_ray.ray_backend.session import ray_session
+from unet_ray.ray_backend.session import Runtime, ray_session
 from unet_ray.settings import load_train_config
 from unet_ray.training.loop import prepare
 from unet_ray.training.results import read_metrics
@@ -341,7 +341,7 @@ def predict_section(job: Job) -> Iterator[Line]:
     def ours(local: bool, on_progress: Any) -> None:
         out = str(job.folder / f"out{next(outs)}")
         config = PredictConfig(model=job.model, inputs=(job.listed(96),), out=out, device=job.device)
-        predict(config, local=local, on_progress=on_progress)
+        predict(config, runtime=Runtime(local=local), on_progress=on_progress)
 
     network, _ = backends.load(job.model, how(job), job.quantized)
     decoded = job.decoded(8)
@@ -462,7 +462,7 @@ def epochs_section(job: Job) -> Iterator[Line]:
     measured: dict[str, tuple[float, float]] = {}
     for name, local in (("--local", True), ("through Ray", False)):
         out = str(job.folder / name)
-        train(config, out, local=local, cluster=ray_session())
+        train(config, out, runtime=Runtime(local=local))
         lines = read_metrics(out)[1:]
         seconds = statistics.median(line["train_seconds"] for line in lines)
         waited, trained = (sum(line[key] for line in lines) for key in ("wait_seconds", "train_seconds"))

@@ -16,6 +16,7 @@ from unet_ray.api import Segmenter, evaluate, predict, train
 from unet_ray.config import EvaluateConfig, PredictConfig, UserError
 from unet_ray.data import masks, pictures
 from unet_ray.models import checkpoint
+from unet_ray.ray_backend.session import LOCAL, Runtime
 from unet_ray.settings import load_train_config
 
 
@@ -198,7 +199,7 @@ def test_functions_build_the_settings_of_the_commands(monkeypatch, tmp_path):
     unet_ray.train("no: yaml", "m", "o", config=tmp_path / "mine.yaml", settings={"train.seed": 5}, resume=True)
     config, out, how = told["train"]
     expected = load_train_config(settings=[("train.epochs", 7), ("train.seed", 5), ("data.masks", "m")])
-    assert config.data.images == "no: yaml" and out == "o" and how["resume"] and not how["local"]
+    assert config.data.images == "no: yaml" and out == "o" and how["resume"] and how["runtime"] == Runtime()
     assert (config.train, config.data.masks) == (expected.train, "m")
     unet_ray.train(out="o", config=expected, settings={"train.seed": 9})
     assert (told["train"][0].train.epochs, told["train"][0].train.seed) == (7, 9)
@@ -211,7 +212,7 @@ def test_functions_build_the_settings_of_the_commands(monkeypatch, tmp_path):
     )
     unet_ray.evaluate("m", "i", "t", mask_values=[0, 7], local=True)
     assert told["evaluate"][0] == EvaluateConfig(model="m", images="i", masks="t", mask_values=(0, 7))
-    assert told["evaluate"][1]["local"]
+    assert told["evaluate"][1]["runtime"] == LOCAL
 
 
 def test_mistakes_are_one_line_that_says_what_to_do(folder, tmp_path):

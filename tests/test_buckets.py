@@ -15,6 +15,7 @@ from conftest import make_bad, make_model, make_photos
 from unet_ray.config import PredictConfig
 from unet_ray.data import storage
 from unet_ray.inference.predict import predict
+from unet_ray.ray_backend.session import LOCAL
 
 pytestmark = pytest.mark.slow
 
@@ -86,7 +87,7 @@ def test_a_prediction_in_a_bucket_is_killed_and_goes_on(bucket, tmp_path):
         formats=("png", "parquet", "kaggle"),
         precision="fp32",
     )
-    predict(local, local=True)
+    predict(local, runtime=LOCAL)
     files = stored(client, "out/")
     here = {
         str(p.relative_to(tmp_path / "out")): p.read_bytes() for p in (tmp_path / "out/masks").rglob("*") if p.is_file()

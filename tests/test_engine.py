@@ -1,6 +1,5 @@
 """The training loop without Ray: plans, schedules, the run directory, resuming."""
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -11,6 +10,7 @@ import sys
 
 import numpy as np
 import pytest
+import ray
 import safetensors.torch
 import torch
 from conftest import RUN_FILES, TINY, make_model
@@ -21,6 +21,7 @@ from unet_ray.data.pairs import find_pairs
 from unet_ray.data.rows import Decoder, MemoryRows, StreamedRows
 from unet_ray.models import build, checkpoint, device
 from unet_ray.models.device import ONE_HEAP
+from unet_ray.ray_backend.session import LOCAL
 from unet_ray.settings import load_train_config
 from unet_ray.training.augment import augment
 from unet_ray.training.loop import _compiles, prepare
@@ -212,7 +213,7 @@ def assert_same_state(one, other):
 def test_a_run_directory_has_all_that_is_promised_and_learns(discs, tmp_path):
     config = config_for(discs, ("train.epochs", 40), ("train.schedule", "one_cycle"))
     told = []
-    result = train(config, str(tmp_path / "run"), local=True, callbacks=Callbacks(on_epoch=told.append))
+    result = train(config, str(tmp_path / "run"), runtime=LOCAL, callbacks=Callbacks(on_epoch=told.append))
     assert [name for name in files(tmp_path / "run") if not name.startswith("tensorboard/")] == RUN_FILES
     assert result.epochs == len(told) == len(result.history) == 40
     assert result.best["val_dice"] > 0.8
@@ -236,9 +237,9 @@ def test_a_run_directory_has_all_that_is_promised_and_learns(discs, tmp_path):
 
 
 def test_a_runs_config_runs_again_and_the_same_command_gives_the_same_figures(discs, tmp_path):
-    train(config_for(discs), str(tmp_path / "one"), local=True)
+    train(config_for(discs), str(tmp_path / "one"), runtime=LOCAL)
     again = load_train_config(config_file=(tmp_path / "one/config.yaml").read_text())
-    train(again, str(tmp_path / "two"), local=True)
+    train(again, str(tmp_path / "two"), runtime=LOCAL)
     assert lines(tmp_path / "one") == lines(tmp_path / "two")
     assert weights(tmp_path / "one") == weights(tmp_path / "two")
 
@@ -248,7 +249,7 @@ def test_a_compiled_training_takes_the_same_steps(discs, tmp_path, caplog):
     lines = []
     for name, compiled in (("plain", False), ("compiled", True)):
         config = config_for(discs, ("compute.compile", compiled))
-        lines.append(train(config, str(tmp_path / name), local=True).best)
+        lines.append(train(config, str(tmp_path / name), runtime=LOCAL).best)
     assert lines[1]["train_loss"] == pytest.approx(lines[0]["train_loss"], rel=1e-3)
     assert not [record for record in caplog.records if "compiled" in record.getMessage()]
 
@@ -318,9 +319,9 @@ def test_memory_that_was_freed_is_not_taken_from_the_system_again(kept, where, e
 
 def test_early_stopping_waits_as_long_as_asked_and_resuming_does_not_wait_anew(discs, tmp_path):
     config = config_for(discs, ("train.epochs", 30), ("train.patience", 3), ("train.learning_rate", 1e-9))
-    result = train(config, str(tmp_path / "run"), local=True)
+    result = train(config, str(tmp_path / "run"), runtime=LOCAL)
     assert result.epochs == result.best["epoch"] + 3 < 30
-    again = train(config, str(tmp_path / "run"), local=True, resume=True)
+    again = train(config, str(tmp_path / "run"), runtime=LOCAL, resume=True)
     assert again.epochs == result.epochs
 
 
@@ -333,7 +334,7 @@ def test_a_batch_in_parts_is_the_same_batch(discs, tmp_path):
             ("train.clip_norm", 0.5),
             ("train.loss", "focal"),
         )
-        train(config, str(tmp_path / name), local=True)
+        train(config, str(tmp_path / name), runtime=LOCAL)
     for ours, theirs in zip(lines(tmp_path / "whole"), lines(tmp_path / "parts"), strict=True):
         assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-4)
         assert ours["val_loss"] == pytest.approx(theirs["val_loss"], rel=1e-4)
@@ -371,7 +372,7 @@ def test_the_average_of_the_weights_by_hand():
 
 def test_with_an_average_it_is_what_is_scored_and_saved(discs, tmp_path):
     config = config_for(discs, ("train.ema", 0.99), ("train.epochs", 3))
-    train(config, str(tmp_path / "run"), local=True)
+    train(config, str(tmp_path / "run"), runtime=LOCAL)
     state = safetensors.torch.load_file(tmp_path / "run/last/state.safetensors")
     model, card = checkpoint.load_model(str(tmp_path / "run/model"))
     assert card.scores["epoch"] == 3 or lines(tmp_path / "run")[-1]["val_dice"] <= card.scores["val_dice"]
@@ -401,7 +402,7 @@ def test_every_setting_of_training_at_once_trains(discs, tmp_path):
         ("train.checkpoint_activations", "true"),
         ("train.epochs", 20),
     )
-    result = train(config, str(tmp_path / "run"), local=True)
+    result = train(config, str(tmp_path / "run"), runtime=LOCAL)
     assert result.history[-1]["train_loss"] < 0.7 * result.history[0]["train_loss"]
     written = load_train_config(config_file=(tmp_path / "run/config.yaml").read_text())
     background, foreground = written.train.class_weights
@@ -410,7 +411,7 @@ def test_every_setting_of_training_at_once_trains(discs, tmp_path):
 
 def test_fp16_on_a_cpu_is_refused(discs, tmp_path):
     with pytest.raises(UserError, match="fp16 is for CUDA"):
-        train(config_for(discs, ("train.precision", "fp16")), str(tmp_path / "run"), local=True)
+        train(config_for(discs, ("train.precision", "fp16")), str(tmp_path / "run"), runtime=LOCAL)
 
 
 @pytest.mark.parametrize(
@@ -433,19 +434,19 @@ def test_resumed_is_uninterrupted(discs, tmp_path, optimizer, more):
         ("train.learning_rate", 1e-4 if optimizer == "sgd" else 3e-3),
         *more,
     )
-    train(config, str(tmp_path / "whole"), local=True)
+    train(config, str(tmp_path / "whole"), runtime=LOCAL)
 
     def stop_after_two(line):
         if line["epoch"] == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(config, str(tmp_path / "parts"), local=True, callbacks=Callbacks(on_epoch=stop_after_two))
+        train(config, str(tmp_path / "parts"), runtime=LOCAL, callbacks=Callbacks(on_epoch=stop_after_two))
     ran = []
     train(
         config,
         str(tmp_path / "parts"),
-        local=True,
+        runtime=LOCAL,
         resume=True,
         callbacks=Callbacks(on_epoch=lambda line: ran.append(line["epoch"])),
     )
@@ -457,7 +458,7 @@ def test_resumed_is_uninterrupted(discs, tmp_path, optimizer, more):
 
 def test_a_stop_between_metrics_and_state_repeats_the_epoch(discs, tmp_path, monkeypatch):
     config = config_for(discs, ("train.epochs", 2))
-    train(config, str(tmp_path / "whole"), local=True)
+    train(config, str(tmp_path / "whole"), runtime=LOCAL)
     save, calls = checkpoint.save_state, []
 
     def stopped_save(*arguments):
@@ -468,35 +469,35 @@ def test_a_stop_between_metrics_and_state_repeats_the_epoch(discs, tmp_path, mon
 
     monkeypatch.setattr(checkpoint, "save_state", stopped_save)
     with pytest.raises(KeyboardInterrupt):
-        train(config, str(tmp_path / "parts"), local=True)
+        train(config, str(tmp_path / "parts"), runtime=LOCAL)
     monkeypatch.setattr(checkpoint, "save_state", save)
-    train(config, str(tmp_path / "parts"), local=True, resume=True)
+    train(config, str(tmp_path / "parts"), runtime=LOCAL, resume=True)
     assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
 
 
 def test_an_out_that_holds_something_is_refused(discs, tmp_path):
     config, run = config_for(discs, ("train.epochs", 1)), tmp_path / "run"
-    train(config, str(run), local=True)
+    train(config, str(run), runtime=LOCAL)
     with pytest.raises(UserError, match="holds another run: choose another --out, or --resume"):
-        train(config, str(run), local=True)
+        train(config, str(run), runtime=LOCAL)
     with pytest.raises(UserError, match="is finished"):
-        train(config, str(run), local=True, resume=True)
+        train(config, str(run), runtime=LOCAL, resume=True)
     with pytest.raises(UserError, match="other settings"):
-        train(config_for(discs, ("train.epochs", 2), ("model.norm", "none")), str(run), local=True, resume=True)
+        train(config_for(discs, ("train.epochs", 2), ("model.norm", "none")), str(run), runtime=LOCAL, resume=True)
     for folder in discs:
         (folder / "z_new.png").write_bytes((folder / "a_000.png").read_bytes())
     with pytest.raises(UserError, match="images have come, gone or changed sides"):
-        train(config_for(discs, ("train.epochs", 2)), str(run), local=True, resume=True)
+        train(config_for(discs, ("train.epochs", 2)), str(run), runtime=LOCAL, resume=True)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("keep")
     with pytest.raises(UserError, match="holds other files"):
-        train(config, str(tmp_path / "mine"), local=True)
+        train(config, str(tmp_path / "mine"), runtime=LOCAL)
 
 
 def test_what_does_not_fit_in_memory_is_streamed_with_the_same_result(discs, tmp_path, monkeypatch):
-    train(config_for(discs), str(tmp_path / "memory"), local=True)
+    train(config_for(discs), str(tmp_path / "memory"), runtime=LOCAL)
     monkeypatch.setattr(rows, "MemoryRows", None)  # must not be used
-    train(config_for(discs, ("compute.memory_fraction", "0")), str(tmp_path / "stream"), local=True)
+    train(config_for(discs, ("compute.memory_fraction", "0")), str(tmp_path / "stream"), runtime=LOCAL)
     assert lines(tmp_path / "memory") == lines(tmp_path / "stream")
 
 
@@ -512,7 +513,7 @@ def test_several_classes_with_ignored_pixels_train(discs, tmp_path):
     config = config_for(
         discs, ("model.num_classes", 3), ("data.ignore_index", 11), ("data.classes", "[background, left, right]")
     )
-    result = train(config, str(tmp_path / "run"), local=True)
+    result = train(config, str(tmp_path / "run"), runtime=LOCAL)
     assert result.history[0]["val_pixels"] == result.history[0]["val_images"] * 30 * 32
     assert len(result.history[0]["val_counts"]) == 3
 
@@ -520,17 +521,17 @@ def test_several_classes_with_ignored_pixels_train(discs, tmp_path):
 def test_the_2015_network_trains_on_mirrored_tiles(discs, tmp_path):
     size = next(s for s in range(24, 40) if ModelConfig(padding="valid", depth=2).fits(s))
     config = config_for(discs, ("model.padding", "valid"), ("data.image_size", size), ("train.epochs", 1))
-    assert train(config, str(tmp_path / "run"), local=True).epochs == 1
+    assert train(config, str(tmp_path / "run"), runtime=LOCAL).epochs == 1
 
 
 def test_a_loss_that_explodes_is_an_error_with_the_remedy(discs, tmp_path):
     config = config_for(discs, ("train.learning_rate", 1e30), ("train.optimizer", "sgd"), ("model.norm", "none"))
     with pytest.raises(UserError, match="lower --lr"):
-        train(config, str(tmp_path / "run"), local=True)
+        train(config, str(tmp_path / "run"), runtime=LOCAL)
 
 
 def test_weights_of_another_model_are_refused(discs, tmp_path):
-    train(config_for(discs, ("train.epochs", 1)), str(tmp_path / "run"), local=True)
+    train(config_for(discs, ("train.epochs", 1)), str(tmp_path / "run"), runtime=LOCAL)
     model = tmp_path / "run/model"
     good = (model / "model.safetensors").read_bytes()
     for bad, message in ((good[:-4] + b"\0\0\0\0", "damaged"), (good[:-4], "damaged"), (good[:40], "not a model's")):
@@ -548,7 +549,7 @@ def test_weights_of_another_model_are_refused(discs, tmp_path):
 
 
 def test_a_kill_between_the_two_files_of_the_best_model_leaves_a_model(discs, tmp_path):
-    train(config_for(discs, ("train.epochs", 3)), str(tmp_path / "run"), local=True)
+    train(config_for(discs, ("train.epochs", 3)), str(tmp_path / "run"), runtime=LOCAL)
     card = json.loads((tmp_path / "run/model/model.json").read_text())
     older = {**card, "scores": {"epoch": 1}, "weights_sha256": "0" * 64}
     (tmp_path / "run/model/model.json").write_text(json.dumps(older))
@@ -616,13 +617,9 @@ def test_the_last_layer_of_other_networks_is_found_too():
 def test_weights_that_do_not_fit_are_refused_before_anything_is_written(discs, given, tmp_path, setting, message):
     settings = [*checkpoint.model_settings_of(given), ("model.num_classes", 1), ("train.init", given), setting]
 
-    @contextlib.contextmanager
-    def cluster():
-        raise AssertionError("Ray was started")
-        yield
-
     with pytest.raises(UserError, match=message) as error:
-        train(config_for(discs, *settings), str(tmp_path / "run"), cluster=cluster())
+        train(config_for(discs, *settings), str(tmp_path / "run"))
+    assert not ray.is_initialized()
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
 
@@ -631,18 +628,18 @@ def test_a_fine_tuned_run_resumes_without_the_weights_it_began_with(discs, given
     settings = [*checkpoint.model_settings_of(given), ("model.num_classes", 1), ("train.epochs", 4)]
     monkeypatch.chdir(tmp_path)
     config = config_for(discs, *settings, ("train.init", "given"))
-    train(config, "whole", local=True)
+    train(config, "whole", runtime=LOCAL)
     stopped = dataclasses.replace(config, train=dataclasses.replace(config.train, epochs=2))
-    train(stopped, "run", local=True)
+    train(stopped, "run", runtime=LOCAL)
     kept = load_train_config(config_file=(tmp_path / "run/config.yaml").read_text())
     assert kept.train.init == given  # absolute
     shutil.rmtree(given)
-    train(config, "run", local=True, resume=True)
+    train(config, "run", runtime=LOCAL, resume=True)
     assert lines(tmp_path / "run") == lines(tmp_path / "whole")
     assert_same_state(tmp_path / "run", tmp_path / "whole")
     other = dataclasses.replace(config, train=dataclasses.replace(config.train, init=None, epochs=5))
     with pytest.raises(UserError, match="trained with other settings"):
-        train(other, "run", local=True, resume=True)
+        train(other, "run", runtime=LOCAL, resume=True)
 
 
 def test_the_settings_of_a_network_build_it_again(given):

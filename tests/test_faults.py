@@ -21,6 +21,7 @@ from conftest import SLOW, epochs_done, make_discs
 
 from unet_ray.config import UserError
 from unet_ray.models import checkpoint
+from unet_ray.ray_backend.session import LOCAL
 from unet_ray.settings import load_train_config
 from unet_ray.training.on_ray import _raise_what_repeats
 from unet_ray.training.run import Callbacks, train
@@ -86,7 +87,7 @@ def assert_close(run: Path, other: Path) -> None:
 def undisturbed(discs, tmp_path_factory) -> Path:
     """The same training in one process, left alone."""
     run = tmp_path_factory.mktemp("undisturbed") / "run"
-    train(config_for(discs), str(run), local=True)
+    train(config_for(discs), str(run), runtime=LOCAL)
     return run
 
 
@@ -145,7 +146,7 @@ def test_a_killed_driver_is_resumed(discs, undisturbed, tmp_path):
     assert 2 <= done < EPOCHS
     ran = []
     callbacks = Callbacks(on_epoch=lambda line: ran.append(line["epoch"]))
-    train(config_for(discs), str(run), local=True, resume=True, callbacks=callbacks)
+    train(config_for(discs), str(run), runtime=LOCAL, resume=True, callbacks=callbacks)
     assert ran == list(range(done + 1, EPOCHS + 1))
     assert_close(run, undisturbed)
 
@@ -153,6 +154,7 @@ def test_a_killed_driver_is_resumed(discs, undisturbed, tmp_path):
 FULL_DISK = """
 import json, resource, sys
 from unet_ray.config import UserError
+from unet_ray.ray_backend.session import LOCAL
 from unet_ray.settings import load_train_config
 from unet_ray.training.run import Callbacks, train
 
@@ -163,7 +165,7 @@ def on_epoch(line):
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
 
 try:
-    train(load_train_config(settings=settings), out, local=True, callbacks=Callbacks(on_epoch=on_epoch))
+    train(load_train_config(settings=settings), out, runtime=LOCAL, callbacks=Callbacks(on_epoch=on_epoch))
 except UserError as error:
     print(error)
     sys.exit(2)
@@ -181,7 +183,7 @@ def test_a_disk_that_is_full_leaves_the_last_checkpoint_whole(discs, undisturbed
     assert epochs_done(run) == 3
     assert not list(run.rglob("*.tmp"))
     checkpoint.load_model(str(run / "model"))
-    train(config_for(discs), str(run), local=True, resume=True)
+    train(config_for(discs), str(run), runtime=LOCAL, resume=True)
     assert_close(run, undisturbed)
 
 

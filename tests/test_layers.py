@@ -26,6 +26,7 @@ ORDER = [
     "data",
     "settings",
     "config",
+    "registry",
 ]
 """The folders and files of the package from top to bottom: each imports from itself and from what stands below."""
 APART = [{"training", "inference"}]

@@ -17,6 +17,7 @@ from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE
 
 from unet_ray.ray_backend import nodes
 from unet_ray.ray_backend.inference import A_TASK_BESIDE_A_MODEL
+from unet_ray.ray_backend.session import LOCAL
 from unet_ray.settings import load_train_config
 from unet_ray.training.run import train
 
@@ -133,7 +134,7 @@ def machines():
 def test_training_goes_on_with_the_node_that_is_left(machines, tmp_path):
     images, masks = make_discs(tmp_path / "discs", 21, size=128)
     same = [*SLOW, ("data.images", str(images)), ("data.masks", str(masks))]
-    train(load_train_config(settings=same), str(tmp_path / "undisturbed"), local=True)
+    train(load_train_config(settings=same), str(tmp_path / "undisturbed"), runtime=LOCAL)
     run = tmp_path / "run"
     settings = [*same, ("compute.cpus_per_worker", 2), ("compute.workers", [1, 2])]
     process = machines.command(

@@ -24,6 +24,7 @@ from unet_ray.evaluation.evaluate import evaluate
 from unet_ray.inference.predict import predict
 from unet_ray.ray_backend.data_context import configure
 from unet_ray.ray_backend.inference import run_on_cluster
+from unet_ray.ray_backend.session import LOCAL, Runtime
 from unet_ray.settings import load_train_config
 from unet_ray.training.run import train
 
@@ -39,11 +40,11 @@ def model_of_three(tmp_path_factory) -> Path:
     return make_model(tmp_path_factory.mktemp("three"), *settings)
 
 
-def run(model: Path, folder, out: Path, *, local: bool = True, **options):
+def run(model: Path, folder, out: Path, *, runtime: Runtime = LOCAL, **options):
     inputs = (folder,) if isinstance(folder, (str, Path)) else folder
     settings = {"precision": "fp32", **options}
     config = PredictConfig(model=str(model), inputs=tuple(map(str, inputs)), out=str(out), **settings)
-    return predict(config, local=local)
+    return predict(config, runtime=runtime)
 
 
 def contents(out: Path) -> dict[str, bytes]:
@@ -260,7 +261,7 @@ def test_many_channels_of_16_bits_are_trained_on_and_segmented(tmp_path, format)
         ("data.value_range", [900, 2000]),
         ("train.epochs", 25),
     ]
-    result = train(load_train_config(settings=settings), str(tmp_path / "run"), local=True)
+    result = train(load_train_config(settings=settings), str(tmp_path / "run"), runtime=LOCAL)
     assert result.best["val_dice"] > 0.8
     Image.new("RGB", (32, 32)).save(images / "colour.png")
     summary = run(tmp_path / "run", images, tmp_path / "out")
@@ -363,16 +364,16 @@ def test_ray_and_one_process_write_the_same_files(ray_cluster, model, tmp_path, 
     folder = make_photos(tmp_path / "images", 40)
     make_bad(folder / "bad")
     summaries = {}
-    for name, local in (("here", True), ("ray", False)):
-        summaries[name] = run(model, folder, tmp_path / name, local=local, formats=FORMATS)
+    for name, runtime in (("here", LOCAL), ("ray", Runtime())):
+        summaries[name] = run(model, folder, tmp_path / name, runtime=runtime, formats=FORMATS)
     for summary in summaries.values():
         assert (summary.images, summary.ok, summary.failed) == (50, 40, 10)
     assert contents(tmp_path / "here") == contents(tmp_path / "ray")
     assert manifest(tmp_path / "here") == manifest(tmp_path / "ray")
     # Failed ones again, and one chunk with new work: the others' rows stay.
     Image.new("RGB", (9, 9)).save(folder / "zz.png")
-    for name, local in (("here", True), ("ray", False)):
-        again = run(model, folder, tmp_path / name, local=local, formats=FORMATS, retry_failed=True)
+    for name, runtime in (("here", LOCAL), ("ray", Runtime())):
+        again = run(model, folder, tmp_path / name, runtime=runtime, formats=FORMATS, retry_failed=True)
         assert (again.images, again.ok, again.already_done) == (51, 41, 40)
     assert contents(tmp_path / "here") == contents(tmp_path / "ray")
 
@@ -381,8 +382,10 @@ def test_ray_and_one_process_write_the_same_files(ray_cluster, model, tmp_path, 
 def test_tiles_through_ray_are_the_same_as_in_one_process(ray_cluster, model_of_three, tmp_path):
     folder = make_photos(tmp_path / "images", 12)
     make_bad(folder / "bad")
-    for name, local in (("here", True), ("ray", False)):
-        summary = run(model_of_three, folder, tmp_path / name, local=local, tile=32, tta=True, cleanup="area=9+holes")
+    for name, runtime in (("here", LOCAL), ("ray", Runtime())):
+        summary = run(
+            model_of_three, folder, tmp_path / name, runtime=runtime, tile=32, tta=True, cleanup="area=9+holes"
+        )
         assert (summary.ok, summary.failed) == (12, 10)
     assert contents(tmp_path / "here") == contents(tmp_path / "ray")
 
@@ -392,7 +395,7 @@ def test_ray_and_one_process_give_the_same_scores(ray_cluster, model, tmp_path):
     images, masks = make_discs(tmp_path / "unseen", 30, seed=9)
     (images / "a_000.png").write_bytes(b"broken")
     config = EvaluateConfig(model=str(model), images=str(images), masks=str(masks), precision="fp32")
-    here, there = evaluate(config, local=True), evaluate(config)
+    here, there = evaluate(config, runtime=LOCAL), evaluate(config)
     assert json.dumps(here.to_json()) == json.dumps(there.to_json())
     assert here.images == 29 and here.failures[0][0].endswith("a_000.png")
 
@@ -400,9 +403,9 @@ def test_ray_and_one_process_give_the_same_scores(ray_cluster, model, tmp_path):
 @pytest.mark.slow
 def test_workers_may_be_as_many_as_there_are_cpus_and_no_more(ray_cluster, model, tmp_path):
     folder = make_photos(tmp_path / "few", 12)
-    assert run(model, folder, tmp_path / "out", local=False, workers=4).ok == 12
+    assert run(model, folder, tmp_path / "out", runtime=Runtime(), workers=4).ok == 12
     with pytest.raises(UserError, match="--workers 5: the cluster has 4 CPUs: use --workers 4 or fewer"):
-        run(model, folder, tmp_path / "more", local=False, workers=5)
+        run(model, folder, tmp_path / "more", runtime=Runtime(), workers=5)
 
 
 @pytest.mark.slow

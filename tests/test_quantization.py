@@ -21,6 +21,7 @@ from unet_ray.inference import backends
 from unet_ray.inference.pipeline import Pipeline
 from unet_ray.inference.segmenter import BatchSegmenter
 from unet_ray.models import checkpoint
+from unet_ray.ray_backend.session import LOCAL
 from unet_ray.settings import load_train_config
 from unet_ray.training.run import train
 
@@ -34,7 +35,7 @@ def run(tmp_path_factory) -> str:
     images, masks = make_discs(folder / "discs", 24)
     settings = [("data.images", str(images)), ("data.masks", str(masks)), ("data.val_fraction", 0.33)]
     config = load_train_config(settings=[*TINY, *settings, ("train.epochs", 12)])
-    assert train(config, str(folder / "run"), local=True).best["val_dice"] > 0.8
+    assert train(config, str(folder / "run"), runtime=LOCAL).best["val_dice"] > 0.8
     return str(folder / "run")
 
 

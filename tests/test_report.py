@@ -16,6 +16,7 @@ from PIL import Image
 from unet_ray.config import EvaluateConfig, PredictConfig, UserError
 from unet_ray.evaluation.evaluate import evaluate
 from unet_ray.inference.predict import predict
+from unet_ray.ray_backend.session import LOCAL
 from unet_ray.report.page import write
 from unet_ray.settings import load_train_config
 from unet_ray.training.run import train
@@ -26,7 +27,7 @@ def run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("report")
     images, masks = make_discs(folder / "discs <b>&", 20, size=48)
     settings = [*TINY, ("data.images", str(images)), ("data.masks", str(masks)), ("data.val_fraction", 0.7)]
-    train(load_train_config(settings=settings), str(folder / "run"), local=True)
+    train(load_train_config(settings=settings), str(folder / "run"), runtime=LOCAL)
     return folder / "run"
 
 
@@ -41,7 +42,7 @@ def prediction(run, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("prediction")
     photos, out = make_photos(folder / "photos", 30), folder / "out"
     make_bad(photos / "bad")
-    predict(PredictConfig(model=str(run), inputs=(str(photos),), out=str(out)), local=True)
+    predict(PredictConfig(model=str(run), inputs=(str(photos),), out=str(out)), runtime=LOCAL)
     write(str(out))
     return out
 
@@ -97,7 +98,7 @@ def check_alone(page: str) -> Parsed:
 
 def test_a_training_is_shown_with_its_scores_curves_and_pictures(run, page):
     parsed = check_alone(page)
-    scores = evaluate(EvaluateConfig(model=str(run), backend="torch"), local=True)
+    scores = evaluate(EvaluateConfig(model=str(run), backend="torch"), runtime=LOCAL)
     assert scores.images == 14
     for name in ("dice", "iou", "precision", "recall"):
         assert f"{scores.means[name].mean:.4f}" in parsed.text
@@ -134,7 +135,7 @@ def test_an_outlier_leads_to_its_pictures(run, tmp_path):
 
 
 def _scores(run: Path):
-    return evaluate(EvaluateConfig(model=str(run), backend="torch"), local=True)
+    return evaluate(EvaluateConfig(model=str(run), backend="torch"), runtime=LOCAL)
 
 
 def test_without_its_images_a_training_still_has_its_curves(run, tmp_path):
@@ -156,7 +157,7 @@ def test_several_classes_have_a_table_with_their_names(tmp_path):
         Image.fromarray(ids).save(path)
     settings = [*TINY, ("data.images", str(images)), ("data.masks", str(masks)), ("data.val_fraction", 0.5)]
     settings += [("model.num_classes", 3), ("data.classes", ["background", "disc", "bar"])]
-    train(load_train_config(settings=settings), str(tmp_path / "run"), local=True)
+    train(load_train_config(settings=settings), str(tmp_path / "run"), runtime=LOCAL)
     write(str(tmp_path / "run"))
     parsed = check_alone((tmp_path / "run/report.html").read_text())
     scores = _scores(tmp_path / "run")
@@ -180,7 +181,7 @@ def test_masks_are_found_in_parquet_too_and_without_any_there_is_still_a_page(ru
     photos = make_photos(tmp_path / "photos", 3)
     for formats, pictures in (("parquet", 6), ("rle", 0)):
         out = tmp_path / formats
-        predict(PredictConfig(model=str(run), inputs=(str(photos),), out=str(out), formats=(formats,)), local=True)
+        predict(PredictConfig(model=str(run), inputs=(str(photos),), out=str(out), formats=(formats,)), runtime=LOCAL)
         write(str(out))
         assert len(check_alone((out / "report.html").read_text()).pictures) == pictures
 

@@ -6,6 +6,7 @@ import pytest
 from conftest import TINY
 
 from unet_ray.config import UserError
+from unet_ray.ray_backend.session import LOCAL
 from unet_ray.settings import load_train_config
 from unet_ray.training.run import train
 from unet_ray.training.tracking import scalars
@@ -32,7 +33,7 @@ def config_for(discs, *settings):
 
 
 def test_tensorboard_gets_what_metrics_jsonl_says(discs, tmp_path):
-    result = train(config_for(discs), str(tmp_path / "run"), local=True)
+    result = train(config_for(discs), str(tmp_path / "run"), runtime=LOCAL)
     found = {(tag, step): value for tag, step, value in events(tmp_path / "run/tensorboard")}
     for line in result.history:
         assert found["val/dice", line["epoch"]] == pytest.approx(line["val_dice"], rel=1e-5)
@@ -48,7 +49,7 @@ def test_mlflow_gets_settings_and_metrics(discs, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # a server needs none; the small client has no other store
     mlflow = pytest.importorskip("mlflow")
     uri = (tmp_path / "mlruns").as_uri()
-    result = train(config_for(discs, ("compute.mlflow", uri)), str(tmp_path / "run"), local=True)
+    result = train(config_for(discs, ("compute.mlflow", uri)), str(tmp_path / "run"), runtime=LOCAL)
     client = mlflow.MlflowClient(uri)
     [experiment] = [e for e in client.search_experiments() if e.name == "unet_ray"]
     [run] = client.search_runs([experiment.experiment_id])
@@ -63,4 +64,4 @@ def test_mlflow_that_is_not_installed_is_an_error_with_the_remedy(discs, tmp_pat
 
     monkeypatch.setitem(sys.modules, "mlflow", None)
     with pytest.raises(UserError, match="pip install 'unet_ray\\[mlflow\\]'"):
-        train(config_for(discs, ("compute.mlflow", "file:///x")), str(tmp_path / "run"), local=True)
+        train(config_for(discs, ("compute.mlflow", "file:///x")), str(tmp_path / "run"), runtime=LOCAL)

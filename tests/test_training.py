@@ -9,6 +9,7 @@ import torch
 from conftest import RUN_FILES, TINY, make_discs
 
 from unet_ray.config import UserError
+from unet_ray.ray_backend.session import LOCAL
 from unet_ray.settings import load_train_config
 from unet_ray.training.run import Callbacks, train
 
@@ -80,7 +81,7 @@ def test_one_and_three_workers_and_none_train_the_same_network(ray_cluster, disc
     local, one, three, streamed = (tmp_path / name for name in ("local", "one", "three", "streamed"))
     # Without momentum, rounding stays rounding over many steps.
     same = ("train.optimizer", "sgd"), ("train.momentum", 0.0), ("train.learning_rate", 1e-2)
-    train(config_for(discs, *same), str(local), local=True)
+    train(config_for(discs, *same), str(local), runtime=LOCAL)
     told = []
     callbacks = Callbacks(on_epoch=told.append)
     assert train(config_for(discs, *same, ("compute.workers", 1)), str(one), callbacks=callbacks).epochs == 3

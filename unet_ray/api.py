@@ -14,7 +14,6 @@ import functools
 import io
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +32,7 @@ from unet_ray.inference.reader import GivenReader, Reader
 from unet_ray.metrics import Scores
 from unet_ray.models import checkpoint
 from unet_ray.models.device import device_here
+from unet_ray.ray_backend.session import Runtime
 from unet_ray.settings import from_mapping, load_train_config
 from unet_ray.training import run as training
 from unet_ray.training.results import TrainResult
@@ -91,9 +91,7 @@ def train(
     built = dataclasses.replace(built, data=dataclasses.replace(built.data, **folders))
     if init is not None:
         built = dataclasses.replace(built, train=dataclasses.replace(built.train, init=os.fspath(init)))
-    return training.train(
-        built, os.fspath(out), local=local, resume=resume, cluster=_ray(local, verbose), callbacks=watch
-    )
+    return training.train(built, os.fspath(out), runtime=Runtime(local, verbose), resume=resume, callbacks=watch)
 
 
 def predict(
@@ -133,7 +131,7 @@ def predict(
             "formats": [*dict.fromkeys(name.strip() for name in names)],
         },
     )
-    return prediction.predict(config, local=local, cluster=_ray(local, verbose), on_progress=on_progress)
+    return prediction.predict(config, runtime=Runtime(local, verbose), on_progress=on_progress)
 
 
 def evaluate(
@@ -159,19 +157,11 @@ def evaluate(
     12
     """
     config = from_mapping(EvaluateConfig, {**options, **_given(model=model, images=images, masks=masks)})
-    return evaluation.evaluate(config, local=local, cluster=_ray(local, verbose), on_progress=on_progress)
+    return evaluation.evaluate(config, runtime=Runtime(local, verbose), on_progress=on_progress)
 
 
 def _given(**locations: Location | None) -> dict[str, str]:
     return {name: os.fspath(location) for name, location in locations.items() if location is not None}
-
-
-def _ray(local: bool, verbose: bool) -> AbstractContextManager[None]:
-    if local:
-        return nullcontext()
-    from unet_ray.ray_backend.session import ray_session
-
-    return ray_session(verbose)
 
 
 def _yaml(config: TrainConfig | Location | None) -> str | None:

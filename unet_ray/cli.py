@@ -20,7 +20,7 @@ import click
 from unet_ray import __version__
 from unet_ray.config import EvaluateConfig, PredictConfig, TrainConfig, UserError
 from unet_ray.data import storage
-from unet_ray.ray_backend.session import ray_session, stop_like_ctrl_c
+from unet_ray.ray_backend.session import Runtime, stop_like_ctrl_c
 from unet_ray.report.progress import ImagesDisplay, TrainingDisplay, duration, say, speed
 from unet_ray.settings import load_train_config, recipe_names, recipe_text
 
@@ -102,9 +102,21 @@ _machine = _options(
         type=click.Choice(["auto", "fp32", "bf16", "fp16", "int8"]),
         help="auto: int8 if `quantize` made it, bf16 where the device is good at it; fp16: CUDA; int8: CPUs.",
     ),
-    click.option("--local", is_flag=True, help="In this process: no Ray is started."),
-    click.option("--verbose", is_flag=True, help="Also show what Ray says."),
 )
+
+
+def _runtime(command: Callable[..., None]) -> Callable[..., None]:
+    """Options --local and --verbose, given to the command as `runtime`."""
+
+    @click.option("--local", is_flag=True, help="In this process: no Ray is started.")
+    @click.option("--verbose", is_flag=True, help="Also show what Ray says.")
+    @functools.wraps(command)
+    def with_runtime(*arguments: Any, local: bool, verbose: bool, **options: Any) -> None:
+        command(*arguments, runtime=Runtime(local, verbose), **options)
+
+    return with_runtime
+
+
 _mask_options = _options(
     click.option("--tile", type=int, metavar="N", help="Segment at the image's own size, in squares of N pixels."),
     click.option("--overlap", type=float, metavar="X", help="Share of a tile in common with the next.  [default: 0.5]"),
@@ -147,6 +159,7 @@ _as_json = click.option("--json", "as_json", is_flag=True, help="One JSON object
 @_no_report
 @_workers_range
 @_machine
+@_runtime
 def train(
     images: str | None,
     masks: str | None,
@@ -157,8 +170,7 @@ def train(
     folds: int | None,
     resume: bool,
     no_report: bool,
-    local: bool,
-    verbose: bool,
+    runtime: Runtime,
     **flags: Any,
 ) -> None:
     """Train a U-Net on pairs of images and masks.
@@ -187,12 +199,12 @@ def train(
     if folds is not None:
         from unet_ray.evaluation.cross_validation import cross_validate
 
-        with TrainingDisplay(config) as display, nullcontext() if local else ray_session(verbose):
+        with TrainingDisplay(config) as display, runtime.started():
             summary = cross_validate(
                 config,
                 out,
                 folds,
-                local=local,
+                runtime=runtime,
                 resume=resume,
                 callbacks=_callbacks(config, display),
                 on_fold=display.tell,
@@ -203,9 +215,7 @@ def train(
             click.echo(f"{label:<16} {mean:.4f} ± {sd:.4f} (mean and sd of {folds} folds)")
         return
     with TrainingDisplay(config) as display:
-        result = run(
-            config, out, local=local, resume=resume, cluster=ray_session(verbose), callbacks=_callbacks(config, display)
-        )
+        result = run(config, out, runtime=runtime, resume=resume, callbacks=_callbacks(config, display))
     best = result.best
     click.echo(f"best: epoch {best['epoch']}, validation Dice {best['val_dice']:.4f}")
     _say_places(model=storage.join(out, "model"), **_reported(out, no_report))
@@ -236,6 +246,7 @@ def train(
 @_as_json
 @_workers
 @_machine
+@_runtime
 def predict(
     model: str,
     inputs: tuple[str, ...],
@@ -245,8 +256,7 @@ def predict(
     allow_failures: str,
     no_report: bool,
     as_json: bool,
-    local: bool,
-    verbose: bool,
+    runtime: Runtime,
     **options: Any,
 ) -> None:
     """Segment every image of folders, files, globs, lists or buckets.
@@ -275,7 +285,7 @@ def predict(
     from unet_ray.inference.predict import predict as run
 
     with ImagesDisplay("segmented") as display:
-        summary = run(config, local=local, cluster=ray_session(verbose), on_progress=display)
+        summary = run(config, runtime=runtime, on_progress=display)
     places = {"masks": storage.join(out, "masks")} if {"png"} & set(config.formats) else {"output": out}
     places |= {"table": storage.join(out, "manifest.parquet"), **_reported(out, no_report)}
     if as_json:
@@ -312,6 +322,7 @@ def predict(
 @_as_json
 @_workers
 @_machine
+@_runtime
 def evaluate(
     model: str,
     mask_values: str | None,
@@ -319,8 +330,7 @@ def evaluate(
     against: str | None,
     choose_cleanup: bool,
     as_json: bool,
-    local: bool,
-    verbose: bool,
+    runtime: Runtime,
     **options: Any,
 ) -> None:
     """Score a model on pairs of images and masks, at each mask's own size.
@@ -347,7 +357,7 @@ def evaluate(
         if against is not None or table is not None:
             raise UserError("--choose-cleanup goes without --against and --table")
         with ImagesDisplay("scored") as display:
-            choice = find_cleanup(config, pairs=pairs, local=local, cluster=ray_session(verbose), on_progress=display)
+            choice = find_cleanup(config, pairs=pairs, runtime=runtime, on_progress=display)
         if as_json:
             click.echo(json.dumps(dataclasses.asdict(choice)))
             return
@@ -356,8 +366,8 @@ def evaluate(
             click.echo(f"{name:<20} {dice:.4f}" + ("  <- kept for predict" if name == choice.chosen else ""))
         return
     comparison = None
-    with nullcontext() if local or against is None else ray_session(verbose):
-        score = functools.partial(evaluate, pairs=pairs, local=local, cluster=ray_session(verbose))
+    with nullcontext() if against is None else runtime.started():
+        score = functools.partial(evaluate, pairs=pairs, runtime=runtime)
         with ImagesDisplay("scored") as display:
             scores = score(config, on_progress=display)
         if against is not None:
@@ -521,7 +531,7 @@ def report(location: str, on_cluster: bool, verbose: bool) -> None:
     from unet_ray.report.page import write
 
     with ImagesDisplay("scored") as display:
-        place = write(location, local=not on_cluster, cluster=ray_session(verbose), on_progress=display)
+        place = write(location, runtime=Runtime(not on_cluster, verbose), on_progress=display)
     click.echo(storage.without_secrets(place))
 
 
@@ -543,9 +553,8 @@ def recipes(name: str | None) -> None:
 
 @main.command()
 @click.option("--out", default="demo", show_default=True, metavar="DIR", help="New folder for data, run and masks.")
-@click.option("--local", is_flag=True, help="In this process: no Ray is started.")
-@click.option("--verbose", is_flag=True, help="Also show what Ray says.")
-def demo(out: str, local: bool, verbose: bool) -> None:
+@_runtime
+def demo(out: str, runtime: Runtime) -> None:
     """Make a small data set, train on it, segment unseen images, score them: a few minutes on two CPUs.
 
     \b
@@ -565,21 +574,22 @@ def demo(out: str, local: bool, verbose: bool) -> None:
         settings=[("data.images", str(data / "train")), ("data.masks", str(data / "train_masks"))],
     )
     run, masks = str(folder / "run"), str(folder / "masks")
-    if not local:
+    if not runtime.local:
         click.echo("starting Ray (about 20 seconds)")
     from unet_ray.evaluation.evaluate import evaluate as run_evaluate
     from unet_ray.inference.predict import predict as run_predict
     from unet_ray.training.run import train as run_train
 
-    with nullcontext() if local else ray_session(verbose):
+    with runtime.started():
         with TrainingDisplay(config) as display:
-            run_train(config, run, local=local, callbacks=_callbacks(config, display))
+            run_train(config, run, runtime=runtime, callbacks=_callbacks(config, display))
         click.echo("segmenting the unseen folder")
         summary = run_predict(
-            PredictConfig(model=run, inputs=(str(data / "unseen"),), out=masks, formats=("png", "parquet")), local=local
+            PredictConfig(model=run, inputs=(str(data / "unseen"),), out=masks, formats=("png", "parquet")),
+            runtime=runtime,
         )
         scores = run_evaluate(
-            EvaluateConfig(model=run, images=str(data / "unseen"), masks=str(data / "unseen_masks")), local=local
+            EvaluateConfig(model=run, images=str(data / "unseen"), masks=str(data / "unseen_masks")), runtime=runtime
         )
     low, high = scores.dice.ci95
     click.echo(

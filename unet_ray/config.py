@@ -16,14 +16,13 @@ from typing import Any, Literal
 
 import yaml
 
+from unet_ray.registry import FORMATS, LOSSES, NETWORKS, OPTIMIZERS
+
 IGNORE = 255
 """The class id, in every mask this package hands around, of a pixel that neither trains nor scores."""
 
 MAX_CLASSES = 255
 """Class ids are uint8 and 255 is `IGNORE`."""
-
-LOSSES = ("auto", "bce", "ce", "dice", "focal", "tversky")
-"""Terms of `train.loss`."""
 
 
 class UserError(ValueError):
@@ -34,7 +33,7 @@ class UserError(ValueError):
 class ModelConfig:
     """What is trained (`model.` in YAML and `--set`)."""
 
-    name: Literal["unet", "attention_unet", "unet++", "fcn", "deeplabv3", "smp", "otsu"] = "unet"
+    name: str = "unet"
     """`unet`; `attention_unet`: gates on the skips (Oktay et al. 2018); `unet++`: nested skips (Zhou et al. 2018). To
     compare with: torchvision's `fcn` and `deeplabv3` on a ResNet-50, `smp`: a U-Net of segmentation_models_pytorch on
     `encoder` (an extra), `otsu`: a threshold for each image (Otsu 1979). Those four have no use for the settings of
@@ -69,7 +68,7 @@ class ModelConfig:
     one for each channel."""
 
     def __post_init__(self) -> None:
-        _check_choices(self, "model")
+        _check_choices(self, "model", name=NETWORKS)
         _at_least(self, "model", in_channels=1, num_classes=1, base_channels=1, depth=1, growth=1, patch=1)
         if self.num_classes > MAX_CLASSES:
             raise UserError(f"model.num_classes is {self.num_classes}: at most {MAX_CLASSES}, class ids are 8-bit")
@@ -256,7 +255,7 @@ class OptimizationConfig:
     """Step size, at its highest where the schedule changes it."""
     weight_decay: float = 0.01
     """Not applied to biases and norms."""
-    optimizer: Literal["adamw", "adam", "sgd", "rmsprop", "muon"] = "adamw"
+    optimizer: str = "adamw"
     """`muon`: AdamW for biases, norms and the last layer, orthogonal steps for all other weights (muon.py)."""
     momentum: float = 0.99
     """Of `sgd` (Ronneberger et al. 2015, section 3: 0.99)."""
@@ -302,7 +301,7 @@ class OptimizationConfig:
     """Compute each level's activations again in the backward pass instead of keeping them: less memory, more time."""
 
     def __post_init__(self) -> None:
-        _check_choices(self, "train")
+        _check_choices(self, "train", optimizer=OPTIMIZERS)
         _at_least(self, "train", epochs=1, batch_size=1, weight_decay=0, clip_norm=0, accumulate=1, patience=0)
         _at_least(self, "train", focal_gamma=0, border_weight=0, plateau_patience=0)
         if self.learning_rate <= 0:
@@ -383,8 +382,8 @@ class TrainConfig:
         if self.augment.quarter_turns and height != width:
             raise UserError(f"augment.quarter_turns needs square images, not {height}x{width}")
         terms = set(self.train.loss.split("+"))
-        for term in terms - set(LOSSES):
-            raise UserError(f"train.loss {self.train.loss!r}: {term!r} is not a loss{nearest(term, LOSSES)}")
+        for term in terms - {"auto", *LOSSES}:
+            raise UserError(f"train.loss {self.train.loss!r}: {term!r} is not a loss{nearest(term, ['auto', *LOSSES])}")
         if "auto" in terms and len(terms) > 1:
             raise UserError(f"train.loss {self.train.loss!r}: auto stands alone")
         if "bce" in terms and self.model.num_classes > 1:
@@ -474,9 +473,6 @@ class MaskOptions:
             Cleanup.parse(self.cleanup)
 
 
-FORMATS = ("png", "parquet", "rle", "kaggle", "coco", "prob", "overlay")
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PredictConfig(MaskOptions):
     """A whole prediction."""
@@ -543,11 +539,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f": did you mean {close[0]!r}?" if close else f": one of {', '.join(sorted(known))}"
 
 
-def _check_choices(section: Any, prefix: str) -> None:
-    for name, hint in typing.get_type_hints(type(section)).items():
-        if typing.get_origin(hint) is Literal and getattr(section, name) not in typing.get_args(hint):
-            options = ", ".join(map(str, typing.get_args(hint)))
-            raise UserError(f"{prefix}.{name} is {getattr(section, name)!r}: one of {options}")
+def _check_choices(section: Any, prefix: str, **tables: Iterable[str]) -> None:
+    """Raises UserError for a value that is none of its field's Literal, or of the table given for the field."""
+    hints = typing.get_type_hints(type(section)).items()
+    literals = {name: typing.get_args(hint) for name, hint in hints if typing.get_origin(hint) is Literal}
+    for name, choices in {**literals, **tables}.items():
+        if getattr(section, name) not in choices:
+            raise UserError(f"{prefix}.{name} is {getattr(section, name)!r}: one of {', '.join(map(str, choices))}")
 
 
 def _at_least(section: Any, prefix: str, **bounds: float) -> None:

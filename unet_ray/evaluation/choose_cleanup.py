@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from unet_ray.config import EvaluateConfig
@@ -11,6 +10,7 @@ from unet_ray.data.pairs import Pair
 from unet_ray.evaluation.evaluate import measure
 from unet_ray.inference.pipeline import OnProgress, Pipeline
 from unet_ray.models import checkpoint
+from unet_ray.ray_backend.session import Runtime
 
 CLEANUPS = ("holes", "largest", "largest+holes", "area=0.02%+holes", "area=0.2%+holes", "area=1%+holes")
 """What `choose_cleanup` tries, beside nothing."""
@@ -32,8 +32,7 @@ def choose_cleanup(
     config: EvaluateConfig,
     *,
     pairs: list[Pair] | None = None,
-    local: bool = False,
-    cluster: AbstractContextManager[None] = nullcontext(),
+    runtime: Runtime = Runtime(),
     on_progress: OnProgress = lambda _done, _failed, _all: None,
 ) -> CleanupChoice:
     """Scores masks after each of `CLEANUPS`; the best is written into the model directory, where `predict` finds it.
@@ -41,7 +40,7 @@ def choose_cleanup(
     Arguments and errors as of `evaluate`; `config.cleanup` has no say.
     """
     pipeline = Pipeline.of(config.model, dataclasses.replace(config, cleanup="none"))
-    each, _ = measure(config, pipeline, CLEANUPS, pairs, local, cluster, on_progress)
+    each, _ = measure(config, pipeline, CLEANUPS, pairs, runtime, on_progress)
     dice = {name: float(scores.means()["dice"].mean()) for name, scores in zip(("none", *CLEANUPS), each, strict=True)}
     best = max(dice, key=dice.__getitem__)
     chosen = best if dice[best] >= dice["none"] + WORTH else "none"

@@ -12,6 +12,7 @@ from typing import Any
 from unet_ray.config import EvaluateConfig, TrainConfig, UserError
 from unet_ray.data import storage
 from unet_ray.evaluation.evaluate import evaluate
+from unet_ray.ray_backend.session import Runtime
 from unet_ray.training.run import Callbacks, train
 
 FOLDS, SCORES = "folds.json", "scores.json"
@@ -43,7 +44,7 @@ def cross_validate(
     out: str,
     folds: int,
     *,
-    local: bool = False,
+    runtime: Runtime = Runtime(),
     resume: bool = False,
     callbacks: Callbacks = Callbacks(),
     on_fold: Callable[[str], None] = lambda _run: None,
@@ -65,9 +66,9 @@ def cross_validate(
         on_fold(run)
         if not (resume and storage.exists(path)):
             data = dataclasses.replace(config.data, folds=folds, fold=fold)
-            train(dataclasses.replace(config, data=data), run, local=local, resume=resume, callbacks=callbacks)
+            train(dataclasses.replace(config, data=data), run, runtime=runtime, resume=resume, callbacks=callbacks)
             machine = EvaluateConfig(model=run, device=config.compute.device, precision=config.train.precision)
-            scores = evaluate(machine, local=local)
+            scores = evaluate(machine, runtime=runtime)
             storage.write_bytes(path, (json.dumps(scores.to_json(), indent=2) + "\n").encode())
         results.append(json.loads(storage.read_bytes(path)))
         on_scores(run, results[-1]["dice"]["mean"])

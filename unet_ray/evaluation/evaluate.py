@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +19,7 @@ from unet_ray.inference import ledger
 from unet_ray.inference.pipeline import OnProgress, Pipeline
 from unet_ray.inference.stages import Chunks
 from unet_ray.metrics import ImageScores, Scores
+from unet_ray.ray_backend.session import Runtime
 
 
 def evaluate(
@@ -27,8 +27,7 @@ def evaluate(
     *,
     pipeline: Pipeline | None = None,
     pairs: list[Pair] | None = None,
-    local: bool = False,
-    cluster: AbstractContextManager[None] = nullcontext(),
+    runtime: Runtime = Runtime(),
     on_progress: OnProgress = lambda _done, _failed, _all: None,
 ) -> Scores:
     """Scores a model on pairs of images and masks: through Ray Data, or with `local` in this process.
@@ -41,7 +40,7 @@ def evaluate(
     no pair could be used.
     """
     pipeline = pipeline or Pipeline.of(config.model, config)
-    each, failures = measure(config, pipeline, (), pairs, local, cluster, on_progress)
+    each, failures = measure(config, pipeline, (), pairs, runtime, on_progress)
     return metrics.score(each[0], config.tolerance, failures)
 
 
@@ -50,8 +49,7 @@ def measure(
     pipeline: Pipeline,
     cleanups: tuple[str, ...],
     pairs: list[Pair] | None,
-    local: bool,
-    cluster: AbstractContextManager[None],
+    runtime: Runtime,
     on_progress: OnProgress,
 ) -> tuple[list[ImageScores], list[tuple[str, str]]]:
     """What was measured on the masks as they are and after each clean-up, and (image, reason) of what failed."""
@@ -71,9 +69,7 @@ def measure(
     scored: list[tuple[str, np.ndarray, int, np.ndarray]] = []
     failures = []
     shared = {"--images": pairs[0].image, "--masks": pairs[0].mask}
-    run = pipeline.run(
-        range(len(chunks)), chunks, compare, images=len(pairs), shared=shared, local=local, cluster=cluster
-    )
+    run = pipeline.run(range(len(chunks)), chunks, compare, images=len(pairs), shared=shared, runtime=runtime)
     for result in run:
         for row, (name, error) in enumerate(zip(result["path"], result["error"], strict=True)):
             if error:

@@ -26,6 +26,7 @@ from unet_ray.inference.reader import Reader
 from unet_ray.models import checkpoint, compiling
 from unet_ray.models.checkpoint import ModelCard
 from unet_ray.models.tiles import mirrored
+from unet_ray.ray_backend.session import LOCAL
 
 MAY_FALL = 0.001
 """Mean validation Dice that int8 may cost."""
@@ -83,7 +84,7 @@ def quantize(
     backends.write(data, stem)
     pairs = pairs_of(config)
     both = [
-        evaluate(config, pipeline=pipeline, pairs=pairs, local=True, on_progress=on_progress)
+        evaluate(config, pipeline=pipeline, pairs=pairs, runtime=LOCAL, on_progress=on_progress)
         for pipeline in (plain, dataclasses.replace(plain, quantized=stem, options=options))
     ]
     before, after = (float(scores.dice.mean or 0) for scores in both)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from unet_ray.config import Cleanup, MaskOptions, UserError
@@ -28,6 +27,7 @@ from unet_ray.inference.stages import (
 from unet_ray.models import checkpoint, compiling
 from unet_ray.models.checkpoint import ModelCard
 from unet_ray.models.device import device_here
+from unet_ray.ray_backend.session import Runtime
 
 READ_SECONDS = 0.0065
 """For reading an image and writing its mask: two cores and photographs of 512x512 measured."""
@@ -150,8 +150,7 @@ class Pipeline:
         images: int,
         probabilities: bool = False,
         shared: Mapping[str, str],
-        local: bool,
-        cluster: AbstractContextManager[None],
+        runtime: Runtime,
     ) -> Iterator[Chunk]:
         """Chunks through decode, model and `finish`; yields what that returns, as chunks are finished.
 
@@ -163,11 +162,11 @@ class Pipeline:
         options = self.options
         model = ModelStage(self, finish, images, probabilities)
         before, after = Preprocess(load, self.decode(self.reader())), self.after(finish, probabilities)
-        if local:
+        if runtime.local:
             here = device_here(options.device, options.workers).type
             yield from run_here(numbers, before, lambda: model(device=here, threads=None), after)
             return
-        with cluster:
+        with runtime.started():
             from unet_ray.ray_backend.data_context import configure
             from unet_ray.ray_backend.inference import run_on_cluster
 

@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,7 @@ from unet_ray.inference.stages import (
 )
 from unet_ray.inference.write import MASKS, OVERLAYS, PROBABILITIES, Write
 from unet_ray.models import checkpoint
+from unet_ray.ray_backend.session import Runtime
 
 SETTINGS, SUMMARY, REPORT = "settings.json", "summary.json", "report.html"
 OUTPUTS = (
@@ -95,8 +96,7 @@ class PredictSummary:
 def predict(
     config: PredictConfig,
     *,
-    local: bool = False,
-    cluster: AbstractContextManager[None] = nullcontext(),
+    runtime: Runtime = Runtime(),
     on_progress: OnProgress = lambda _done, _failed, _all: None,
 ) -> PredictSummary:
     """Segments every image of `config.inputs` into `config.out`: through Ray Data, or with `local` in this process.
@@ -162,8 +162,7 @@ def predict(
                     f"--out {out}": storage.join(out, SETTINGS),
                     **({"INPUT": book.first(numbers[0])} if numbers else {}),
                 },
-                local=local,
-                cluster=cluster,
+                runtime=runtime,
             ):
                 still_mine()
                 first_done = first_done or time.perf_counter()

@@ -10,8 +10,28 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """Where work is done: in this process, or on Ray."""
+
+    local: bool = False
+    """In this process; Ray is neither started nor imported."""
+    verbose: bool = False
+    """Show what Ray says."""
+
+    @contextmanager
+    def started(self) -> Iterator[None]:
+        """A block in which Ray is there, see `ray_session`; nothing with `local`."""
+        with nullcontext() if self.local else ray_session(self.verbose):
+            yield
+
+
+LOCAL = Runtime(local=True)
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -24,6 +23,7 @@ from unet_ray.inference.reader import Reader
 from unet_ray.metrics import Scores
 from unet_ray.models import checkpoint, compiling
 from unet_ray.models.checkpoint import ModelCard
+from unet_ray.ray_backend.session import Runtime
 from unet_ray.report.content import (
     FALSE_NEGATIVE,
     FALSE_POSITIVE,
@@ -64,7 +64,7 @@ WORST, MIDDLE, BEST = 6, 3, 3
 # --- a training run ---
 
 
-def of_run(run: str, local: bool, cluster: AbstractContextManager[None], on_progress: OnProgress) -> str:
+def of_run(run: str, runtime: Runtime, on_progress: OnProgress) -> str:
     config = load_train_config(config_file=storage.read_bytes(storage.join(run, checkpoint.CONFIG)).decode())
     result = result_of(run)
     card = checkpoint.read_card(checkpoint.model_directory(run))
@@ -76,7 +76,7 @@ def of_run(run: str, local: bool, cluster: AbstractContextManager[None], on_prog
         pairs = pairs_of_run(run, "val")
         some = evenly(pairs, SCORED)
         how = EvaluateConfig(model=run, backend=BACKEND)
-        scores = evaluate(how, pairs=some, local=local, cluster=cluster, on_progress=on_progress)
+        scores = evaluate(how, pairs=some, runtime=runtime, on_progress=on_progress)
     except UserError as error:  # images that have been moved since, say: there is still the rest to see
         reason = str(error)
         for place in (run, config.data.images, config.data.masks):

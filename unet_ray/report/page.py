@@ -5,7 +5,6 @@ bounded number of them, so that the page stays small however large the run."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 from unet_ray.config import UserError
@@ -13,6 +12,7 @@ from unet_ray.data import storage
 from unet_ray.inference.pipeline import OnProgress
 from unet_ray.inference.predict import REPORT, SUMMARY
 from unet_ray.models import checkpoint
+from unet_ray.ray_backend.session import LOCAL, Runtime
 from unet_ray.report.of_prediction import of_prediction
 from unet_ray.report.of_run import of_run
 
@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 def write(
     location: str,
     *,
-    local: bool = True,
-    cluster: AbstractContextManager[None] = nullcontext(),
+    runtime: Runtime = LOCAL,
     on_progress: OnProgress = lambda _done, _failed, _all: None,
 ) -> str:
     """Writes report.html into a run directory or a prediction's folder. Returns where it lies.
@@ -34,7 +33,7 @@ def write(
     """
     location = storage.absolute(location)
     if storage.exists(storage.join(location, checkpoint.METRICS)):
-        page = of_run(location, local, cluster, on_progress)
+        page = of_run(location, runtime, on_progress)
     elif storage.exists(storage.join(location, SUMMARY)):
         page = of_prediction(location)
     elif storage.exists(location):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from unet_ray.data.pairs import find_pairs
 from unet_ray.data.splits import split_pairs
 from unet_ray.models import checkpoint
 from unet_ray.models.device import check_precision, device_here
+from unet_ray.ray_backend.session import Runtime
 from unet_ray.training import tracking
 from unet_ray.training.loop import EpochProgress, fit
 from unet_ray.training.on_ray import Follower, train_on_ray
@@ -53,9 +53,8 @@ def train(
     config: TrainConfig,
     out: str,
     *,
-    local: bool = False,
+    runtime: Runtime = Runtime(),
     resume: bool = False,
-    cluster: AbstractContextManager[None] = nullcontext(),
     callbacks: Callbacks = Callbacks(),
 ) -> TrainResult:
     """Trains `config` into the run directory `out`: through Ray Train, or with `local` in this process.
@@ -89,13 +88,13 @@ def train(
         checkpoint.check_init(init, config.model)
     callbacks.on_start(parts)
 
-    with tracking.trackers(config, out, PurePosixPath(out).name) as track, nullcontext() if local else cluster:
+    with tracking.trackers(config, out, PurePosixPath(out).name) as track, runtime.started():
 
         def told(line: dict[str, Any]) -> None:
             track(line)
             callbacks.on_epoch(line)
 
-        if local:
+        if runtime.local:
             _train_here(config, parts, out, told, callbacks.on_step)
         else:
             train_on_ray(config, parts, out, Follower(out, told, callbacks.on_step), callbacks.on_retry)
