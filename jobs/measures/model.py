@@ -1,0 +1,56 @@
+"""The network alone, one image at a time."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import itertools
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import numpy as np
+import torch
+
+from measures.common import Apart, Job, Line, dice, in_turns, mask_of, runtime_options, table
+from unet_ray.inference import backends
+from unet_ray.models import checkpoint, compiling
+from unet_ray.models.device import bf16_is_fast, keep_freed_memory
+
+
+def plain_network(job: Job) -> Callable[[np.ndarray], np.ndarray]:
+    """Returns image -> mask by the same weights in fp32, as a tutorial runs them: nothing is folded, no memory format, no
+    autocast."""
+    network = checkpoint.load_model(job.model)[0].eval().to(job.device)
+    return lambda image: mask_of(lambda tensor: network(tensor.contiguous()), image, job)
+
+
+def networks(job: Job) -> Iterator[tuple[str, backends.Network]]:
+    """Yields the network in each of our ways that this machine has."""
+    yield "torch", backends.load(job.model, runtime_options(job, backend="torch"))[0]
+    yield "compiled", backends.load(job.model, runtime_options(job, backend="compiled"))[0]
+    if job.device == "cpu" and importlib.util.find_spec("openvino"):
+        yield "OpenVINO fp32", backends.load(job.model, runtime_options(job, "fp32", "openvino"))[0]
+        if bf16_is_fast(torch.device("cpu")):
+            yield "OpenVINO bf16", backends.load(job.model, runtime_options(job, "bf16", "openvino"))[0]
+        if job.quantized is not None:
+            yield "OpenVINO int8", backends.load(job.model, runtime_options(job, "int8", "openvino"), job.quantized)[0]
+
+
+def model_section(job: Job) -> Iterator[Line]:
+    keep_freed_memory(of_any_size=True)
+    decoded = job.decoded(16)
+    ours = {name: partial(mask_of, network, job=job) for name, network in networks(job)}
+    upcoming = itertools.cycle(decoded)
+    with Apart(plain_network, job) as plain:
+        ways: dict[str, Callable[[np.ndarray], np.ndarray]] = {"plain fp32": plain, **ours}
+        steps = {name: lambda way=way: way(next(upcoming)) for name, way in ways.items()}
+        seconds = in_turns(steps, job.rounds)
+        expected = [plain(image) for image in decoded[:8]]
+    flops = compiling.floating_point_operations(job.card.model, job.card.image_size)
+    notes = {}
+    for name, value in seconds.items():
+        notes[name] = f"{flops / value / 1e12:.3f} TFLOPS"
+        if name in ours:
+            agree = np.mean([dice(ours[name](image), mask) for image, mask in zip(decoded, expected, strict=False)])
+            notes[name] += f"; Dice with plain fp32's masks {agree:.5f}"
+    yield from table("model", seconds, notes)

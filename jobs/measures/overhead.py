@@ -1,0 +1,134 @@
+"""The way of the data without a network, beside as many bare processes as there are cores."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from measures.common import Job, Line, table
+from unet_ray.config import Cleanup
+from unet_ray.data.chunks import Chunk, Stage
+from unet_ray.inference.ledger import Ledger
+from unet_ray.inference.reader import Reader
+from unet_ray.inference.segmenter import Segmentation
+from unet_ray.inference.stages import AtOwnSize, Chunks, Decode, Preprocess, Segment, run_here
+from unet_ray.inference.write import Write
+from unet_ray.models.checkpoint import ModelCard
+from unet_ray.models.device import keep_freed_memory
+from unet_ray.ray_backend.data_context import configure
+from unet_ray.ray_backend.inference import run_on_cluster
+from unet_ray.ray_backend.session import ray_session
+
+
+class NoNetwork:
+    """In a BatchSegmenter's place: a disc, whatever the image, which costs next to nothing."""
+
+    def __init__(self, card: ModelCard) -> None:
+        self.card = card
+        y, x = (np.linspace(-1, 1, side, dtype=np.float16) for side in card.image_size)
+        self.disc = (np.float16(0.5) - y[:, None] ** 2 - x**2)[None]
+
+    def __call__(self, image_NHWC: np.ndarray) -> Segmentation:
+        count = len(image_NHWC)
+        return Segmentation(np.repeat(self.disc[None], count, axis=0), np.ones(count, np.float32))
+
+
+@dataclass(frozen=True, slots=True)
+class _NoModel:
+    card: ModelCard
+
+    def __call__(self, **_where: Any) -> Stage:
+        return Segment(NoNetwork(self.card))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """The stages that read, decode and write, as `predict` puts them together, over a folder that repeats."""
+
+    card: ModelCard
+    out: str
+    images: list[str]
+    chunk: int = 64
+    """As in a folder of 4,096 images or more."""
+
+    def load(self, number: int) -> Chunk:
+        start, count = number * self.chunk, self.chunk
+        rows_here = range(start, start + count)
+        paths = [self.images[row % len(self.images)] for row in rows_here]
+        names = [f"{row:07d}" for row in rows_here]
+        columns: dict[str, Any] = {
+            "path": [os.fsencode(path) for path in paths],
+            "name": [name.encode() for name in names],
+            "output": [f"{name}.png".encode() for name in names],
+            "number": [number] * count,
+            "row": list(rows_here),
+            "size": [0] * count,
+            "mtime_ns": [0] * count,
+            "redone": [False] * count,
+        }
+        return Chunks(columns, self.chunk)(0)
+
+    def stages(self) -> tuple[Preprocess, _NoModel, Stage]:
+        reader = Reader.of(self.card, 10**9)
+        write = Write(Ledger(self.out, (), False), ("png",), self.card, reader)
+        after = AtOwnSize(write, self.card, Cleanup(), False)
+        return Preprocess(self.load, Decode(reader, self.card.image_size)), _NoModel(self.card), after
+
+    def bare(self, numbers: Sequence[int]) -> None:
+        """All stages one after the other, in this process."""
+        keep_freed_memory()
+        torch.set_num_threads(1)
+        before, model, after = self.stages()
+        segment = model()
+        for number in numbers:
+            after(segment(before(number)))
+
+
+def overhead_section(job: Job) -> Iterator[Line]:
+    cores = os.cpu_count() or 1
+    count = 40
+    notes = {}
+    seconds: dict[str, list[float]] = {}
+    context = multiprocessing.get_context("spawn")
+    with ray_session(), context.Pool(cores) as pool:
+        pool.map(_imported, range(cores))
+        configure()
+        for turn in range(job.rounds):
+            way = Way(job.card, str(job.folder / f"bare{turn}"), job.images)
+            started = time.perf_counter()
+            pool.map(way.bare, [range(start, count, cores) for start in range(cores)], chunksize=1)
+            name = f"{cores} bare processes"
+            seconds.setdefault(name, []).append((time.perf_counter() - started) / (count * way.chunk))
+            for name, run in (
+                ("--local", lambda *parts: run_here(range(count), parts[0], parts[1], parts[2])),
+                (
+                    "through Ray",
+                    lambda *parts: run_on_cluster(range(count), *parts, workers=1, device="cpu", shared={}),
+                ),
+            ):
+                way = Way(job.card, str(job.folder / f"{name}{turn}"), job.images)
+                times = [time.perf_counter() for _ in run(*way.stages())]
+                # The middle half: neither while processes start nor while the last chunks have the machine alone.
+                begun, ended = count // 4, 3 * count // 4
+                seconds.setdefault(name, []).append((times[ended] - times[begun]) / ((ended - begun) * way.chunk))
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    notes["through Ray"] = f"{count * way.chunk} images of {_size_of(job.images[0])}, one PNG mask each"
+    yield from table("overhead", medians, notes)
+
+
+def _imported(_number: int) -> None:
+    time.sleep(0.5)  # long enough that every process of the pool gets one
+
+
+def _size_of(path: str) -> str:
+    with Image.open(path) as image:
+        return f"{image.width}x{image.height}"
