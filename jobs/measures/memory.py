@@ -18,6 +18,8 @@ from unet_ray.config import PredictConfig
 from unet_ray.inference.predict import predict
 from unet_ray.ray_backend.session import ray_session
 
+MANY = 10_000
+
 
 class PeakMemory:
     """Measures the peak resident memory, without shared memory, of this process and of its descendants, ten times per
@@ -52,13 +54,8 @@ def _own(process: psutil.Process) -> int:
     return memory.rss - getattr(memory, "shared", 0)
 
 
-def memory_section(job: Job) -> Iterator[Line]:
-    """Predicts few images before and after many, because machines slow down and recover.
-
-    With this network ten thousand images take minutes. A smaller one would not do: most of a few images would be
-    decoded while it loads, which is not measured.
-    """
-    model = random_model(job.folder / "half", ("model.base_channels", 32), ("data.image_size", 192))
+def _many_images(job: Job) -> Job:
+    """Returns the job with `MANY` images of 512x512 pixels: copies of the first 64, as hard links."""
     folder = job.folder / "many"
     folder.mkdir()
     sources = []
@@ -67,27 +64,38 @@ def memory_section(job: Job) -> Iterator[Line]:
             target = job.folder / f"{Path(path).stem}.jpg"
             image.convert("RGB").resize((512, 512)).save(target)
             sources.append(target)
-    for number in range(10_000):
-        os.link(sources[number % len(sources)], folder / f"{number:05d}.jpg")
-    seconds: dict[int, list[float]] = {500: [], 10_000: []}
+    names = [folder / f"{number:05d}.jpg" for number in range(MANY)]
+    for number, name in enumerate(names):
+        os.link(sources[number % len(sources)], name)
+    return dataclasses.replace(job, images=[str(name) for name in names])
+
+
+def memory_section(job: Job) -> Iterator[Line]:
+    """Predicts few images before and after many, because machines slow down and recover.
+
+    With this network ten thousand images take minutes. A smaller one would not do: most of a few images would be
+    decoded while it loads, which is not measured.
+    """
+    model = random_model(job.folder / "half", ("model.base_channels", 32), ("data.image_size", 192))
+    many = _many_images(job)
+    seconds: dict[int, list[float]] = {500: [], MANY: []}
     halves: list[float] = []
     notes: dict[int, str] = {}
-    many = dataclasses.replace(job, images=[str(folder / f"{number:05d}.jpg") for number in range(10_000)])
     lists = {count: many.listed(count) for count in seconds}
     for turn in range(job.rounds):
-        for number, (count, times) in enumerate(((500, 2), (10_000, 1), (500, 2))):
+        for number, (count, times) in enumerate(((500, 2), (MANY, 1), (500, 2))):
             with ray_session(), PeakMemory() as peak:
-                for again in range(times):
-                    out = str(job.folder / f"predicted-{turn}-{number}-{again}")
+                for run in range(times):
+                    out = str(job.folder / f"predicted-{turn}-{number}-{run}")
                     todo = PredictConfig(model=model, inputs=(lists[count],), out=out, device=job.device)
                     reports = reports_of(lambda tell, todo=todo: predict(todo, on_progress=tell))  # type: ignore[misc]
                     seconds[count].append(steady(reports))
-            if count == 10_000:
+            if count == MANY:
                 halves.append(steady(reports, 0, 0.5) / steady(reports, 0.5, 1))
             more = (peak.mine - peak.before) / 2**20
             others = f"all other processes {peak.theirs / 2**20:.0f} MB"
             notes.setdefault(count, f"driver {more:.0f} MB more than before, {others}")
-    notes[10_000] += f", the second half at {statistics.median(halves):.2f} times the speed of the first"
+    notes[MANY] += f", the second half at {statistics.median(halves):.2f} times the speed of the first"
     rates = {count: statistics.median(of_each) for count, of_each in seconds.items()}
     for count, rate in rates.items():
         yield Line("memory", f"{count} images", rate, rates[500] / rate, notes[count])

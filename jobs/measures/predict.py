@@ -8,7 +8,7 @@ import itertools
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from unet_ray.ray_backend.session import Runtime, ray_session
 
 
 class Milesial:
-    """Runs milesial/Pytorch-UNet's predict.py, its own code in its own checkout, with random weights: image in, PNG out."""
+    """Runs milesial/Pytorch-UNet's predict.py from its checkout, with random weights: image in, PNG out."""
 
     def __init__(self, checkout: Path, job: Job) -> None:
         sys.path.insert(0, str(checkout))
@@ -59,6 +59,14 @@ def steady(reports: Reports, begin: float = 0, end: float = 1) -> float:
     return (ended[0] - begun[0]) / max(1, ended[1] - begun[1])
 
 
+def _each(function: Callable[[Any], object], arguments: Sequence[Any]) -> float:
+    """Calls the function with each argument. Returns the mean seconds of a call."""
+    started = time.perf_counter()
+    for argument in arguments:
+        function(argument)
+    return (time.perf_counter() - started) / len(arguments)
+
+
 def predict_section(job: Job) -> Iterator[Line]:
     outs = itertools.count()
 
@@ -68,6 +76,7 @@ def predict_section(job: Job) -> Iterator[Line]:
         predict(config, runtime=Runtime(local=local), on_progress=on_progress)
 
     network, _ = backends.load(job.model, runtime_options(job), job.quantized)
+    alone = partial(mask_of, network, job=job)
     decoded = job.decoded(8)
     milesial = None if job.milesial is None else Apart(Milesial, job.milesial, job)
     seconds: dict[str, list[float]] = {}
@@ -76,19 +85,15 @@ def predict_section(job: Job) -> Iterator[Line]:
             milesial(job.images[0])  # starts
         for _ in range(job.rounds):
             if milesial is not None:
-                started = time.perf_counter()
-                for path in job.images[:3]:
-                    milesial(path)
-                seconds.setdefault("milesial's predict.py", []).append((time.perf_counter() - started) / 3)
-            for image in decoded[:2]:
-                mask_of(network, image, job)
-            started = time.perf_counter()
-            for image in decoded:
-                mask_of(network, image, job)
-            seconds.setdefault("model alone", []).append((time.perf_counter() - started) / len(decoded))
+                seconds.setdefault("milesial's predict.py", []).append(_each(milesial, job.images[:3]))
+            for image in decoded[:2]:  # warms up
+                alone(image)
+            seconds.setdefault("model alone", []).append(_each(alone, decoded))
             seconds.setdefault("--local", []).append(steady(reports_of(partial(ours, True))))
             seconds.setdefault("through Ray", []).append(steady(reports_of(partial(ours, False))))
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    alone = medians["model alone"]
-    notes = {name: f"{alone / medians[name]:.3f} of the model's own rate" for name in ("--local", "through Ray")}
+    notes = {
+        name: f"{medians['model alone'] / medians[name]:.3f} of the model's own rate"
+        for name in ("--local", "through Ray")
+    }
     yield from table("predict", medians, notes)

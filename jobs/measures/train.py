@@ -47,7 +47,7 @@ class PlainPairs(Dataset):
 
 
 def plain_steps(config: TrainConfig, pairs: list[Pair], device: str) -> Callable[[], float]:
-    """Returns the training step of a plain PyTorch loop with the same network: fp32, no memory format, default AdamW."""
+    """Returns the step of a plain PyTorch loop with the same network: fp32, no memory format, default AdamW."""
     network = build(config.model).train().to(device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.train.learning_rate)
     criterion = torch.nn.BCEWithLogitsLoss()
