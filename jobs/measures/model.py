@@ -18,7 +18,7 @@ from unet_ray.models.device import bf16_is_fast, keep_freed_memory
 
 
 def plain_network(job: Job) -> Callable[[np.ndarray], np.ndarray]:
-    """Returns image -> mask with the same weights in fp32, as a tutorial runs them: nothing is folded, no memory format,
+    """Returns image -> mask with the same weights in fp32, as a tutorial runs them: nothing folded, no memory format,
     no autocast."""
     network = checkpoint.load_model(job.model)[0].eval().to(job.device)
     return lambda image: mask_of(lambda tensor: network(tensor.contiguous()), image, job)
