@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-# The checkout that was sent as the working directory, before any other that may be installed.
+# Import the checkout that was sent as the working directory, not a copy that may be installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from unet_ray.cli import run_command

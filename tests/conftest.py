@@ -1,4 +1,4 @@
-"""Shared by all tests: small data sets made on the spot, one Ray for all, the real data where it is."""
+"""Shared by all tests: small data sets made on the spot, one Ray, one cluster, and the real data where it is."""
 
 from __future__ import annotations
 
@@ -11,21 +11,36 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 from PIL import Image
 
-# One mode for all Rays of the tests: the job client would otherwise not send the token that a local Ray asks for.
+# One mode for all Rays of the tests: without it the job client does not send the token that a local Ray asks for.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-# Of the bucket in test_buckets.py. Set here, because Ray's workers have the environment that Ray was started in.
+# For the bucket of test_buckets.py. Set here, because Ray's workers inherit the environment that Ray was started in.
 os.environ |= {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_EC2_METADATA_DISABLED": "true"}
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # One torch thread a process, set before torch is imported: two processes of two threads on two cores wait for each
+    # other. The commands that tests start inherit it.
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL_DATA = ROOT.parent / "shared" / "data"
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keeps all tests of the one Ray in one process of pytest-xdist, and all cluster tests in one."""
+    for item in items:
+        if item.get_closest_marker("cluster"):
+            item.add_marker(pytest.mark.xdist_group("cluster"))
+        elif "ray_cluster" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("ray"))
 
 
 def disc(size: int, centre: tuple[float, float], radius: float) -> np.ndarray:
@@ -82,6 +97,11 @@ SLOW = [
 """Settings of a training whose epochs take some tenths of a second, so that it can be caught at work."""
 
 
+def flags(settings: Iterable[tuple[str, object]]) -> list[str]:
+    """Returns the settings as a command's arguments."""
+    return [argument for name, value in settings for argument in ("--set", f"{name}={value}")]
+
+
 RUN_FILES = [
     "config.yaml",
     "last/state.safetensors",
@@ -124,14 +144,14 @@ def free_port() -> int:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Of a command: this Python's programs."""
+    """Returns the environment of a command: this Python's programs are found first."""
     return {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", **more}
 
 
 SYSTEM = "--system-config=" + json.dumps(
     {
         "num_workers_soft_limit": 10,  # as the command does
-        # A node that is killed is missed after 5 seconds rather than 20, one that is slow is not.
+        # A killed node is missed after 5 seconds rather than 20; a slow one is not.
         "health_check_period_ms": 1000,
         "health_check_failure_threshold": 5,
         "health_check_timeout_ms": 10_000,
@@ -140,24 +160,30 @@ SYSTEM = "--system-config=" + json.dumps(
 
 
 class Machines:
-    """A Ray cluster of nodes started one by one, as on one's own machines, on 127.0.0.2, 127.0.0.3 and so on: Ray takes
-    127.0.0.1 for a mistake, these not."""
+    """A Ray cluster of nodes started one by one, as on one's own machines. They have the addresses 127.0.0.2, 127.0.0.3
+    and so on: Ray refuses several nodes on 127.0.0.1."""
 
     def __init__(self, **variables: str) -> None:
         self.temporary = tempfile.TemporaryDirectory(prefix="ur-", ignore_cleanup_errors=True)
         self.variables = {"AUTOSCALER_UPDATE_INTERVAL_S": "1", **variables}
         self.running: list[psutil.Process] = []
+        """The head first, if there is one."""
+        self.has_head = False
         self.started = 0
-        self.port, self.dashboard_port = free_port(), free_port()
-        self.address, self.dashboard = f"127.0.0.2:{self.port}", f"http://127.0.0.1:{self.dashboard_port}"
+        self._choose_address()
 
     def __enter__(self) -> Machines:
         return self
 
     def __exit__(self, *_error: object) -> None:
-        for machine in reversed(self.running):
-            self.kill(machine)
+        self.kill_all()
         self.temporary.cleanup()
+
+    def _choose_address(self) -> None:
+        """Of a head that is started next."""
+        self.port, self.dashboard_port = free_port(), free_port()
+        self.address = f"127.0.0.{2 + self.started}:{self.port}"
+        self.dashboard = f"http://127.0.0.1:{self.dashboard_port}"
 
     def _start(self, *arguments: str, prefix: Sequence[str] = ()) -> psutil.Process:
         self.started += 1
@@ -175,13 +201,23 @@ class Machines:
         machine = psutil.Process(process.pid)
         self.running.append(machine)
         # One by one: where several start at once on two cores, Ray gives up on some.
+        deadline = time.monotonic() + 120
         while "Ray runtime started" not in log.read_text():
-            assert process.poll() is None, log.read_text()[-2000:]
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-2000:]
             time.sleep(0.1)
         return machine
 
+    def complete(self) -> None:
+        """Starts what is missing of a head without CPUs and two nodes of two CPUs; all of it, if the head is gone."""
+        if not self.has_head:
+            self.kill_all()
+            self._choose_address()
+            self.head(0)
+        while len(self.running) < 3:
+            self.node(2)
+
     def head(self, cpus: int, *arguments: str) -> psutil.Process:
-        """Returns once the dashboard answers, which is last."""
+        """Returns once the dashboard answers, which starts last."""
         head = self._start(
             "--head",
             f"--num-cpus={cpus}",
@@ -190,7 +226,7 @@ class Machines:
             f"--dashboard-port={self.dashboard_port}",
             f"--ray-client-server-port={free_port()}",
             f"--dashboard-agent-listen-port={free_port()}",
-            f"--temp-dir={self.temporary.name}/ray",
+            f"--temp-dir={self.temporary.name}/ray{self.started}",
             SYSTEM,
             *arguments,
         )
@@ -200,16 +236,18 @@ class Machines:
         ).returncode:
             assert head.is_running() and time.monotonic() < deadline, "the head did not start"
             time.sleep(1)
+        self.has_head = True
         return head
 
-    def node(self, cpus: int, *, own_folder: Path | None = None) -> psutil.Process:
+    def node(self, cpus: int, *, gpus: int = 0, own_folder: Path | None = None) -> psutil.Process:
         """Returns once it has joined. `own_folder`: the node has another disk there (for root)."""
         mount = 'mount -t tmpfs none "$0" && exec "$@"'
         prefix = ["unshare", "--mount", "sh", "-c", mount, str(own_folder)] if own_folder else []
-        return self._start(f"--address={self.address}", f"--num-cpus={cpus}", prefix=prefix)
+        resources = [f"--num-cpus={cpus}", *([f"--num-gpus={gpus}"] if gpus else [])]
+        return self._start(f"--address={self.address}", *resources, prefix=prefix)
 
     def kill(self, machine: psutil.Process) -> None:
-        """As when the power fails."""
+        """Ends it as a power failure does."""
         with contextlib.suppress(psutil.NoSuchProcess):
             everything = [machine, *machine.children(recursive=True)]
             for process in everything:
@@ -217,10 +255,19 @@ class Machines:
                     process.kill()
             psutil.wait_procs(everything, timeout=20)
         if machine in self.running:
+            self.has_head = self.has_head and machine is not self.running[0]
             self.running.remove(machine)
 
+    def kill_all(self) -> None:
+        for machine in reversed(self.running):
+            self.kill(machine)
+
+    def working(self, kind: str) -> dict[psutil.Process, list[psutil.Process]]:
+        """Returns machine -> its processes at such work, of those that have any; the head is left out."""
+        return {machine: found for machine in self.running[1:] if (found := processes_at_work(machine, kind))}
+
     def command(self, *arguments: object) -> subprocess.Popen[str]:
-        """A command of ours on this cluster, its output in one stream."""
+        """Starts `unet-ray` with these arguments on this cluster; stdout has stderr too."""
         return subprocess.Popen(
             [sys.executable, "-m", "unet_ray", *map(str, arguments)],
             env=environment(RAY_ADDRESS=self.address),
@@ -230,7 +277,7 @@ class Machines:
         )
 
     def submit(self, *arguments: object, options: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
-        """`ray job submit` from the checkout."""
+        """Runs `ray job submit` in the checkout."""
         submit = [str(BIN / "ray"), "job", "submit", "--address", self.dashboard]
         submit += ["--runtime-env", "jobs/runtime_env.yaml"]
         return subprocess.run(
@@ -242,6 +289,33 @@ class Machines:
             timeout=400,
             check=False,
         )
+
+
+def processes_at_work(machine: psutil.Process, kind: str) -> list[psutil.Process]:
+    """Returns the processes below a machine's raylet whose name has `kind` in it."""
+    try:
+        return [p for p in machine.children(recursive=True) if kind in "".join(p.cmdline()[:1])]
+    except psutil.Error:
+        return []
+
+
+def until(condition: Callable[[], Any], process: subprocess.Popen[str] | None = None, seconds: float = 200) -> Any:
+    """Returns what `condition` returns, as soon as that is true. Fails if the process ends before."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert process is None or process.poll() is None, process.communicate()[0][-3000:]
+        assert time.monotonic() < deadline, "it took too long"
+        time.sleep(0.05)
+    return found
+
+
+@pytest.fixture(scope="session")
+def machines() -> Iterator[Machines]:
+    """One cluster of three nodes for all cluster tests: a head without CPUs and two nodes of two CPUs. A test that
+    needs them all calls `complete()`, since others kill some."""
+    with Machines() as cluster:
+        cluster.complete()
+        yield cluster
 
 
 @pytest.fixture
@@ -260,9 +334,9 @@ def _no_foreign_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Predictions in chunks of 8 images, however fast the network."""
-    from unet_ray.inference import ledger
+    from unet_ray.inference import chunk_size
 
-    monkeypatch.setattr(ledger, "SECONDS", 0.0)
+    monkeypatch.setattr(chunk_size, "SECONDS", 0.0)
 
 
 def make_model(folder: Path, *settings: tuple[str, object], seed: int = 0) -> Path:
@@ -282,9 +356,9 @@ def make_model(folder: Path, *settings: tuple[str, object], seed: int = 0) -> Pa
 
 def epochs_done(run: Path) -> int:
     """Of a training, as its last checkpoint says."""
-    from unet_ray.models import checkpoint
+    from unet_ray.models import training_state
 
-    state = checkpoint.read_state(str(run / "last"))
+    state = training_state.read_state(str(run / "last"))
     return state.epoch if state else 0
 
 

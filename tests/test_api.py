@@ -1,4 +1,4 @@
-"""The Python interface: its examples run, one image at a time gives what a folder gives, errors are one line."""
+"""The Python interface: its examples run, single images get the masks that a folder gets, errors are one line."""
 
 import doctest
 import io
@@ -21,7 +21,7 @@ from unet_ray.settings import load_train_config
 
 
 def photo(height: int, width: int, seed: int = 0, channels: int = 3) -> np.ndarray:
-    """Smooth noise, uint8 [H,W,C]."""
+    """Returns smooth noise, uint8 [H,W,C]."""
     noise = np.random.default_rng(seed).integers(0, 255, (5, 6, channels)).astype(np.uint8)
     bands = [Image.fromarray(noise[..., c]).resize((width, height), Image.Resampling.BICUBIC) for c in range(channels)]
     return np.dstack([np.asarray(band) for band in bands])
@@ -29,7 +29,7 @@ def photo(height: int, width: int, seed: int = 0, channels: int = 3) -> np.ndarr
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """photos/ as JPEG and PNG, smaller and larger than the models' 32 pixels; one, three: models."""
+    """Has photos/, JPEG and PNG, smaller and larger than the models' 32 pixels; one/ and three/ are models."""
     folder = tmp_path_factory.mktemp("api")
     (folder / "photos").mkdir()
     for number, size in enumerate([(300, 211), (64, 64), (20, 45), (32, 32)]):
@@ -49,9 +49,9 @@ def test_the_examples_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for example in (train, predict, evaluate, Segmenter):  # in this order: the first writes RUN
         for test in doctest.DocTestFinder(recurse=False).find(example, globs={}):
-            told = io.StringIO()
-            result = doctest.DocTestRunner().run(test, out=told.write)
-            assert result.failed == 0 and result.attempted > 2, told.getvalue()
+            output = io.StringIO()
+            result = doctest.DocTestRunner().run(test, out=output.write)
+            assert result.failed == 0 and result.attempted > 2, output.getvalue()
     assert sorted(path.name for path in (tmp_path / "MASKS/overlays").iterdir())[0] == "a_000.jpg"
     with Image.open("mask.png") as mask:
         assert mask.size == (32, 32)
@@ -68,7 +68,7 @@ OPTIONS = [
 
 @pytest.mark.parametrize("name", ["one", "three"])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_one_image_at_a_time_gives_the_files_that_predict_writes(folder, tmp_path, name, options):
+def test_single_images_get_the_bytes_that_predict_writes(folder, tmp_path, name, options):
     summary = unet_ray.predict(
         folder / name, folder / "photos", tmp_path / "out", formats=["png", "prob"], local=True, **options
     )
@@ -89,7 +89,7 @@ def test_one_image_at_a_time_gives_the_files_that_predict_writes(folder, tmp_pat
                 for given in (pixels, image):
                     assert pictures.encode_png(segmenter(given).mask, result.num_classes) == expected, path.name
         seen |= set(np.unique(result.mask).tolist())
-    assert len(seen) > 1  # masks that are empty would be equal for any network
+    assert len(seen) > 1  # empty masks would be equal for any network
 
 
 def test_flips_and_an_ensemble_give_what_predict_gives(folder, tmp_path):
@@ -135,7 +135,7 @@ def test_images_of_many_channels_are_arrays(tmp_path):
         segmenter(image[..., :3])
 
 
-def test_an_image_says_what_is_in_it_and_shows_itself(folder):
+def test_a_segmented_image_describes_and_shows_itself(folder):
     segmenter = unet_ray.Segmenter(folder / "three")
     assert segmenter.classes == ("class 0", "class 1", "class 2")
     image = photo(60, 90)
@@ -161,7 +161,7 @@ def test_a_picture_whose_file_is_gone_is_not_shown(folder, tmp_path):
         result.overlay()
 
 
-def test_results_say_what_they_are_and_what_comes_next(tmp_path):
+def test_results_describe_themselves_and_what_comes_next(tmp_path):
     images, true_masks = make_discs(tmp_path / "discs", 12)
     run = tmp_path / "run"
     result = unet_ray.train(images, true_masks, run, settings=dict(TINY), local=True)
@@ -177,8 +177,8 @@ def test_results_say_what_they_are_and_what_comes_next(tmp_path):
     first, reason, where = repr(summary).splitlines()
     assert first.startswith("PredictSummary: 12 of 13 images segmented, 1 failed, ") and first.endswith(" images/s")
     assert reason.startswith("  1 x not an image") and where.endswith(str(tmp_path / "out"))
-    again = repr(unet_ray.predict(run, images, tmp_path / "out", local=True))
-    assert "1 failed (13 of them by an earlier run)" in again
+    repeated = repr(unet_ray.predict(run, images, tmp_path / "out", local=True))
+    assert "1 failed (13 of them by an earlier run)" in repeated
     (images / "page.png").unlink()
     scores = unet_ray.evaluate(run, local=True)
     table = repr(scores).splitlines()
@@ -189,33 +189,33 @@ def test_results_say_what_they_are_and_what_comes_next(tmp_path):
 
 
 def test_functions_build_the_settings_of_the_commands(monkeypatch, tmp_path):
-    """What is given to those functions that the commands call."""
-    told = {}
-    monkeypatch.setattr(api.training, "train", lambda config, out, **how: told.update(train=(config, out, how)))
-    monkeypatch.setattr(api.prediction, "predict", lambda config, **how: told.update(predict=(config, how)))
-    monkeypatch.setattr(api.evaluation, "evaluate", lambda config, **how: told.update(evaluate=(config, how)))
+    """Checks what the functions that the commands call are given."""
+    called = {}
+    monkeypatch.setattr(api.training, "train", lambda config, out, **how: called.update(train=(config, out, how)))
+    monkeypatch.setattr(api.prediction, "predict", lambda config, **how: called.update(predict=(config, how)))
+    monkeypatch.setattr(api.evaluation, "evaluate", lambda config, **how: called.update(evaluate=(config, how)))
 
     (tmp_path / "mine.yaml").write_text("train: {epochs: 7, seed: 1}")
     unet_ray.train("no: yaml", "m", "o", config=tmp_path / "mine.yaml", settings={"train.seed": 5}, resume=True)
-    config, out, how = told["train"]
+    config, out, how = called["train"]
     expected = load_train_config(settings=[("train.epochs", 7), ("train.seed", 5), ("data.masks", "m")])
     assert config.data.images == "no: yaml" and out == "o" and how["resume"] and how["runtime"] == Runtime()
     assert (config.train, config.data.masks) == (expected.train, "m")
     unet_ray.train(out="o", config=expected, settings={"train.seed": 9})
-    assert (told["train"][0].train.epochs, told["train"][0].train.seed) == (7, 9)
+    assert (called["train"][0].train.epochs, called["train"][0].train.seed) == (7, 9)
     unet_ray.train("i", "m", "o", recipe="carvana")
-    assert told["train"][0].model == load_train_config(recipe="carvana").model
+    assert called["train"][0].model == load_train_config(recipe="carvana").model
 
     unet_ray.predict("m", ["a", tmp_path], "o", formats="png, rle", tile=64, tta=True, overwrite=True)
-    assert told["predict"][0] == PredictConfig(
+    assert called["predict"][0] == PredictConfig(
         model="m", inputs=("a", str(tmp_path)), out="o", formats=("png", "rle"), tile=64, tta=True, overwrite=True
     )
     unet_ray.evaluate("m", "i", "t", mask_values=[0, 7], local=True)
-    assert told["evaluate"][0] == EvaluateConfig(model="m", images="i", masks="t", mask_values=(0, 7))
-    assert told["evaluate"][1]["runtime"] == LOCAL
+    assert called["evaluate"][0] == EvaluateConfig(model="m", images="i", masks="t", mask_values=(0, 7))
+    assert called["evaluate"][1]["runtime"] == LOCAL
 
 
-def test_mistakes_are_one_line_that_says_what_to_do(folder, tmp_path):
+def test_a_mistake_is_one_line_that_names_the_remedy(folder, tmp_path):
     def mistakes():
         segmenter = unet_ray.Segmenter(folder / "one")
         yield "out is missing", lambda: unet_ray.train("i", "m")
@@ -250,7 +250,7 @@ def test_mistakes_are_one_line_that_says_what_to_do(folder, tmp_path):
         assert "\n" not in str(error.value)
 
 
-def test_the_package_names_what_it_has_before_anything_is_loaded():
+def test_the_package_lists_its_names_before_anything_is_loaded():
     code = (
         "import sys, unet_ray\n"
         "assert {'train', 'Segmenter', '__version__'} <= set(dir(unet_ray)) and unet_ray.__version__\n"

@@ -1,12 +1,14 @@
 """Augmentation: image and mask together, the same for the same (seed, epoch, image)."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from conftest import disc
 
 from unet_ray.config import AugmentConfig
-from unet_ray.training.augment import augment
+from unet_ray.training.augment import AUGMENTATIONS, Brightness, Contrast, Elastic, Gamma, _recolour, augment
 
 ALL = AugmentConfig(
     hflip=0.5,
@@ -115,19 +117,53 @@ def test_a_rotation_of_a_rectangular_image_is_a_rotation_of_its_pixels():
 
 
 def test_elastic_displacements_have_the_standard_deviation_asked_for():
-    from unet_ray.training.augment import _Draw
-
-    drawn = [_Draw(AugmentConfig(elastic=10), np.random.default_rng(n)).displacement for n in range(300)]
+    drawn = [Elastic().draw(AugmentConfig(elastic=10), np.random.default_rng(n)) for n in range(300)]
     assert np.std(drawn) == pytest.approx(10, rel=0.05)
     moved = run(scene(1), AugmentConfig(elastic=5, **NOTHING))["mask"]
     assert not torch.equal(moved, scene(1)["mask"])
 
 
 def test_colours_by_hand():
-    from unet_ray.training.augment import _Draw, _recolour
-
-    draw = _Draw(AugmentConfig(), np.random.default_rng(0))
-    draw.gamma, draw.contrast, draw.brightness = 2.0, 0.5, 0.1
+    draws = {Brightness(): [0.1], Contrast(): [0.5], Gamma(): [2.0]}
     image = torch.tensor([0, 51, 255], dtype=torch.uint8).reshape(1, 1, 1, 3)
     expected = [round(255 * ((v / 255) ** 2 * 0.5 + 0.25 + 0.1)) for v in (0, 51, 255)]
-    assert _recolour(image, [draw]).flatten().tolist() == expected
+    assert _recolour(image, draws).flatten().tolist() == expected
+
+
+def test_flips_move_image_and_mask_together_and_depend_on_seed_epoch_and_image_only():
+    image = torch.arange(4 * 4 * 6 * 1, dtype=torch.uint8).reshape(4, 4, 6, 1)
+    config = AugmentConfig(hflip=0.5, vflip=0.5)
+
+    def flipped(rows, epoch=1):
+        arrays = {"image": image[rows], "mask": image[rows, ..., 0]}
+        return tuple(augment(arrays, rows, config=config, seed=3, epoch=epoch).values())
+
+    whole_image, whole_mask = flipped([0, 1, 2, 3])
+    assert torch.equal(whole_image[..., 0], whole_mask)
+    for row in range(4):
+        assert torch.equal(flipped([row])[0][0], whole_image[row])
+    assert any(not torch.equal(flipped([0, 1, 2, 3], epoch)[0], whole_image) for epoch in range(2, 6))
+    arrays = {"image": image, "mask": image[..., 0]}
+    always = augment(arrays, [0, 1, 2, 3], config=AugmentConfig(hflip=1), seed=0, epoch=1)
+    assert torch.equal(always["image"], image.flip(2))
+
+
+def test_every_setting_belongs_to_one_augmentation():
+    settings = [setting for each in AUGMENTATIONS for setting in each.settings]
+    assert sorted(settings) == sorted(field.name for field in dataclasses.fields(AugmentConfig))
+
+
+def test_the_draws_are_those_of_earlier_versions():
+    """Their order and number decide what a seed means, and whether an older run resumes as it would have gone on."""
+    drawn = [each.draw(ALL, generator) for generator in [np.random.default_rng([1, 2, 3])] for each in AUGMENTATIONS]
+    hflip, vflip, turns, affine, brightness, contrast, gamma, elastic = drawn
+    generator = np.random.default_rng([1, 2, 3])
+    assert hflip == (generator.random() < 0.5) and vflip == (generator.random() < 0.5)
+    assert turns == generator.integers(4)
+    assert affine.shift == (generator.uniform(-0.1, 0.1), generator.uniform(-0.1, 0.1))
+    assert affine.angle == np.radians(generator.uniform(-30, 30))
+    assert affine.scale == np.exp(generator.uniform(-np.log1p(0.2), np.log1p(0.2)))
+    assert brightness == generator.uniform(-0.1, 0.1)
+    assert contrast == np.exp(generator.uniform(-np.log1p(0.2), np.log1p(0.2)))
+    assert gamma == np.exp(generator.uniform(-np.log1p(0.2), np.log1p(0.2)))
+    assert np.array_equal(elastic, 3 * generator.standard_normal((2, 3, 3)))

@@ -1,4 +1,4 @@
-"""OpenVINO and compiled networks say what torch says; the choice between them."""
+"""OpenVINO and compiled networks give what torch gives; the choice between them."""
 
 import pytest
 import torch
@@ -29,12 +29,12 @@ def noise(*shape: int) -> torch.Tensor:
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
 
-def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+def logged(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.name == "unet_ray"]
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_openvino_says_what_torch_says_for_any_size(tmp_path, name):
+def test_openvino_gives_what_torch_gives_for_any_size(tmp_path, name):
     pytest.importorskip("openvino")
     make_model(tmp_path, *NETWORKS[name])
     by_torch, card = backends.load(str(tmp_path), RuntimeOptions(CPU, "fp32", "torch"))
@@ -48,7 +48,7 @@ def test_openvino_says_what_torch_says_for_any_size(tmp_path, name):
         assert torch.allclose(found, expected, atol=2e-3, rtol=2e-3)
 
 
-def test_openvinos_network_is_kept_beside_the_model_until_its_weights_change(tmp_path):
+def test_openvinos_network_is_kept_beside_the_model_until_its_weights_change(tmp_path, monkeypatch):
     pytest.importorskip("openvino")
     make_model(tmp_path)
     kept = []
@@ -59,16 +59,14 @@ def test_openvinos_network_is_kept_beside_the_model_until_its_weights_change(tmp
     assert kept[0] == kept[1] != kept[2]
     assert [len(names) for names in kept] == [2, 2, 2]
     image = noise(1, 3, 64, 64)
-    for how in (
-        RuntimeOptions(CPU, "fp32", "torch"),
-        RuntimeOptions(CPU, "fp32", "openvino"),
-    ):  # the second reads what was kept
-        network, _ = backends.load(str(tmp_path), how)
-        with torch.inference_mode():
-            assert torch.allclose(network(image), backends.load(str(tmp_path), how)[0](image))
+    by_torch, _ = backends.load(str(tmp_path), RuntimeOptions(CPU, "fp32", "torch"))
+    monkeypatch.setattr(backends, "export", None)  # what was kept is read, not made again
+    by_openvino, _ = backends.load(str(tmp_path), RuntimeOptions(CPU, "fp32", "openvino"))
+    with torch.inference_mode():
+        assert torch.allclose(by_openvino(image), by_torch(image), atol=2e-3, rtol=2e-3)
 
 
-def test_a_model_folder_that_cannot_be_written_is_no_hindrance(tmp_path, monkeypatch):
+def test_a_model_folder_that_cannot_be_written_does_not_stop_openvino(tmp_path, monkeypatch):
     pytest.importorskip("openvino")
     make_model(tmp_path)
 
@@ -81,7 +79,7 @@ def test_a_model_folder_that_cannot_be_written_is_no_hindrance(tmp_path, monkeyp
     assert not (tmp_path / backends.EXPORTED).exists()
 
 
-def test_what_openvino_cannot_run_torch_does_and_one_line_says_so(tmp_path, monkeypatch, caplog):
+def test_torch_runs_what_openvino_cannot_and_one_line_says_so(tmp_path, monkeypatch, caplog):
     pytest.importorskip("openvino")
     make_model(tmp_path)
 
@@ -91,12 +89,12 @@ def test_what_openvino_cannot_run_torch_does_and_one_line_says_so(tmp_path, monk
     monkeypatch.setattr(backends, "export", fail)
     network, _ = backends.load(str(tmp_path), RuntimeOptions(CPU))
     assert isinstance(network, backends.Torch)
-    assert said(caplog) == ["OpenVINO can't run this network, torch does: no such operation"]
+    assert logged(caplog) == ["OpenVINO can't run this network, torch does: no such operation"]
     with pytest.raises(UserError, match="no such operation"):
         backends.load(str(tmp_path), RuntimeOptions(CPU, backend="openvino"))
 
 
-def test_a_converted_network_that_says_something_else_is_not_used(tmp_path, monkeypatch):
+def test_a_converted_network_that_gives_something_else_is_not_used(tmp_path, monkeypatch):
     openvino = pytest.importorskip("openvino")
     model, card = checkpoint.load_model(str(make_model(tmp_path / "one")))
     other, _ = checkpoint.load_model(str(make_model(tmp_path / "other", seed=1)))
@@ -111,15 +109,14 @@ def test_a_converted_network_that_says_something_else_is_not_used(tmp_path, monk
         backends.export(model.eval(), card)
 
 
-@pytest.mark.slow
-def test_a_compiled_network_says_what_torch_says_and_without_a_compiler_torch_goes_on(tmp_path, monkeypatch, caplog):
+def test_a_compiled_network_gives_what_torch_gives_and_without_a_compiler_torch_runs_it(tmp_path, monkeypatch, caplog):
     make_model(tmp_path)
     image = noise(1, 3, 64, 64)
     plain, _ = backends.load(str(tmp_path), RuntimeOptions(CPU, "fp32", "torch"))
     compiled, _ = backends.load(str(tmp_path), RuntimeOptions(CPU, "fp32", "compiled"))
     with torch.inference_mode():
         assert torch.allclose(compiled(image), plain(image), atol=1e-4, rtol=1e-4)
-        assert not said(caplog)
+        assert not logged(caplog)
         broken, _ = backends.load(str(tmp_path), RuntimeOptions(CPU, "fp32", "compiled"))
 
         def refuse(_image: torch.Tensor) -> torch.Tensor:
@@ -129,7 +126,7 @@ def test_a_compiled_network_says_what_torch_says_and_without_a_compiler_torch_go
         broken.run.run = refuse
         for _ in range(2):
             assert torch.equal(broken(image), plain(image))
-    assert said(caplog) == ["this network can't be compiled here, it runs as it is: No working C++ compiler found"]
+    assert logged(caplog) == ["this network can't be compiled here, it runs uncompiled: No working C++ compiler found"]
 
 
 def test_compiling_is_for_many_images_of_a_large_network(tmp_path, monkeypatch):
@@ -138,7 +135,7 @@ def test_compiling_is_for_many_images_of_a_large_network(tmp_path, monkeypatch):
     settings = [("model.base_channels", 64), ("model.depth", 4), ("data.image_size", 512)]
     large = checkpoint.read_card(str(make_model(tmp_path / "large", *settings)))
     operations = compiling.floating_point_operations(large.model, large.image_size)
-    assert operations == pytest.approx(385e9, rel=0.01)  # PEERS' figure
+    assert operations == pytest.approx(385e9, rel=0.01)  # U-Net of base 64 at 512x512
     assert not backends.compiling_pays(large, RuntimeOptions(CPU, images=0))
     assert not backends.compiling_pays(large, RuntimeOptions(CPU, images=100))
     assert backends.compiling_pays(large, RuntimeOptions(CPU, images=100_000))
@@ -146,7 +143,7 @@ def test_compiling_is_for_many_images_of_a_large_network(tmp_path, monkeypatch):
     assert not backends.compiling_pays(large, RuntimeOptions(CPU, "fp32", images=100_000))
 
 
-def test_what_cannot_be_had_is_said(tmp_path, monkeypatch):
+def test_what_is_not_installed_or_not_made_yet_is_refused_with_the_remedy(tmp_path, monkeypatch):
     location = str(make_model(tmp_path))
     with pytest.raises(UserError, match="unet-ray quantize"):
         BatchSegmenter(location, precision="int8")

@@ -17,8 +17,6 @@ from unet_ray.data import storage
 from unet_ray.inference.predict import predict
 from unet_ray.ray_backend.session import LOCAL
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def bucket():

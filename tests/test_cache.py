@@ -35,7 +35,7 @@ def _count_anew():
 
 @pytest.mark.parametrize("border", [0, 10])
 def test_rows_of_the_cache_are_the_rows_of_the_files(tmp_path, discs, border, monkeypatch):
-    monkeypatch.setattr(cache, "PART_BYTES", 5 * 24 * 24 * 4)  # parts of 5
+    monkeypatch.setattr(cache, "FILE_BYTES", 5 * 24 * 24 * 4)  # parts of 5
     pairs, decoder = find_pairs(*map(str, discs)), decoder_of(("train.border_weight", border))
     cached = cache.filled(pairs, decoder, str(tmp_path / "cache"), here)
     assert here.pairs == len(cached.places) == 12
@@ -82,7 +82,7 @@ def test_only_what_is_new_is_decoded(tmp_path, discs):
 
 
 def test_a_damaged_or_deleted_part_is_decoded_again(tmp_path, discs, monkeypatch):
-    monkeypatch.setattr(cache, "PART_BYTES", 6 * 24 * 24 * 4)  # two parts
+    monkeypatch.setattr(cache, "FILE_BYTES", 6 * 24 * 24 * 4)  # two parts
     pairs, folder = find_pairs(*map(str, discs)), tmp_path / "cache"
     cached = cache.filled(pairs, decoder_of(), str(folder), here)
     expected = [decoder_of()(pair.image, pair.mask) for pair in pairs]
@@ -97,7 +97,7 @@ def test_a_damaged_or_deleted_part_is_decoded_again(tmp_path, discs, monkeypatch
 
 
 def test_a_bad_image_is_named_and_the_rest_is_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "PART_BYTES", 1)
+    monkeypatch.setattr(cache, "FILE_BYTES", 1)
     images, masks = make_discs(tmp_path / "discs", 5)
     bad = sorted(Path(images).iterdir())[3]
     bad.write_bytes(b"not an image")

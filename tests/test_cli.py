@@ -17,7 +17,7 @@ from PIL import Image
 from unet_ray.cli import main
 from unet_ray.config import ModelConfig
 from unet_ray.evaluation.choose_cleanup import CLEANUPS
-from unet_ray.models import checkpoint
+from unet_ray.models import training_state
 from unet_ray.settings import load_train_config, recipe_names, recipe_text
 
 QUICK = [argument for name, value in TINY for argument in ("--set", f"{name}={value}")]
@@ -30,8 +30,15 @@ def run(*arguments: object, code: int = 0):
 
 
 def train(discs, out, *more, settings=QUICK, code=0):
+    """Trains without drawing a report."""
     images, masks = discs
-    return run("train", "--images", images, "--masks", masks, "--out", out, "--local", *settings, *more, code=code)
+    where = ["--images", images, "--masks", masks, "--out", out, "--local", "--no-report"]
+    return run("train", *where, *settings, *more, code=code)
+
+
+def predict(model, images, out, *more, code=0):
+    """Predicts without drawing a report."""
+    return run("predict", model, images, "--out", out, "--local", "--no-report", *more, code=code)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +51,8 @@ def trained(tmp_path_factory) -> Path:
 
 
 def test_train_says_each_epoch_and_what_is_next(discs, tmp_path):
-    output = train(discs, tmp_path / "run").output
+    images, masks = discs
+    output = run("train", "--images", images, "--masks", masks, "--out", tmp_path / "run", "--local", *QUICK).output
     assert "training on 10 pairs, validating on 2" in output
     assert re.search(r"epoch +2/2  loss \d\.\d+ val \d\.\d+  Dice 0\.\d+ IoU 0\.\d+  [\d.]+ img/s  \d+ s\n", output)
     assert f"  report  {tmp_path / 'run'}/report.html" in output and (tmp_path / "run/report.html").exists()
@@ -61,6 +69,7 @@ def test_predict_writes_a_mask_and_a_manifest_row_for_every_image(trained, tmp_p
     result = run("predict", trained, tmp_path / "with space", "--out", out, "--format", "png,parquet", "--local")
     assert "4 of 4 images segmented, 0 failed" in result.output
     assert f"  table   {out}/manifest.parquet\n" in result.output and "next:" not in result.output
+    assert f"  report  {out}/report.html" in result.output and (out / "report.html").exists()
     masks = {str(p.relative_to(out / "masks")): p for p in (out / "masks").rglob("*.png")}
     # b.jpg and b.png would give the same name; the first has it.
     assert set(masks) == {"sub ü/a.png", "sub ü/b.png", "sub ü/b.png.png", "sub ü/c.png"}
@@ -95,9 +104,9 @@ def bad_folder(folder: Path) -> Path:
 
 def test_one_truncated_image_does_not_stop_the_folder(trained, tmp_path):
     folder = bad_folder(tmp_path / "bad")
-    result = run("predict", trained, folder, "--out", tmp_path / "out", "--local", code=1)
+    result = predict(trained, folder, tmp_path / "out", code=1)
     assert "7 of 10 images segmented, 3 failed" in result.output
-    assert result.output.endswith("next:\n  mend the files and give the same command again (others: --retry-failed)\n")
+    assert result.output.endswith("next:\n  fix the files and give the same command again (others: --retry-failed)\n")
     rows = {Path(r["path"]).name: r for r in pq.read_table(tmp_path / "out/manifest.parquet").to_pylist()}
     assert len(rows) == 10
     assert "truncated" in rows["3.jpg"]["error"].lower()
@@ -106,18 +115,8 @@ def test_one_truncated_image_does_not_stop_the_folder(trained, tmp_path):
     assert [name for name, row in rows.items() if row["status"] == "failed"] == ["3.jpg", "5.jpg", "7.jpg"]
     assert len(list((tmp_path / "out/masks").iterdir())) == 7
     for allowed, code in (("3", 0), ("2", 1), ("30%", 0), ("29%", 1)):
-        again = [
-            "predict",
-            trained,
-            folder,
-            "--out",
-            tmp_path / "out",
-            "--local",
-            "--allow-failures",
-            allowed,
-            "--json",
-        ]
-        summary = json.loads(run(*again, code=code).stdout)
+        repeated = predict(trained, folder, tmp_path / "out", "--allow-failures", allowed, "--json", code=code)
+        summary = json.loads(repeated.stdout)
         assert (summary["images"], summary["failed"], summary["already_done"]) == (10, 3, 10)
 
 
@@ -128,8 +127,8 @@ def test_a_stopped_prediction_goes_on_and_ends_the_same(trained, tmp_path, monke
         Image.fromarray(np.random.default_rng(number).integers(0, 255, (20, 20, 3)).astype(np.uint8)).save(
             folder / f"{number}.png"
         )
-    arguments = ["predict", trained, folder, "--local", "--format", "png,parquet", "--out"]
-    run(*arguments, tmp_path / "whole")
+    formats = ["--format", "png,parquet"]
+    predict(trained, folder, tmp_path / "whole", *formats)
 
     from unet_ray.inference.write import Write
 
@@ -142,9 +141,9 @@ def test_a_stopped_prediction_goes_on_and_ends_the_same(trained, tmp_path, monke
         return write(self, chunk, predictions)
 
     monkeypatch.setattr(Write, "__call__", stopped)
-    assert "Stopped" in run(*arguments, tmp_path / "parts", code=130).output
+    assert "Stopped" in predict(trained, folder, tmp_path / "stopped", *formats, code=130).output
     monkeypatch.setattr(Write, "__call__", write)
-    summary = json.loads(run(*arguments, tmp_path / "parts", "--json").stdout)
+    summary = json.loads(predict(trained, folder, tmp_path / "stopped", *formats, "--json").stdout)
     assert (summary["images"], summary["ok"], summary["already_done"]) == (30, 30, 16)
 
     def contents(out):
@@ -152,18 +151,21 @@ def test_a_stopped_prediction_goes_on_and_ends_the_same(trained, tmp_path, monke
             str(p.relative_to(out)): p.read_bytes() for d in ("masks", "masks.parquet") for p in (out / d).rglob("*.*")
         }
 
-    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+    assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
 
 
 def test_a_changed_image_is_done_again(trained, tmp_path):
     folder = tmp_path / "images"
     folder.mkdir()
     Image.new("RGB", (20, 20)).save(folder / "1.png")
-    arguments = ["predict", trained, folder, "--local", "--out", tmp_path / "out", "--json"]
-    assert json.loads(run(*arguments).stdout)["already_done"] == 0
-    assert json.loads(run(*arguments).stdout)["already_done"] == 1
+
+    def already_done() -> int:
+        return json.loads(predict(trained, folder, tmp_path / "out", "--json").stdout)["already_done"]
+
+    assert already_done() == 0
+    assert already_done() == 1
     Image.new("RGB", (30, 20)).save(folder / "1.png")
-    assert json.loads(run(*arguments).stdout)["already_done"] == 0
+    assert already_done() == 0
     assert Image.open(tmp_path / "out/masks/1.png").size == (30, 20)
 
 
@@ -181,15 +183,15 @@ def test_the_chosen_cleanup_is_kept_with_the_model_and_used_by_predict(tmp_path)
     assert f"{scores['dice']['mean']:.4f}" == table["largest+holes"]
     kept["cleanup"] = "area=100%"  # removes all
     (tmp_path / "run/model/cleanup.json").write_text(json.dumps(kept))
-    result = run("predict", tmp_path / "run", discs[0], "--out", tmp_path / "out", "--local")
+    result = predict(tmp_path / "run", discs[0], tmp_path / "out")
     assert "masks were cleaned up: area=100%" in result.output
     assert not any(row["pixels"][1] for row in pq.read_table(tmp_path / "out/manifest.parquet").to_pylist())
-    run("predict", tmp_path / "run", discs[0], "--out", tmp_path / "plain", "--local", "--cleanup", "none")
+    predict(tmp_path / "run", discs[0], tmp_path / "plain", "--cleanup", "none")
     assert any(row["pixels"][1] for row in pq.read_table(tmp_path / "plain/manifest.parquet").to_pylist())
-    # For other weights it was not chosen.
+    # A choice that was made for other weights is not used.
     train(discs, tmp_path / "other", "--epochs", 2)
     (tmp_path / "other/model/cleanup.json").write_text(json.dumps(kept))
-    assert "cleaned up" not in run("predict", tmp_path / "other", discs[0], "--out", tmp_path / "o", "--local").output
+    assert "cleaned up" not in predict(tmp_path / "other", discs[0], tmp_path / "o").output
 
 
 def test_evaluate_scores_and_its_json_is_one_object(trained):
@@ -206,11 +208,11 @@ def test_evaluate_scores_and_its_json_is_one_object(trained):
 def test_evaluate_agrees_with_the_masks_that_predict_writes(trained, tmp_path):
     images, masks = make_discs(tmp_path / "unseen", 9, seed=5)
     scores = json.loads(run("evaluate", trained, "--images", images, "--masks", masks, "--local", "--json").stdout)
-    run("predict", trained, images, "--out", tmp_path / "out", "--local")
+    predict(trained, images, tmp_path / "out")
     dice = []
     for path in sorted(masks.iterdir()):
-        truth, mask = (np.asarray(Image.open(p)) > 0 for p in (path, tmp_path / "out/masks" / path.name))
-        dice.append(2 * (truth & mask).sum() / (truth.sum() + mask.sum()))
+        ground_truth, mask = (np.asarray(Image.open(p)) > 0 for p in (path, tmp_path / "out/masks" / path.name))
+        dice.append(2 * (ground_truth & mask).sum() / (ground_truth.sum() + mask.sum()))
     assert scores["dice"]["mean"] == pytest.approx(np.mean(dice))
     assert scores["dice"]["mean"] > 0.7
 
@@ -279,17 +281,15 @@ def test_what_a_user_can_cause_is_one_line_and_exit_code_2(discs, tmp_path, kind
 def test_an_out_that_holds_another_run_is_refused(trained, discs, tmp_path):
     assert "holds another run" in train(discs, trained, code=2).stderr
     images, _ = discs
-    run("predict", trained, images, "--out", tmp_path / "out", "--local")
-    other = run("predict", trained, images, "--out", tmp_path / "out", "--local", "--format", "parquet", code=2)
+    predict(trained, images, tmp_path / "out")
+    other = predict(trained, images, tmp_path / "out", "--format", "parquet", code=2)
     assert "holds another run (other formats)" in other.stderr
-    assert "holds other files" in run("predict", trained, images, "--out", trained, "--local", code=2).stderr
+    assert "holds other files" in predict(trained, images, trained, code=2).stderr
 
 
 def test_a_model_that_is_not_there_is_an_error(discs, tmp_path):
     images, _ = discs
-    assert (
-        "no such folder" in run("predict", tmp_path / "no", images, "--out", tmp_path / "o", "--local", code=2).stderr
-    )
+    assert "no such folder" in predict(tmp_path / "no", images, tmp_path / "o", code=2).stderr
     assert "no model in it" in run("evaluate", images, "--local", code=2).stderr
 
 
@@ -317,28 +317,14 @@ def test_ctrl_c_ends_a_local_training_that_can_be_resumed(discs, tmp_path):
     import time
 
     images, masks = discs
-    command = [
-        sys.executable,
-        "-m",
-        "unet_ray",
-        "train",
-        "--images",
-        images,
-        "--masks",
-        masks,
-        "--out",
-        tmp_path / "run",
-        "--local",
-        *QUICK,
-        "--set",
-        "train.epochs=2000",
-    ]
+    command = [sys.executable, "-m", "unet_ray", "train", "--images", images, "--masks", masks]
+    command += ["--out", tmp_path / "run", "--local", *QUICK, "--set", "train.epochs=2000"]
     process = subprocess.Popen(
         [str(c) for c in command],
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
-        # A shell's background job, which a CI may be, hands SIGINT down ignored.
+        # In a shell's background job, which a CI may be, processes inherit that SIGINT is ignored.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 120
@@ -348,14 +334,19 @@ def test_ctrl_c_ends_a_local_training_that_can_be_resumed(discs, tmp_path):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert errors.startswith("Stopped.") and errors.count("\n") == 1
-    # Not the lines of metrics.jsonl: a stop between its writing and the state's repeats that epoch.
-    done = checkpoint.read_state(str(tmp_path / "run/last")).epoch
+    # From the state, not from metrics.jsonl: a stop after the line and before the state repeats that epoch.
+    done = training_state.read_state(str(tmp_path / "run/last")).epoch
     resumed = train(discs, tmp_path / "run", "--resume", "--epochs", done + 1)
     assert f"epoch {done + 1:>3}/" in resumed.output and f"epoch {done:>3}/" not in resumed.output
 
 
-def test_the_environment_is_left_alone():
-    assert "RAY_ADDRESS" not in os.environ
+def test_commands_that_run_in_one_process_leave_the_environment_alone(trained, discs, tmp_path):
+    images, masks = discs
+    before = dict(os.environ)
+    predict(trained, images, tmp_path / "out")
+    run("evaluate", trained, "--images", images, "--masks", masks, "--local")
+    train(discs, tmp_path / "run", "--epochs", 1)
+    assert dict(os.environ) == before
 
 
 def test_evaluate_writes_a_table_and_tests_the_difference_to_another_model(trained, tmp_path):
@@ -395,7 +386,7 @@ def test_evaluate_keeps_to_the_images_that_were_held_out_when_the_folder_grows(d
     assert "1 of the 2 validation images" in run("evaluate", tmp_path / "run", "--local", code=2).stderr
 
 
-def test_folds_train_and_score_every_part_and_resume_only_what_is_missing(discs, tmp_path):
+def test_folds_train_and_score_every_fold_and_resume_only_what_is_missing(discs, tmp_path):
     group = ["--folds", "3", "--group-by", "^[abc]"]
     output = train(discs, tmp_path / "cv", *group).output
     assert re.search(r"Dice +0\.\d{4} ± 0\.\d{4} \(mean and sd of 3 folds\)", output)
@@ -412,8 +403,8 @@ def test_folds_train_and_score_every_part_and_resume_only_what_is_missing(discs,
     assert len(held_out) == 12
     (tmp_path / "cv/fold-2/scores.json").unlink()
     (tmp_path / "cv/fold-2/last/state.safetensors").unlink()
-    again = train(discs, tmp_path / "cv", *group, "--resume").output
-    assert again.count("training on") == 1
+    resumed = train(discs, tmp_path / "cv", *group, "--resume").output
+    assert resumed.count("training on") == 1
     assert json.loads((tmp_path / "cv/folds.json").read_text())["dice"] == folds["dice"]
 
 

@@ -1,4 +1,4 @@
-"""The cluster files: each is checked as strictly as can be, and a slip planted in each is caught."""
+"""The files of cluster/: Ray's own readers accept each and refuse each planted mistake, and no key is unknown."""
 
 import copy
 import json
@@ -11,6 +11,7 @@ import jsonschema
 import pytest
 import ray
 import yaml
+from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,7 +32,7 @@ def listed(item: dict[str, Any]) -> dict[str, Any]:
     return {"type": "array", "items": item, "minItems": 1}
 
 
-# The part of KubeRay's ray.io/v1 (CRDs of v1.7) and of Kubernetes' pods that these files use; other fields are errors.
+# The part of KubeRay's ray.io/v1 (CRDs of v1.7) and of Kubernetes' pods that these files use. Other fields are errors.
 TEXT, COUNT, YES_OR_NO = {"type": "string"}, {"type": "integer", "minimum": 0}, {"type": "boolean"}
 QUANTITY = {"type": "string", "pattern": r"^\d+(\.\d+)?(m|Ki|Mi|Gi|Ti)?$"}
 TEXTS = {"type": "object", "additionalProperties": TEXT}
@@ -154,7 +155,7 @@ def check_manifest(documents: list[dict[str, Any]]) -> None:
 
 
 def check_launcher(config: dict[str, Any]) -> None:
-    """Ray's own checks, and keys that these pass over in silence."""
+    """Ray's own checks, and checks for unknown keys, which Ray ignores."""
     schema = json.loads((Path(ray.__file__).parent / "autoscaler/ray-schema.json").read_text())
     assert not set(config) - set(schema["properties"]), "keys that Ray does not know"
     validate_config(prepare_config(copy.deepcopy(config)))
@@ -189,7 +190,7 @@ def test_every_file_is_checked():
 
 
 @pytest.mark.parametrize("name", LAUNCHER + KUBERAY)
-def test_the_file_is_what_its_reader_expects(name):
+def test_each_file_passes_its_readers_checks(name):
     check(name, read(name))
 
 
@@ -200,9 +201,61 @@ def mappings(value: Any) -> Iterator[dict[str, Any]]:
         yield from mappings(inner)
 
 
+def cluster_of(document: dict[str, Any]) -> dict[str, Any]:
+    """Returns the RayCluster of a manifest, as KubeRay makes it of a RayJob."""
+    spec = document["spec"]
+    metadata = {"name": document["metadata"]["name"], "namespace": "default"}
+    return {"metadata": metadata, "spec": spec.get("rayClusterSpec", spec)}
+
+
 @pytest.mark.parametrize("name", KUBERAY)
-def test_a_slip_anywhere_in_a_manifest_is_caught(name):
-    """Each key in turn, spelt otherwise; but for free labels, resources and parameters."""
+def test_rays_autoscaler_reads_the_groups_of_a_manifest(name):
+    config = _derive_autoscaling_config_from_ray_cr(cluster_of(read(name)[-1]))
+    groups = config["available_node_types"]
+    assert {group: (found["min_workers"], found["max_workers"]) for group, found in groups.items()} == {
+        "headgroup": (0, 0),
+        "gpu": (0, 8),
+        "cpu": (0, 4),
+    }
+    resources = {
+        group: (found["resources"]["CPU"], found["resources"].get("GPU", 0)) for group, found in groups.items()
+    }
+    assert resources == {"headgroup": (0, 0), "gpu": (7, 1), "cpu": (15, 0)}
+    assert config["idle_timeout_minutes"] == 5
+
+
+def renamed(mapping: dict[str, Any], old: str, new: str) -> None:
+    mapping[new] = mapping.pop(old)
+
+
+@pytest.mark.parametrize("name", KUBERAY)
+@pytest.mark.parametrize(
+    "slip",
+    [
+        lambda spec: renamed(spec, "headGroupSpec", "headGroup"),
+        lambda spec: renamed(spec, "workerGroupSpecs", "workerGroupSpec"),
+        lambda spec: renamed(spec["workerGroupSpecs"][0], "groupName", "name"),
+        lambda spec: renamed(spec["workerGroupSpecs"][0], "minReplicas", "minReplica"),
+        lambda spec: renamed(spec["workerGroupSpecs"][0], "maxReplicas", "maxReplica"),
+        lambda spec: renamed(spec["workerGroupSpecs"][0], "template", "pod"),
+        lambda spec: renamed(spec["workerGroupSpecs"][0]["template"]["spec"], "containers", "container"),
+        lambda spec: renamed(spec["workerGroupSpecs"][0]["template"]["spec"]["containers"][0], "resources", "resource"),
+        lambda spec: spec["workerGroupSpecs"][0].update(maxReplicas="many"),
+        lambda spec: spec["autoscalerOptions"].update(idleTimeoutSeconds="5m"),
+        lambda spec: spec["headGroupSpec"]["rayStartParams"].update({"num-cpus": "none"}),
+    ],
+)
+def test_rays_autoscaler_refuses_a_mistake_in_a_manifest(name, slip):
+    document = copy.deepcopy(read(name)[-1])
+    cluster = cluster_of(document)
+    slip(cluster["spec"])
+    with pytest.raises((KeyError, TypeError, ValueError)):
+        _derive_autoscaling_config_from_ray_cr(cluster)
+
+
+@pytest.mark.parametrize("name", KUBERAY)
+def test_no_key_of_a_manifest_escapes_the_schema_above(name):
+    """Each key in turn is misspelt, except for free labels, resources and parameters."""
     count = len(list(mappings(read(name))))
     for place in range(count):
         documents = read(name)
@@ -212,7 +265,7 @@ def test_a_slip_anywhere_in_a_manifest_is_caught(name):
         if set(owners) & free:
             continue
         key = next(iter(mapping))
-        mapping[f"{key}s"] = mapping.pop(key)
+        renamed(mapping, key, f"{key}s")
         with pytest.raises((jsonschema.ValidationError, KeyError)):
             check_manifest(documents)
 
@@ -229,7 +282,7 @@ def test_a_slip_anywhere_in_a_manifest_is_caught(name):
         lambda c: c.update(max_workers="many"),
     ],
 )
-def test_a_slip_in_a_launcher_file_is_caught(name, slip):
+def test_a_mistake_in_a_launcher_file_is_refused(name, slip):
     (config,) = read(name)
     slip(config)
     with pytest.raises(Exception):  # noqa: B017 - Ray's checks raise many kinds
@@ -247,7 +300,7 @@ def test_a_slip_in_a_launcher_file_is_caught(name, slip):
         lambda c: c["available_node_types"]["gpu"]["node_config"].update(MachineTyp="x"),
     ],
 )
-def test_a_slip_in_a_kind_of_machine_is_caught(name, slip):
+def test_a_mistake_in_a_kind_of_machine_is_refused(name, slip):
     (config,) = read(name)
     slip(config)
     with pytest.raises(Exception):  # noqa: B017

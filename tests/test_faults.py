@@ -1,35 +1,37 @@
-"""What can befall a training: processes and nodes killed, a full disk. It ends as one that was left alone.
+"""Trainings with killed processes and full disks end as an undisturbed training does.
 
-The figures are compared to rounding where the number of workers changed on the way, and exactly where it did not.
+Figures are compared to rounding, because the number of workers changes on the way.
 """
 
+import errno
 import json
 import os
-import signal
+import re
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
 import psutil
 import pytest
+import ray.exceptions
 import ray.train
 import torch
-from conftest import SLOW, epochs_done, make_discs
+from conftest import SLOW, epochs_done, flags, make_discs, until
+from runs import lines
 
 from unet_ray.config import UserError
+from unet_ray.data import storage
 from unet_ray.models import checkpoint
 from unet_ray.ray_backend.session import LOCAL
+from unet_ray.ray_backend.training import WorkersLostError, raise_failure, run_workers
+from unet_ray.ray_backend.worker_errors import WorkerError, read_errors, writing_errors
 from unet_ray.settings import load_train_config
-from unet_ray.training.on_ray import _raise_what_repeats
 from unet_ray.training.run import Callbacks, train
 from unet_ray.training.setup import explain_shortages
 
-pytestmark = pytest.mark.slow
-TIMES = {"seconds", "train_seconds", "wait_seconds", "images_per_second"}
-# Without dropout, whose draws are each rank's own: the number of workers differs. test_engine.py resumes with it.
+# Without dropout, whose draws are each rank's own: the number of workers differs. test_loop.py resumes with it.
 SETTINGS = [
     *SLOW,
     ("augment.elastic", 2),
@@ -54,26 +56,6 @@ def config_for(discs, *more):
     return load_train_config(settings=settings(discs, *more))
 
 
-def lines(run: Path) -> list[dict]:
-    text = (run / "metrics.jsonl").read_text()
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in text.splitlines()]
-
-
-def when_epoch_is_done(run: Path, epoch: int, act) -> threading.Thread:
-    """Does `act` in the middle of the epoch after `epoch`."""
-
-    def wait():
-        deadline = time.monotonic() + 240
-        while epochs_done(run) < epoch:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        act()
-
-    thread = threading.Thread(target=wait)
-    thread.start()
-    return thread
-
-
 def assert_close(run: Path, other: Path) -> None:
     ours, theirs = lines(run), lines(other)
     assert [line["epoch"] for line in ours] == [line["epoch"] for line in theirs]
@@ -91,23 +73,25 @@ def undisturbed(discs, tmp_path_factory) -> Path:
     return run
 
 
-def ray_workers() -> list[psutil.Process]:
-    """The processes of the trainings that this one runs through Ray."""
-    return [p for p in psutil.Process().children(recursive=True) if is_training(p)]
-
-
-def test_a_killed_worker_costs_its_epoch_and_nothing_else(ray_cluster, discs, undisturbed, tmp_path):
-    run, told, retried = tmp_path / "run", [], []
-    killer = when_epoch_is_done(run, 3, lambda: ray_workers()[0].send_signal(signal.SIGKILL))
-    callbacks = Callbacks(
-        on_epoch=lambda line: told.append(line["epoch"]), on_retry=lambda why, epoch: retried.append((why, epoch))
-    )
-    train(config_for(discs, ("compute.workers", 2)), str(run), callbacks=callbacks)
-    killer.join()
-    assert len(retried) == 1 and 3 <= retried[0][1] < EPOCHS, retried
-    assert told == list(range(1, EPOCHS + 1))
+@pytest.mark.cluster
+def test_a_killed_worker_and_a_killed_node_cost_their_epochs_and_nothing_else(machines, discs, undisturbed, tmp_path):
+    machines.complete()
+    run = tmp_path / "run"
+    two_to_one = [("compute.cpus_per_worker", 2), ("compute.workers", [1, 2])]  # one on each node
+    process = machines.command("train", "--out", run, "--no-report", *flags(settings(discs, *two_to_one)))
+    until(lambda: epochs_done(run) >= 3, process)
+    [worker, *_] = next(iter(machines.working("RayTrainWorker").values()))
+    killed_after = epochs_done(run)
+    worker.kill()
+    until(lambda: epochs_done(run) >= killed_after + 3 and len(machines.working("RayTrainWorker")) == 2, process)
+    machines.kill(next(iter(machines.working("RayTrainWorker"))))
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output[-3000:]
+    first, second = map(int, re.findall(r"lost a worker .*: going on after epoch (\d+)", output))
+    assert killed_after <= first < second < EPOCHS
+    assert [int(epoch) for epoch in re.findall(r"^epoch +(\d+)/24  loss", output, re.MULTILINE)] == [*range(1, 25)]
+    assert [line["workers"] for line in lines(run)] == [2] * second + [1] * (EPOCHS - second)
     assert_close(run, undisturbed)
-    assert {line["workers"] for line in lines(run)} == {2}
     assert not (run / ".ray").exists()
 
 
@@ -118,10 +102,11 @@ def is_training(process: psutil.Process) -> bool:
         return False
 
 
+@pytest.mark.cluster
 def test_a_killed_driver_is_resumed(discs, undisturbed, tmp_path):
     run = tmp_path / "run"
     command = [sys.executable, "-m", "unet_ray", "train", "--out", str(run)]
-    command += [part for name, value in settings(discs) for part in ("--set", f"{name}={value}")]
+    command += flags(settings(discs))
     with tempfile.TemporaryDirectory(prefix="ur-", ignore_cleanup_errors=True) as temporary:
         # Short, for Ray's sockets; of its own, so that what the killed one leaves is cleaned up.
         process = subprocess.Popen(command, env={**os.environ, "TMPDIR": temporary}, stdout=subprocess.DEVNULL)
@@ -193,24 +178,94 @@ def test_a_full_gpu_is_one_line_with_the_remedy():
     assert "\n" not in str(error.value)
 
 
-def failed_workers(*failures: BaseException) -> ray.train.WorkerGroupError:
-    return ray.train.WorkerGroupError("text", dict(enumerate(failures)))
+# --- what a failure of workers comes to ---
 
 
-def test_what_would_come_again_is_raised_and_what_was_lost_is_not():
-    from ray.exceptions import ActorDiedError
-    from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerHealthCheckFailedError
+def failed_fit(**failures: BaseException) -> ray.train.WorkerGroupError:
+    """What Ray Train raises when these ranks have failed."""
+    return ray.train.WorkerGroupError("text", {int(rank[-1]): failure for rank, failure in failures.items()})
 
-    died = WorkerHealthCheckFailedError("A worker health check failed.", ActorDiedError())
-    broken = UserExceptionWithTraceback(RuntimeError("Connection closed by peer"), "Traceback …")
-    _raise_what_repeats(failed_workers(died))
-    _raise_what_repeats(failed_workers(broken, died))
-    mine = UserExceptionWithTraceback(UserError("a.png: mend or remove it"), "Traceback …")
-    with pytest.raises(UserError, match="mend or remove it"):
-        _raise_what_repeats(failed_workers(broken, mine))
+
+def raised_by_workers(folder: Path, *errors: BaseException) -> dict[int, WorkerError]:
+    """What the driver reads after each rank has raised its error."""
+    for rank, error in enumerate(errors):
+        with pytest.raises(type(error)), writing_errors(str(folder), rank):
+            raise error
+    return read_errors(str(folder))
+
+
+PEER_IS_GONE = RuntimeError("Connection closed by peer")
+
+
+def test_lost_workers_may_be_retried(tmp_path):
+    died = ray.exceptions.ActorDiedError()
+    for reported in ({}, raised_by_workers(tmp_path, PEER_IS_GONE)):
+        with pytest.raises(WorkersLostError, match="actor died unexpectedly") as error:
+            raise_failure(failed_fit(rank0=PEER_IS_GONE, rank1=died) if reported else failed_fit(rank1=died), reported)
+        assert "\n" not in str(error.value)
+    with pytest.raises(WorkersLostError, match="RuntimeError: Connection closed by peer"):
+        raise_failure(failed_fit(rank0=PEER_IS_GONE), reported)
+
+
+def test_what_a_worker_says_that_the_user_must_fix_is_one_line(tmp_path):
+    reported = raised_by_workers(tmp_path, PEER_IS_GONE, UserError("a.png: fix or remove it"))
+    with pytest.raises(UserError) as error:
+        raise_failure(failed_fit(rank0=PEER_IS_GONE), reported)
+    assert str(error.value) == "a.png: fix or remove it"
+    # What a Ray task raises is a UserError too, with a traceback for its text.
+    in_task = ray.exceptions.RayTaskError("task", "Traceback …", UserError("b.png: fix it")).as_instanceof_cause()
+    assert WorkerError.of(in_task).message == "b.png: fix it"
+
+
+def test_an_error_that_comes_again_is_raised_as_it_is(tmp_path):
+    reported = raised_by_workers(tmp_path, PEER_IS_GONE, TypeError("a bug"))
+    failure = failed_fit(rank0=PEER_IS_GONE)
+    with pytest.raises(ray.train.WorkerGroupError) as error:
+        raise_failure(failure, reported)
+    assert error.value is failure
+    assert (reported[1].kind, reported[1].message) == ("program", "TypeError: a bug")
+    assert "in raised_by_workers" in reported[1].traceback
+
+
+def test_a_worker_that_cannot_write_its_error_is_heard_too(tmp_path, monkeypatch):
+    def full(*_arguments, **_options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(storage, "write_bytes", full)
+    assert raised_by_workers(tmp_path, UserError("run: No space left on device: free some space")) == {}
+    text = "Traceback …\n  raise UserError(\nunet_ray.config.UserError: run: No space left on device: free some space\n"
+    with pytest.raises(UserError) as error:
+        raise_failure(failed_fit(rank0=Exception(text)), {})
+    assert str(error.value) == "run: No space left on device: free some space"
+
+
+def test_workers_that_did_not_start_are_an_error_with_the_remedy():
     placement = ray.train.ControllerError(TimeoutError("The worker group startup timed out after 60 seconds"))
     with pytest.raises(UserError, match=r"did not start the workers .*timed out.*: use fewer --workers"):
-        _raise_what_repeats(placement)
-    bug = UserExceptionWithTraceback(TypeError("a bug"), "Traceback …")
-    with pytest.raises(ray.train.WorkerGroupError):
-        _raise_what_repeats(failed_workers(broken, bug))
+        raise_failure(placement, {})
+    gpu = ray.exceptions.RayTaskError("execute", "Traceback …", UserError("torch can't use the GPU"))
+    with pytest.raises(UserError, match=r"^torch can't use the GPU$"):
+        raise_failure(ray.train.ControllerError(gpu.as_instanceof_cause()), {})
+
+
+def failing_on_rank_1(error: Exception):
+    """A worker for `run_workers`: rank 1 fails while rank 0 waits for it."""
+
+    def worker(_device):
+        if torch.distributed.get_rank() == 1:
+            raise error
+        torch.distributed.all_reduce(torch.zeros(1))
+
+    return worker
+
+
+def test_the_error_of_one_worker_decides_although_the_others_lose_their_connection(ray_cluster, tmp_path):
+    def run(worker):
+        options = {"workers": 2, "device": "cpu", "cpus_per_worker": 1, "while_running": lambda: None}
+        run_workers(worker, str(tmp_path), ".ray", **options)
+
+    stale = tmp_path / ".ray/errors-old/error-0.json"
+    stale.parent.mkdir(parents=True)
+    stale.write_text(json.dumps({"kind": "program", "message": "TypeError: of an earlier attempt", "traceback": ""}))
+    with pytest.raises(UserError, match=r"^a\.png: fix or remove it$"):
+        run(failing_on_rank_1(UserError("a.png: fix or remove it")))

@@ -1,46 +1,38 @@
-"""Prediction under kill -9: of the command, of the model's actor, of Ray's node. It ends as one that was left alone."""
+"""Prediction under kill -9 of the command, of the model's actor and of Ray's node: the result is that of a run which
+was left alone."""
 
 import json
 import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import psutil
 import pyarrow.parquet as pq
 import pytest
-from conftest import make_bad, make_model, make_photos, recorded
+from conftest import environment, make_bad, make_model, make_photos, recorded
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.cluster
 FORMATS = "png,parquet,rle,kaggle,coco"
 
 
 def command(model: Path, folder: Path, out: Path, *more: str) -> list[str]:
-    arguments = [
-        str(model),
-        str(folder),
-        "--out",
-        str(out),
-        "--format",
-        FORMATS,
-        "--precision",
-        "fp32",
-        "--json",
-        *more,
-    ]
-    return [sys.executable, "-m", "unet_ray", "predict", *arguments]
+    arguments = [str(model), str(folder), "--out", str(out), "--format", FORMATS, "--precision", "fp32"]
+    return [sys.executable, "-m", "unet_ray", "predict", *arguments, "--json", *more]
 
 
-def predict(model: Path, folder: Path, out: Path, *more: str) -> dict:
-    done = subprocess.run(command(model, folder, out, *more), capture_output=True, text=True, check=False)
+def predict(model: Path, folder: Path, out: Path, *more: str, **variables: str) -> dict:
+    arguments = command(model, folder, out, *more)
+    done = subprocess.run(arguments, env=environment(**variables), capture_output=True, text=True, check=False)
     assert done.returncode in (0, 1), done.stderr[-3000:]
     return json.loads(done.stdout)
 
 
 def contents(out: Path) -> dict[str, bytes]:
-    """All that must be the same; of the manifest all but the time that each image took."""
+    """Returns all that must be the same: the files, and the manifest's rows without the time that each image took."""
     found = {
         str(p.relative_to(out)): p.read_bytes()
         for p in out.rglob("*")
@@ -48,8 +40,8 @@ def contents(out: Path) -> dict[str, bytes]:
         and p.name not in ("summary.json", "report.html", "lock.json")
         and p.parent.name != "manifest.parquet"
     }
-    for part in (out / "manifest.parquet").iterdir():
-        found[part.name] = pq.read_table(part).drop_columns("milliseconds").to_pylist()
+    for file in (out / "manifest.parquet").iterdir():
+        found[file.name] = pq.read_table(file).drop_columns("milliseconds").to_pylist()
     return found
 
 
@@ -63,10 +55,9 @@ def victims(driver: psutil.Process) -> dict[str, list[psutil.Process]]:
 
 
 def kill_in_the_middle(arguments: list[str], out: Path, kinds: list[str], wait: float) -> dict[Path, int] | None:
-    """Starts the command, and once it has begun to get things done kills what `kinds` says, one after the other, each
-    `wait` seconds after something new was done.
+    """Starts the command and kills the processes of each kind in turn, `wait` seconds after new images were done.
 
-    Returns what was recorded as done at the last of these moments; None if the command ended sooner.
+    Returns what was recorded as done just before the last kill; None if the command ended sooner.
     """
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     driver = psutil.Process(process.pid)
@@ -74,7 +65,9 @@ def kill_in_the_middle(arguments: list[str], out: Path, kinds: list[str], wait: 
     try:
         for kind in kinds:
             known = len(recorded(out))
+            deadline = time.monotonic() + 200
             while process.poll() is None and len(recorded(out)) == known:
+                assert time.monotonic() < deadline, "no image was done"
                 time.sleep(0.02)
             time.sleep(wait)
             if process.poll() is not None:
@@ -95,15 +88,17 @@ def kill_in_the_middle(arguments: list[str], out: Path, kinds: list[str], wait: 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    """Slow enough to be caught at work."""
+    """Slow enough to be killed at work."""
     settings = [("model.base_channels", 16), ("model.depth", 4), ("data.image_size", 128)]
     return make_model(tmp_path_factory.mktemp("model"), *settings)
 
 
-def test_killed_again_and_again_it_ends_with_the_same_bytes_and_does_nothing_twice(model, tmp_path):
+def test_killed_twice_it_ends_with_the_same_bytes_and_does_no_image_twice(model, tmp_path):
     folder, out = make_photos(tmp_path / "images", 600), tmp_path / "killed"
     make_bad(folder / "bad")
-    whole = predict(model, folder, tmp_path / "whole", "--local")
+    with tempfile.TemporaryDirectory(prefix="ur-") as temporary:  # a short path, for Ray's sockets
+        whole = predict(model, folder, tmp_path / "whole", TMPDIR=temporary)
+        assert not list(Path(temporary).glob("unet-ray-*")), "a command ends its own Ray and removes its folder"
     assert (whole["images"], whole["ok"], whole["failed"]) == (610, 600, 10)
     generator, done = random.Random(0), {}
     for kinds, local in ((["driver"], True), (["actor", "raylet"], False)):

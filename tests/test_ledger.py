@@ -1,8 +1,9 @@
-"""The ledger: what is to be done is done once, whatever is stopped, added, changed or tried again."""
+"""The ledger: each image is done once, whatever is stopped, added, changed or tried again."""
 
 import os
 import subprocess
 import sys
+import time
 from itertools import count
 
 import numpy as np
@@ -11,11 +12,14 @@ import pytest
 
 from unet_ray.config import UserError
 from unet_ray.data.inputs import ImageFile
-from unet_ray.inference import ledger
+from unet_ray.inference import ledger as ledger_module
 from unet_ray.inference import output_lock as lock
+from unet_ray.inference.chunk_size import RowCost, chunk_rows
 from unet_ray.inference.digests import DigestMap, digests_of
-from unet_ray.inference.ledger import PART_ROWS, Ledger, RowCost
-from unet_ray.inference.output_lock import _held_by_beats, output_lock
+from unet_ray.inference.formats.kaggle import KaggleSubmission
+from unet_ray.inference.ledger import SHARD_ROWS, Ledger
+from unet_ray.inference.output_lock import _lock_by_heartbeat, output_lock
+from unet_ray.inference.survey import survey as survey_images
 
 
 def images(numbers, *, size=1, suffix=".jpg"):
@@ -29,21 +33,21 @@ def outputs_of(image):
         yield f"{image.key}-{number}.png"
 
 
-def book(folder, **options) -> Ledger:
-    return Ledger(str(folder), (("runs", ".work/runs"),), **options)
+def open_ledger(folder, **options) -> Ledger:
+    return Ledger(str(folder), (KaggleSubmission.table,), **options)
 
 
 def survey(folder, found) -> int:
-    return book(folder).survey(iter(found), outputs_of, RowCost(1000, 1.0))
+    return survey_images(open_ledger(folder), iter(found), outputs_of, RowCost(1000, 1.0))
 
 
-def todo(ledger_: Ledger) -> list[int]:
-    return [number for state in ledger_.states(ledger_.parts()) for number in state.todo]
+def todo(ledger: Ledger) -> list[int]:
+    return [number for state in ledger.states(ledger.shards()) for number in state.todo]
 
 
-def do(ledger_: Ledger, number: int, failed=()) -> int:
+def do(ledger: Ledger, number: int, failed=()) -> int:
     """Does what is left of a chunk, with made-up results; returns how many rows that were."""
-    chunk = ledger_.load(number)
+    chunk = ledger.load(number)
     rows = len(chunk["path"])
     bad = np.isin(chunk["path"], [os.fsencode(p) for p in failed])
     results = {
@@ -62,17 +66,25 @@ def do(ledger_: Ledger, number: int, failed=()) -> int:
         "runs": [f"{size} 1" for size in chunk["size"]],
     }
     if rows:
-        ledger_.record(number, chunk["row"], results)
+        ledger.record(number, chunk["row"], results)
     return rows
 
 
-def finish(ledger_: Ledger, **options) -> int:
+def finish(ledger: Ledger, **options) -> int:
     """Does all that is left; returns how many rows that were."""
-    done = sum(do(ledger_, number, **options) for number in todo(ledger_))
-    for part, state in zip(ledger_.parts(), ledger_.states(ledger_.parts()), strict=True):
+    done = sum(do(ledger, number, **options) for number in todo(ledger))
+    for shard, state in zip(ledger.shards(), ledger.states(ledger.shards()), strict=True):
         if not state.finished:
-            ledger_.finish(part)
+            ledger.finish(shard)
     return done
+
+
+def wait_until(condition) -> None:
+    """Returns once it holds; fails after 20 seconds."""
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
 
 
 def contents(folder) -> dict[str, bytes]:
@@ -83,24 +95,24 @@ def manifest(folder) -> list[dict]:
     return pq.read_table(folder / "manifest.parquet").to_pylist()
 
 
-def test_each_image_is_in_one_chunk_of_one_part(tmp_path):
+def test_each_image_is_in_one_chunk_of_one_shard(tmp_path):
     assert survey(tmp_path, images(range(5000))) == 5000
-    numbers = todo(book(tmp_path))
-    chunks = [book(tmp_path).load(number) for number in numbers]
+    numbers = todo(open_ledger(tmp_path))
+    chunks = [open_ledger(tmp_path).load(number) for number in numbers]
     assert [p for chunk in chunks for p in chunk["path"]] == [f"/in/{n:05d}.jpg".encode() for n in range(5000)]
-    assert len(book(tmp_path).parts()) == 2
+    assert len(open_ledger(tmp_path).shards()) == 2
     assert [len(chunk["path"]) for chunk in chunks] == [64] * 64 + [14] * 64 + [8]
-    assert finish(book(tmp_path)) == 5000
+    assert finish(open_ledger(tmp_path)) == 5000
     assert [row["path"] for row in manifest(tmp_path)] == [f"/in/{n:05d}.jpg" for n in range(5000)]
     assert not list((tmp_path / ".work/done").iterdir())
 
 
 def test_large_rows_make_small_chunks():
-    assert [ledger.chunk_rows(4096, RowCost(size, 1.0)) for size in (1, 2**20, 2**24, 2**30)] == [64, 64, 4, 1]
-    assert [ledger.chunk_rows(500, RowCost(1, seconds)) for seconds in (1.0, 0.0125, 0.001)] == [8, 20, 64]
+    assert [chunk_rows(4096, RowCost(size, 1.0)) for size in (1, 2**20, 2**24, 2**30)] == [64, 64, 4, 1]
+    assert [chunk_rows(500, RowCost(1, seconds)) for seconds in (1.0, 0.0125, 0.001)] == [8, 20, 64]
 
 
-def test_a_listing_that_was_stopped_goes_on_and_ends_with_the_same_files(tmp_path):
+def test_a_stopped_listing_continues_and_ends_with_the_same_files(tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     survey(whole, images(range(9000)))
 
@@ -110,65 +122,67 @@ def test_a_listing_that_was_stopped_goes_on_and_ends_with_the_same_files(tmp_pat
 
     with pytest.raises(KeyboardInterrupt):
         survey(stopped, listing())
-    assert book(stopped).parts() == [0]
+    assert open_ledger(stopped).shards() == [0]
     assert survey(stopped, images(range(9000))) == 9000
     assert contents(whole) == contents(stopped)
 
 
 def test_stopped_anywhere_it_ends_with_the_same_files_and_does_nothing_twice(tmp_path):
     survey(tmp_path / "whole", images(range(200)))
-    finish(book(tmp_path / "whole"))
+    finish(open_ledger(tmp_path / "whole"))
     done = 0
     for stop in (3, 5, 1):
-        survey(tmp_path / "parts", images(range(200)))
-        done += sum(do(book(tmp_path / "parts"), number) for number in todo(book(tmp_path / "parts"))[:stop])
+        survey(tmp_path / "stopped", images(range(200)))
+        done += sum(
+            do(open_ledger(tmp_path / "stopped"), number) for number in todo(open_ledger(tmp_path / "stopped"))[:stop]
+        )
     assert done == 9 * 8
-    assert finish(book(tmp_path / "parts")) == 200 - done
-    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
-    assert finish(book(tmp_path / "parts")) == 0
+    assert finish(open_ledger(tmp_path / "stopped")) == 200 - done
+    assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
+    assert finish(open_ledger(tmp_path / "stopped")) == 0
 
 
-def test_stopped_between_the_files_of_a_part_it_is_finished_again(tmp_path, monkeypatch):
+def test_a_shard_that_was_stopped_between_its_files_is_finished_again(tmp_path, monkeypatch):
     survey(tmp_path, images(range(20)))
-    ledger_ = book(tmp_path)
-    for number in todo(ledger_):
-        do(ledger_, number)
-    write = ledger.storage.write_bytes
+    ledger = open_ledger(tmp_path)
+    for number in todo(ledger):
+        do(ledger, number)
+    write = ledger_module.storage.write_bytes
 
     def stop_before_the_manifest(location, data):
-        if ledger.MANIFEST in location:
+        if ledger_module.MANIFEST in location:
             raise KeyboardInterrupt
         write(location, data)
 
-    monkeypatch.setattr(ledger.storage, "write_bytes", stop_before_the_manifest)
+    monkeypatch.setattr(ledger_module.storage, "write_bytes", stop_before_the_manifest)
     with pytest.raises(KeyboardInterrupt):
-        ledger_.finish(0)
+        ledger.finish(0)
     monkeypatch.undo()
-    assert not todo(ledger_) and not next(ledger_.states([0])).finished
-    ledger_.finish(0)
-    assert len(manifest(tmp_path)) == 20 and next(ledger_.states([0])).finished
+    assert not todo(ledger) and not next(ledger.states([0])).finished
+    ledger.finish(0)
+    assert len(manifest(tmp_path)) == 20 and next(ledger.states([0])).finished
 
 
-def test_new_images_make_new_parts_and_what_is_done_stays(tmp_path):
+def test_new_images_make_new_shards_and_what_is_done_stays(tmp_path):
     survey(tmp_path, images(range(10)))
-    finish(book(tmp_path))
+    finish(open_ledger(tmp_path))
     before = contents(tmp_path)
     assert survey(tmp_path, images(range(15))) == 15
-    assert finish(book(tmp_path)) == 5
+    assert finish(open_ledger(tmp_path)) == 5
     assert len(manifest(tmp_path)) == 15
     assert before.items() <= contents(tmp_path).items()
     # Images that are gone keep their rows: their masks are there.
     assert survey(tmp_path, images(range(3))) == 3
-    assert finish(book(tmp_path)) == 0
+    assert finish(open_ledger(tmp_path)) == 0
     assert len(manifest(tmp_path)) == 15
 
 
 def test_a_changed_image_alone_is_done_again(tmp_path):
     survey(tmp_path, images(range(30)))
-    finish(book(tmp_path))
+    finish(open_ledger(tmp_path))
     survey(tmp_path, [*images(range(12)), *images([12], size=99), *images(range(13, 30))])
-    assert len(todo(book(tmp_path))) == 1
-    assert finish(book(tmp_path)) == 1
+    assert len(todo(open_ledger(tmp_path))) == 1
+    assert finish(open_ledger(tmp_path)) == 1
     rows = manifest(tmp_path)
     assert [row["path"] for row in rows] == [f"/in/{n:05d}.jpg" for n in range(30)]
     assert [row["size"] for row in rows] == [1] * 12 + [99] + [1] * 17
@@ -179,32 +193,32 @@ def test_a_changed_image_alone_is_done_again(tmp_path):
 def test_failed_images_are_tried_again_only_when_asked(tmp_path):
     survey(tmp_path, images(range(30)))
     bad = ["/in/00003.jpg", "/in/00021.jpg"]
-    assert finish(book(tmp_path), failed=bad) == 30
-    assert finish(book(tmp_path)) == 0
-    state = next(book(tmp_path).states([0]))
+    assert finish(open_ledger(tmp_path), failed=bad) == 30
+    assert finish(open_ledger(tmp_path)) == 0
+    state = next(open_ledger(tmp_path).states([0]))
     assert (state.rows, state.done, state.failed) == (30, 30, 2)
-    assert finish(book(tmp_path, retry_failed=True), failed=bad[1:]) == 2
+    assert finish(open_ledger(tmp_path, retry_failed=True), failed=bad[1:]) == 2
     assert [row["path"] for row in manifest(tmp_path) if row["status"] == "failed"] == bad[1:]
     assert len(pq.read_table(tmp_path / ".work/runs")) == 29
 
 
-def test_a_part_with_a_row_undone_is_never_finished(tmp_path):
+def test_a_shard_with_a_row_undone_is_never_finished(tmp_path):
     survey(tmp_path, images(range(20)))
-    do(book(tmp_path), todo(book(tmp_path))[0])
+    do(open_ledger(tmp_path), todo(open_ledger(tmp_path))[0])
     with pytest.raises(RuntimeError, match="12 rows of part-000000 have no result"):
-        book(tmp_path).finish(0)
+        open_ledger(tmp_path).finish(0)
     assert not (tmp_path / "manifest.parquet").exists()
 
 
 def test_an_image_that_is_listed_twice_is_one_and_equal_names_are_told_apart(tmp_path):
     found = [*images(range(5)), *images(range(5)), *images(range(3), suffix=".png"), *images([0], suffix=".tif")]
     assert survey(tmp_path, found) == 9
-    outputs = [o for n in todo(book(tmp_path)) for o in book(tmp_path).load(n)["output"]]
+    outputs = [o for n in todo(open_ledger(tmp_path)) for o in open_ledger(tmp_path).load(n)["output"]]
     assert len(set(outputs)) == 9
     assert outputs[0] == b"00000.png" and outputs[5] == b"00000.png.png" and outputs[8] == b"00000.tif.png"
     # Found in a later run, too, a name that is taken stays with the image that has it.
     survey(tmp_path, images([4], suffix=".bmp"))
-    assert book(tmp_path).load(todo(book(tmp_path))[-1])["output"][0] == b"00004.bmp.png"
+    assert open_ledger(tmp_path).load(todo(open_ledger(tmp_path))[-1])["output"][0] == b"00004.bmp.png"
 
 
 def test_ten_thousand_digests_are_found_again():
@@ -217,13 +231,13 @@ def test_ten_thousand_digests_are_found_again():
     assert len(digests.runs) < 10
 
 
-def test_a_second_run_into_the_same_folder_is_refused_and_the_hold_ends_with_the_process(tmp_path):
+def test_a_second_run_into_the_same_folder_is_refused_and_the_lock_ends_with_the_process(tmp_path):
     code = (
         "from unet_ray.inference.output_lock import output_lock\n"
-        f"with output_lock({str(tmp_path)!r}):\n  print('held', flush=True)\n  input()"
+        f"with output_lock({str(tmp_path)!r}):\n  print('locked', flush=True)\n  input()"
     )
     other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert other.stdout.readline() == "held\n"
+    assert other.stdout.readline() == "locked\n"
     with (
         pytest.raises(UserError, match=rf"another run \(process {other.pid} on .*choose another --out"),
         output_lock(str(tmp_path)),
@@ -242,15 +256,14 @@ def test_in_a_bucket_a_lock_that_is_renewed_is_respected_and_a_dead_one_taken_ov
     out = str(tmp_path)
 
     def beats(me):
-        return _held_by_beats(out, str(tmp_path / ".work/lock.json"), me)
+        return _lock_by_heartbeat(out, str(tmp_path / ".work/lock.json"), me)
 
     def me(host):
         return {"id": host, "host": host, "pid": 1, "since": "now"}
 
     first = beats(me("a"))
     check = next(first)
-    while not (tmp_path / ".work/lock.json").exists():
-        pass
+    wait_until((tmp_path / ".work/lock.json").exists)
     with pytest.raises(UserError, match="process 1 on a"):
         next(beats(me("b")))
     check()
@@ -263,7 +276,7 @@ def test_in_a_bucket_a_lock_that_is_renewed_is_respected_and_a_dead_one_taken_ov
     second.close()
 
 
-def test_a_file_system_without_locks_is_held_by_beats(tmp_path, monkeypatch):
+def test_a_file_system_without_locks_is_locked_by_heartbeat(tmp_path, monkeypatch):
     import fcntl
 
     def unsupported(file, operation):
@@ -273,8 +286,7 @@ def test_a_file_system_without_locks_is_held_by_beats(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "BEAT_SECONDS", 0.3)
     monkeypatch.setattr(lock, "DEAD_AFTER_SECONDS", 3.0)
     with output_lock(str(tmp_path)) as check:
-        while not (tmp_path / ".work/lock.json").read_text():
-            pass
+        wait_until((tmp_path / ".work/lock.json").read_text)
         # Of this very process, which lives.
         with pytest.raises(UserError, match="another run"), output_lock(str(tmp_path)):
             pass
@@ -282,6 +294,6 @@ def test_a_file_system_without_locks_is_held_by_beats(tmp_path, monkeypatch):
     assert not (tmp_path / ".work/lock.json").exists()
 
 
-def test_parts_are_numbered_so_that_chunks_are_too(tmp_path):
-    survey(tmp_path, images(range(PART_ROWS + 1)))
-    assert todo(book(tmp_path))[-1] == PART_ROWS
+def test_a_chunk_number_tells_its_shard(tmp_path):
+    survey(tmp_path, images(range(SHARD_ROWS + 1)))
+    assert todo(open_ledger(tmp_path))[-1] == SHARD_ROWS

@@ -10,9 +10,9 @@ from unet_ray import metrics
 from unet_ray.config import IGNORE
 
 
-def counts_of(predicted, truth, classes=1):
-    predicted, truth = (torch.tensor([values], dtype=torch.uint8) for values in (predicted, truth))
-    return metrics.count(predicted, truth, classes).numpy()
+def counts_of(predicted, ground_truth, classes=1):
+    predicted, ground_truth = (torch.tensor([values], dtype=torch.uint8) for values in (predicted, ground_truth))
+    return metrics.count(predicted, ground_truth, classes).numpy()
 
 
 def score(counts, pixels, names=("foreground",)):
@@ -22,10 +22,10 @@ def score(counts, pixels, names=("foreground",)):
 
 
 def test_counts_by_hand():
-    predicted, truth = [[1, 1], [0, 0]], [[1, 0], [1, IGNORE]]
-    assert counts_of(predicted, truth).tolist() == [[[1, 1, 1]]]
+    predicted, ground_truth = [[1, 1], [0, 0]], [[1, 0], [1, IGNORE]]
+    assert counts_of(predicted, ground_truth).tolist() == [[[1, 1, 1]]]
     # For two classes: class 0 is missed where class 1 is predicted and the other way round.
-    assert counts_of(predicted, truth, 2).tolist() == [[[0, 1, 1], [1, 1, 1]]]
+    assert counts_of(predicted, ground_truth, 2).tolist() == [[[0, 1, 1], [1, 1, 1]]]
 
 
 def test_dice_iou_and_accuracy_by_hand():
@@ -37,13 +37,13 @@ def test_dice_iou_and_accuracy_by_hand():
 
 def test_each_image_of_a_batch_is_counted_by_itself():
     generator = np.random.default_rng(0)
-    predicted, truth = generator.integers(0, 4, (2, 5, 9, 11)).astype(np.uint8)
-    truth[generator.random(truth.shape) < 0.2] = IGNORE
-    counts = metrics.count(torch.from_numpy(predicted), torch.from_numpy(truth), 4).numpy()
+    predicted, ground_truth = generator.integers(0, 4, (2, 5, 9, 11)).astype(np.uint8)
+    ground_truth[generator.random(ground_truth.shape) < 0.2] = IGNORE
+    counts = metrics.count(torch.from_numpy(predicted), torch.from_numpy(ground_truth), 4).numpy()
     for n in range(5):
-        valid = truth[n] != IGNORE
+        valid = ground_truth[n] != IGNORE
         for k in range(4):
-            p, t = predicted[n][valid] == k, truth[n][valid] == k
+            p, t = predicted[n][valid] == k, ground_truth[n][valid] == k
             assert counts[n, k].tolist() == [(p & t).sum(), (p & ~t).sum(), (~p & t).sum()]
 
 
@@ -131,12 +131,12 @@ MASKS = {
 
 
 @pytest.mark.parametrize("predicted", MASKS)
-@pytest.mark.parametrize("truth", MASKS)
-def test_scores_are_monais(predicted, truth):
+@pytest.mark.parametrize("ground_truth", MASKS)
+def test_scores_are_monais(predicted, ground_truth):
     from monai import metrics as monai
 
     generator = np.random.default_rng(0)
-    ours = [MASKS[kind](generator) for kind in (predicted, truth)]
+    ours = [MASKS[kind](generator) for kind in (predicted, ground_truth)]
     one_hot = [torch.from_numpy(np.stack([ids == 0, ids == 1]))[None].float() for ids in ours]
     counts = metrics.count(*(torch.from_numpy(ids)[None] for ids in ours), 1).numpy()
     assert metrics.dice(counts).item() == pytest.approx(monai.compute_dice(*one_hot, include_background=False).item())
@@ -162,10 +162,10 @@ def test_the_largest_distance_is_scipys_directed_hausdorff():
 
 
 def test_ignored_pixels_have_no_surface():
-    truth, predicted = square(2, 2, 4), square(2, 2, 4)
+    ground_truth, predicted = square(2, 2, 4), square(2, 2, 4)
     predicted[2:6, 8:11] = 1
-    truth[:, 7:] = IGNORE
-    assert metrics.surface_scores(predicted, truth, 1, tolerance=0)[0].tolist() == [0, 0, 1]
+    ground_truth[:, 7:] = IGNORE
+    assert metrics.surface_scores(predicted, ground_truth, 1, tolerance=0)[0].tolist() == [0, 0, 1]
 
 
 def images(dices):

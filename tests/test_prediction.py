@@ -1,4 +1,4 @@
-"""Prediction and evaluation: one row for every input, the same files and figures through Ray as in one process."""
+"""Prediction and evaluation: one row per input, and the same files and scores through Ray as in one process."""
 
 import csv
 import errno
@@ -48,7 +48,7 @@ def run(model: Path, folder, out: Path, *, runtime: Runtime = LOCAL, **options):
 
 
 def contents(out: Path) -> dict[str, bytes]:
-    """All that is to be the same for every way to the end: not the times."""
+    """Files that must be the same however the run went; the manifest and the summary hold times."""
     return {
         str(p.relative_to(out)): p.read_bytes()
         for p in out.rglob("*")
@@ -64,7 +64,7 @@ def manifest(out: Path) -> list[dict]:
 # --- one row for every input ---
 
 
-def test_ten_kinds_of_bad_files_are_ten_rows_with_the_reason_and_harm_nothing_else(model, tmp_path):
+def test_ten_kinds_of_bad_files_become_ten_rows_with_a_reason_and_harm_nothing_else(model, tmp_path):
     folder = make_photos(tmp_path / "images", 90)
     reasons = make_bad(folder / "bad")
     odd = [
@@ -122,7 +122,7 @@ def test_an_image_that_vanishes_or_changes_between_listing_and_reading_is_a_row(
     assert "No such file" in next(iter(summary.failures))
 
 
-def test_a_mask_of_an_image_that_no_longer_can_be_read_is_removed(model, tmp_path):
+def test_the_files_of_an_image_that_can_no_longer_be_read_are_removed(model, tmp_path):
     folder = make_photos(tmp_path / "images", 3)
     run(model, folder, tmp_path / "out", formats=("png", "prob", "overlay"))
     (folder / "sub 0/0000.jpg").write_bytes(b"no longer")
@@ -148,7 +148,7 @@ def test_failed_images_are_tried_again_when_asked_and_then_succeed(model, tmp_pa
     assert run(model, folder, tmp_path / "out", retry_failed=True).already_done == 5
 
 
-def test_other_settings_into_the_same_output_are_refused_and_overwrite_begins_anew(model, model_of_three, tmp_path):
+def test_other_settings_for_the_same_output_are_refused_and_overwrite_starts_over(model, model_of_three, tmp_path):
     folder = make_photos(tmp_path / "images", 3)
     run(model, folder, tmp_path / "out")
     (tmp_path / "out/notes.txt").write_text("mine")
@@ -271,7 +271,7 @@ def test_many_channels_of_16_bits_are_trained_on_and_segmented(tmp_path, format)
 # --- outputs ---
 
 
-def test_every_output_of_one_class_is_read_by_other_programs_and_says_the_same(model, tmp_path):
+def test_other_programs_read_every_output_of_one_class_and_find_the_same_mask(model, tmp_path):
     folder = make_photos(tmp_path / "images", 20)
     (folder / "bad.jpg").touch()
     out = tmp_path / "out"
@@ -315,7 +315,7 @@ def test_every_output_of_one_class_is_read_by_other_programs_and_says_the_same(m
             assert picture.size == mask.shape[::-1]
 
 
-def test_several_classes_are_a_palette_run_lengths_each_and_a_map_each(model_of_three, tmp_path):
+def test_several_classes_give_a_palette_and_run_lengths_and_a_map_for_each(model_of_three, tmp_path):
     folder, out = make_photos(tmp_path / "images", 6), tmp_path / "out"
     run(model_of_three, folder, out, formats=("png", "coco", "rle", "prob"))
     coco = COCO(out / "coco.json")
@@ -359,7 +359,6 @@ def test_names_that_cannot_work_are_refused(name):
 # --- through Ray ---
 
 
-@pytest.mark.slow
 def test_ray_and_one_process_write_the_same_files(ray_cluster, model, tmp_path, small_chunks):
     folder = make_photos(tmp_path / "images", 40)
     make_bad(folder / "bad")
@@ -378,7 +377,6 @@ def test_ray_and_one_process_write_the_same_files(ray_cluster, model, tmp_path, 
     assert contents(tmp_path / "here") == contents(tmp_path / "ray")
 
 
-@pytest.mark.slow
 def test_tiles_through_ray_are_the_same_as_in_one_process(ray_cluster, model_of_three, tmp_path):
     folder = make_photos(tmp_path / "images", 12)
     make_bad(folder / "bad")
@@ -390,7 +388,6 @@ def test_tiles_through_ray_are_the_same_as_in_one_process(ray_cluster, model_of_
     assert contents(tmp_path / "here") == contents(tmp_path / "ray")
 
 
-@pytest.mark.slow
 def test_ray_and_one_process_give_the_same_scores(ray_cluster, model, tmp_path):
     images, masks = make_discs(tmp_path / "unseen", 30, seed=9)
     (images / "a_000.png").write_bytes(b"broken")
@@ -400,7 +397,6 @@ def test_ray_and_one_process_give_the_same_scores(ray_cluster, model, tmp_path):
     assert here.images == 29 and here.failures[0][0].endswith("a_000.png")
 
 
-@pytest.mark.slow
 def test_workers_may_be_as_many_as_there_are_cpus_and_no_more(ray_cluster, model, tmp_path):
     folder = make_photos(tmp_path / "few", 12)
     assert run(model, folder, tmp_path / "out", runtime=Runtime(), workers=4).ok == 12
@@ -408,25 +404,24 @@ def test_workers_may_be_as_many_as_there_are_cpus_and_no_more(ray_cluster, model
         run(model, folder, tmp_path / "more", runtime=Runtime(), workers=5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("where", ["before", "model", "after"])
-def test_what_a_stage_raises_on_the_cluster_is_raised_as_it_was(ray_cluster, where):
+@pytest.mark.parametrize("where", ["preprocess", "model", "postprocess"])
+def test_an_error_of_a_stage_on_the_cluster_is_raised_unchanged(ray_cluster, where):
     configure()
 
-    def before(number):
-        if where == "before":
-            raise UserError("mend it")
+    def preprocess(number):
+        if where == "preprocess":
+            raise UserError("fix it")
         return {"number": np.array([number])}
 
     def model(**_where):
         if where == "model":
-            raise UserError("mend it")
+            raise UserError("fix it")
         return lambda chunk: chunk
 
-    def after(_chunk):
+    def postprocess(_chunk):
         raise OSError(errno.ENOSPC, "No space left on device", "mask.png")
 
-    expected = pytest.raises(OSError if where == "after" else UserError)
+    expected = pytest.raises(OSError if where == "postprocess" else UserError)
     with expected as raised:
-        list(run_on_cluster(range(3), before, model, after, workers=1, device="cpu", shared={}))
-    assert raised.value.errno == errno.ENOSPC if where == "after" else str(raised.value) == "mend it"
+        list(run_on_cluster(range(3), preprocess, model, postprocess, workers=1, device="cpu", shared={}))
+    assert raised.value.errno == errno.ENOSPC if where == "postprocess" else str(raised.value) == "fix it"

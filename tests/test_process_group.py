@@ -1,4 +1,4 @@
-"""By which network the processes of a training talk."""
+"""Which network the processes of a training use."""
 
 import os
 from types import SimpleNamespace
@@ -13,14 +13,14 @@ def test_gloo_takes_the_interface_of_rays_address(monkeypatch):
     addresses = {"lo": "127.0.0.1", "eth0": "10.88.0.2"}
     found = {name: [SimpleNamespace(address=address)] for name, address in addresses.items()}
     monkeypatch.setattr(psutil, "net_if_addrs", lambda: found)
-    for address, before, after in (
+    for address, preset, expected in (
         ("10.88.0.2", None, "eth0"),
-        ("10.88.0.2", "ib0", "ib0"),  # as the user has said
-        ("127.0.0.3", None, None),  # of no interface: as it was
+        ("10.88.0.2", "ib0", "ib0"),  # set by the user
+        ("127.0.0.3", None, None),  # of no interface: left alone
     ):
         monkeypatch.setattr(ray.util, "get_node_ip_address", lambda address=address: address)
         monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
-        if before:
-            monkeypatch.setenv("GLOO_SOCKET_IFNAME", before)
+        if preset:
+            monkeypatch.setenv("GLOO_SOCKET_IFNAME", preset)
         choose_interface()
-        assert os.environ.get("GLOO_SOCKET_IFNAME") == after
+        assert os.environ.get("GLOO_SOCKET_IFNAME") == expected

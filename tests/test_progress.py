@@ -1,4 +1,4 @@
-"""What a run shows: on a terminal one line that is kept up to date, elsewhere lines; none longer than 80 columns."""
+"""What a run shows: one line that is updated on a terminal, lines elsewhere; none longer than the terminal is wide."""
 
 import os
 import pty
@@ -25,7 +25,7 @@ LINE = {
 WORK = """
 import time
 from unet_ray.settings import load_train_config
-from unet_ray.training.loop import EpochProgress
+from unet_ray.training.progress import EpochProgress
 from unet_ray.report.progress import ImagesDisplay, TrainingDisplay
 
 line = {line}
@@ -56,7 +56,7 @@ def test_durations_and_speeds_are_short():
     assert [speed(s) for s in (0.123, 12.34, 1234.5)] == ["0.12 img/s", "12.3 img/s", "1234 img/s"]
 
 
-def test_without_a_terminal_an_epoch_is_a_line_and_steps_are_one_a_minute(capsys, monkeypatch):
+def test_without_a_terminal_each_epoch_is_a_line_and_steps_are_a_line_a_minute(capsys, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now[0]))
     display = TrainingDisplay(load_train_config(settings=[("train.epochs", 100)]))
@@ -85,7 +85,7 @@ def test_without_a_terminal_images_are_a_line_every_ten_seconds(capsys, monkeypa
 
 
 def shown(columns: int) -> list[str]:
-    """The lines that a terminal of so many columns is sent."""
+    """Returns the lines that a terminal of so many columns is sent."""
     ours, theirs = pty.openpty()
     environment = {**os.environ, "COLUMNS": str(columns), "LINES": "40", "TERM": "xterm"}
     process = subprocess.Popen(
@@ -105,7 +105,7 @@ def shown(columns: int) -> list[str]:
 
 
 @pytest.mark.parametrize("columns", [80, 200])
-def test_on_a_terminal_no_line_wraps_and_epochs_stay_above_the_one_that_runs(columns):
+def test_on_a_terminal_no_line_wraps_and_finished_epochs_stay_visible(columns):
     lines = shown(columns)
     assert max(map(len, lines)) <= columns
     epochs = [line for line in lines if re.match(r"epoch   \d/3  loss", line)]

@@ -1,4 +1,4 @@
-"""int8: as good as the network itself, or refused; found by itself where it was kept."""
+"""int8 is as good as the network itself, or refused; where it was kept, prediction finds it."""
 
 import dataclasses
 import json
@@ -18,14 +18,12 @@ from unet_ray.config import EvaluateConfig, MaskOptions, UserError
 from unet_ray.evaluation import quantization
 from unet_ray.evaluation.quantization import MAY_FALL, quantize
 from unet_ray.inference import backends
-from unet_ray.inference.pipeline import Pipeline
+from unet_ray.inference.resolve import pipeline_of
 from unet_ray.inference.segmenter import BatchSegmenter
 from unet_ray.models import checkpoint
 from unet_ray.ray_backend.session import LOCAL
 from unet_ray.settings import load_train_config
 from unet_ray.training.run import train
-
-pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +47,11 @@ def test_int8_is_kept_used_and_close(run):
     assert result["calibrated_on"] == 8
     assert result["dice"] - result["dice_int8"] <= MAY_FALL
 
-    pipeline = Pipeline.of(run, MaskOptions())
+    pipeline = pipeline_of(run, MaskOptions())
     card = pipeline.card
     assert pipeline.quantized is not None
     for others in ({"precision": "bf16"}, {"ensemble": (run,)}):
-        assert Pipeline.of(run, MaskOptions(**others)).quantized is None
+        assert pipeline_of(run, MaskOptions(**others)).quantized is None
     network, _ = backends.load(pipeline.model, backends.RuntimeOptions(torch.device("cpu")), pipeline.quantized)
     assert any(op.get_type_name() == "FakeQuantize" for op in network.network.get_ops())
     image = np.random.default_rng(0).integers(0, 255, (1, 40, 32, 3)).astype(np.uint8)  # not its calibration's size
@@ -71,10 +69,10 @@ def test_int8_that_costs_too_much_is_refused_and_removed(run, monkeypatch):
     answer = CliRunner().invoke(main, ["quantize", run, "--calibration", "2"])
     assert answer.exit_code == 1
     assert "refused" in answer.stderr
-    assert Pipeline.of(run, MaskOptions()).quantized is None
+    assert pipeline_of(run, MaskOptions()).quantized is None
     assert not list(Path(run, "model").glob("int8*"))
     with pytest.raises(UserError, match="unet-ray quantize"):
-        Pipeline.of(run, MaskOptions(precision="int8"))
+        pipeline_of(run, MaskOptions(precision="int8"))
 
 
 def test_a_model_folder_without_its_run_cannot_be_calibrated(run):

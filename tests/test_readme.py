@@ -19,7 +19,7 @@ README = (ROOT / "README.md").read_text()
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A folder with what the examples name."""
+    """The current folder, with the files that the examples name."""
     monkeypatch.chdir(tmp_path)
     images, masks = make_discs(tmp_path / "discs", 12, size=64)
     for name in ("train", "photos"):
@@ -40,7 +40,7 @@ def test_the_python_of_the_readme_runs(here, capsys):
 
 
 def examples(command: str) -> list[str]:
-    """The commands below `Example:` in a command's help."""
+    """Returns the commands below `Example:` in a command's help."""
     text = main.commands[command].help.partition("Example:\n")[2]
     return [line.strip() for line in text.split("\n\n")[0].splitlines() if line.strip()]
 
@@ -48,7 +48,7 @@ def examples(command: str) -> list[str]:
 SMALL = ["--local", "--no-report", *(part for name, value in TINY for part in ("--set", f"{name}={value}"))]
 MORE = {
     "train": SMALL,
-    "predict": ["--local"],
+    "predict": ["--local", "--no-report"],
     "evaluate": ["--local"],
     "doctor": ["--no-timing"],
     "slices": [],
@@ -56,7 +56,7 @@ MORE = {
     "import": [],
     "report": [],
 }
-"""What the tests add to each example, so that it is short and needs no Ray."""
+"""Flags that the tests add to each example, so that it is quick and needs no Ray."""
 
 
 def test_every_command_has_an_example():

@@ -1,4 +1,4 @@
-"""report.html: of a training, of a prediction, opened where there is a browser."""
+"""report.html of a training and of a prediction; shown in a browser where there is one."""
 
 import html
 import html.parser
@@ -51,7 +51,7 @@ VOID = {"meta", "link", "img"}
 
 
 class Parsed(html.parser.HTMLParser):
-    """What a page holds; that all its elements are closed in order."""
+    """What a page holds. Fails unless all elements are closed in order."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -85,8 +85,8 @@ class Parsed(html.parser.HTMLParser):
         self.text += data
 
 
-def check_alone(page: str) -> Parsed:
-    """Nothing is fetched, every link leads somewhere in the page, ids are there once."""
+def check_self_contained(page: str) -> Parsed:
+    """Checks that nothing is fetched, that every link leads to an id of the page, and that ids are unique."""
     parsed = Parsed(page)
     assert len(set(parsed.ids)) == len(parsed.ids)
     assert all(source.startswith("data:image/jpeg;base64,") for source in parsed.pictures)
@@ -97,7 +97,7 @@ def check_alone(page: str) -> Parsed:
 
 
 def test_a_training_is_shown_with_its_scores_curves_and_pictures(run, page):
-    parsed = check_alone(page)
+    parsed = check_self_contained(page)
     scores = evaluate(EvaluateConfig(model=str(run), backend="torch"), runtime=LOCAL)
     assert scores.images == 14
     for name in ("dice", "iou", "precision", "recall"):
@@ -105,7 +105,7 @@ def test_a_training_is_shown_with_its_scores_curves_and_pictures(run, page):
     low, high = scores.dice.ci95
     assert f"{low:.4f} – {high:.4f}" in parsed.text
     assert page.count("<svg") == 4
-    # Six worst, three in the middle, three best, of each the picture, the truth, the network's and the difference.
+    # Six worst, three in the middle, three best; of each the picture, the true mask, the predicted one, the difference.
     assert len(parsed.pictures) == 4 * 12 and page.count('<figure class="row"') == 12
     order = np.argsort(scores.each.means()["dice"], kind="stable")
     worst = Path(scores.each.paths[order[0]])
@@ -130,7 +130,7 @@ def test_an_outlier_leads_to_its_pictures(run, tmp_path):
     elsewhere[0, 0] = 255
     Image.fromarray(elsewhere).save(data / "masks" / f"{victim}.png")
     write(str(moved))
-    parsed = check_alone((moved / "report.html").read_text())
+    parsed = check_self_contained((moved / "report.html").read_text())
     assert any(link.startswith("#image-") for link in parsed.links)
 
 
@@ -144,7 +144,7 @@ def test_without_its_images_a_training_still_has_its_curves(run, tmp_path):
     text = (moved / "config.yaml").read_text()
     (moved / "config.yaml").write_text(text.replace("discs <b>&", "gone"))
     write(str(moved))
-    parsed = check_alone((moved / "report.html").read_text())
+    parsed = check_self_contained((moved / "report.html").read_text())
     assert "could not be scored again" in parsed.text and "How it went" in parsed.text
     assert not parsed.pictures
 
@@ -159,7 +159,7 @@ def test_several_classes_have_a_table_with_their_names(tmp_path):
     settings += [("model.num_classes", 3), ("data.classes", ["background", "disc", "bar"])]
     train(load_train_config(settings=settings), str(tmp_path / "run"), runtime=LOCAL)
     write(str(tmp_path / "run"))
-    parsed = check_alone((tmp_path / "run/report.html").read_text())
+    parsed = check_self_contained((tmp_path / "run/report.html").read_text())
     scores = _scores(tmp_path / "run")
     assert set(scores.per_class) == {"background", "disc", "bar"}
     for name, row in scores.per_class.items():
@@ -167,7 +167,7 @@ def test_several_classes_have_a_table_with_their_names(tmp_path):
 
 
 def test_a_prediction_is_shown_with_its_failures_and_masks(prediction):
-    parsed = check_alone((prediction / "report.html").read_text())
+    parsed = check_self_contained((prediction / "report.html").read_text())
     summary = json.loads((prediction / "summary.json").read_text())
     assert summary["failed"] == 10
     assert re.search(rf"{summary['ok']}\s+segmented", parsed.text)
@@ -177,16 +177,16 @@ def test_a_prediction_is_shown_with_its_failures_and_masks(prediction):
     assert len(parsed.pictures) == 24  # a dozen of the least confident, a dozen drawn
 
 
-def test_masks_are_found_in_parquet_too_and_without_any_there_is_still_a_page(run, tmp_path):
+def test_masks_are_read_from_parquet_too_and_without_masks_there_is_still_a_page(run, tmp_path):
     photos = make_photos(tmp_path / "photos", 3)
     for formats, pictures in (("parquet", 6), ("rle", 0)):
         out = tmp_path / formats
         predict(PredictConfig(model=str(run), inputs=(str(photos),), out=str(out), formats=(formats,)), runtime=LOCAL)
         write(str(out))
-        assert len(check_alone((out / "report.html").read_text()).pictures) == pictures
+        assert len(check_self_contained((out / "report.html").read_text()).pictures) == pictures
 
 
-def test_what_is_no_run_is_one_line(tmp_path):
+def test_a_folder_that_is_no_run_is_one_line(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         write(str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="neither a finished training"):

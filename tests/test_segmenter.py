@@ -1,4 +1,4 @@
-"""Tiles, flips and ensembles: the same as what they stand for, computed the plain way."""
+"""Tiles, flips and ensembles give the same as the plain computation."""
 
 import io
 
@@ -145,10 +145,10 @@ def test_a_gpu_that_is_too_small_for_a_batch_gets_smaller_ones(folder, monkeypat
 
     monkeypatch.setattr(segmenter, "_logits", logits)
     segmenter.at_once = 8
-    parts = segmenter(batch)
+    in_pieces = segmenter(batch)
     assert given[0] == 8
     assert max(given[given.index(segmenter.at_once) :]) <= fits  # tried once
-    assert np.allclose(parts.logits, whole[0].logits, atol=0.01)
+    assert np.allclose(in_pieces.logits, whole[0].logits, atol=0.01)
     segmenter.at_once = 8
     assert np.array_equal(segmenter.by_tiles(large, 32, 0.5, probabilities=False).mask, whole[1].mask)
 

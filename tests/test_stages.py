@@ -1,4 +1,4 @@
-"""The stages on files as they may come: damaged in any way, a reason for each and nothing worse."""
+"""Decoding of damaged files: each is read or gets a reason, and nothing worse happens."""
 
 import io
 from pathlib import Path

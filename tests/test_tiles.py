@@ -6,7 +6,7 @@ import torch
 from unet_ray.config import ModelConfig
 from unet_ray.models import build
 from unet_ray.models.tiles import by_tiles, mirror_margin
-from unet_ray.training.augment import random_tiles
+from unet_ray.training.crops import random_tiles
 
 
 @pytest.mark.parametrize("norm", ["none", "batch"])

@@ -3,11 +3,10 @@
 import struct
 
 import pytest
-from conftest import TINY
+from runs import config_for
 
 from unet_ray.config import UserError
 from unet_ray.ray_backend.session import LOCAL
-from unet_ray.settings import load_train_config
 from unet_ray.training.run import train
 from unet_ray.training.tracking import scalars
 
@@ -27,11 +26,6 @@ def events(folder):
     return found
 
 
-def config_for(discs, *settings):
-    images, masks = discs
-    return load_train_config(settings=[("data.images", str(images)), ("data.masks", str(masks)), *TINY, *settings])
-
-
 def test_tensorboard_gets_what_metrics_jsonl_says(discs, tmp_path):
     result = train(config_for(discs), str(tmp_path / "run"), runtime=LOCAL)
     found = {(tag, step): value for tag, step, value in events(tmp_path / "run/tensorboard")}
@@ -46,7 +40,7 @@ def test_what_is_a_number_is_plotted():
 
 
 def test_mlflow_gets_settings_and_metrics(discs, tmp_path, monkeypatch):
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # a server needs none; the small client has no other store
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # only for this file store; a server does not need it
     mlflow = pytest.importorskip("mlflow")
     uri = (tmp_path / "mlruns").as_uri()
     result = train(config_for(discs, ("compute.mlflow", uri)), str(tmp_path / "run"), runtime=LOCAL)

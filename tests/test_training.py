@@ -1,20 +1,16 @@
 """Training through Ray Train: the same as in one process, for any number of workers."""
 
-import json
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
-from conftest import RUN_FILES, TINY, make_discs
+from conftest import RUN_FILES, make_discs
+from runs import config_for, lines
 
 from unet_ray.config import UserError
 from unet_ray.ray_backend.session import LOCAL
-from unet_ray.settings import load_train_config
 from unet_ray.training.run import Callbacks, train
-
-pytestmark = pytest.mark.slow
-TIMES = {"seconds", "train_seconds", "wait_seconds", "images_per_second"}
 
 
 @pytest.fixture(scope="module")
@@ -23,25 +19,7 @@ def discs(tmp_path_factory) -> tuple[Path, Path]:
     return make_discs(tmp_path_factory.mktemp("discs"), 21)
 
 
-def config_for(discs, *settings):
-    images, masks = discs
-    return load_train_config(
-        settings=[
-            ("data.images", str(images)),
-            ("data.masks", str(masks)),
-            *TINY,
-            ("model.norm", "none"),
-            ("data.val_fraction", 0.33),
-            ("train.epochs", 3),
-            *settings,
-        ]
-    )
-
-
-def lines(run: Path) -> list[dict]:
-    """metrics.jsonl but for times."""
-    text = (run / "metrics.jsonl").read_text()
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in text.splitlines()]
+SETTINGS = ("model.norm", "none"), ("data.val_fraction", 0.33), ("train.epochs", 3)
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -53,7 +31,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same_losses(one: Path, other: Path) -> None:
-    """Losses to rounding; what is decided by a threshold to the few pixels that rounding can flip, and of
+    """Losses are equal to rounding, scores to the few pixels that rounding can flip at the threshold, and both are of
     exactly the same pixels."""
     for ours, theirs in zip(lines(one), lines(other), strict=True):
         assert ours.keys() == theirs.keys()
@@ -81,13 +59,13 @@ def test_one_and_three_workers_and_none_train_the_same_network(ray_cluster, disc
     local, one, three, streamed = (tmp_path / name for name in ("local", "one", "three", "streamed"))
     # Without momentum, rounding stays rounding over many steps.
     same = ("train.optimizer", "sgd"), ("train.momentum", 0.0), ("train.learning_rate", 1e-2)
-    train(config_for(discs, *same), str(local), runtime=LOCAL)
-    told = []
-    callbacks = Callbacks(on_epoch=told.append)
-    assert train(config_for(discs, *same, ("compute.workers", 1)), str(one), callbacks=callbacks).epochs == 3
+    train(config_for(discs, *SETTINGS, *same), str(local), runtime=LOCAL)
+    reported = []
+    callbacks = Callbacks(on_epoch=reported.append)
+    assert train(config_for(discs, *SETTINGS, *same, ("compute.workers", 1)), str(one), callbacks=callbacks).epochs == 3
     threes = *same, ("compute.workers", 3), ("compute.cpus_per_worker", 1)
-    train(config_for(discs, *threes), str(three), callbacks=callbacks)
-    assert [line["epoch"] for line in told] == [1, 2, 3, 1, 2, 3]
+    train(config_for(discs, *SETTINGS, *threes), str(three), callbacks=callbacks)
+    assert [line["epoch"] for line in reported] == [1, 2, 3, 1, 2, 3]
     assert_equal_to_rounding(local, one)
     assert_equal_to_rounding(one, three)
     for line in lines(three):  # each image is scored once, though 7 don't divide by 3
@@ -95,24 +73,24 @@ def test_one_and_three_workers_and_none_train_the_same_network(ray_cluster, disc
     written = sorted(str(p.relative_to(three)) for p in three.rglob("*") if p.is_file())
     assert [name for name in written if not name.startswith("tensorboard/")] == RUN_FILES
     # What does not fit in the object store is streamed in every epoch, and the same again to the last bit.
-    train(config_for(discs, *threes, ("compute.memory_fraction", 0)), str(streamed))
+    train(config_for(discs, *SETTINGS, *threes, ("compute.memory_fraction", 0)), str(streamed))
     assert lines(streamed) == lines(three)
     assert all(torch.equal(*pair) for pair in zip(weights(streamed).values(), weights(three).values(), strict=True))
 
 
 def test_requests_that_the_cluster_cannot_meet_are_errors_at_once(ray_cluster, discs, tmp_path):
     with pytest.raises(UserError, match="the cluster has 4 CPUs: use --workers 4 or fewer"):
-        train(config_for(discs, ("compute.workers", 5), ("train.batch_size", 5)), str(tmp_path / "run"))
+        train(config_for(discs, *SETTINGS, ("compute.workers", 5), ("train.batch_size", 5)), str(tmp_path / "run"))
     with pytest.raises(UserError, match="the cluster has no GPU"):
-        train(config_for(discs, ("compute.device", "cuda")), str(tmp_path / "run"))
+        train(config_for(discs, *SETTINGS, ("compute.device", "cuda")), str(tmp_path / "run"))
     with pytest.raises(UserError, match="leaves none of 4 CPUs to stream"):
-        config = config_for(discs, ("compute.workers", 4), ("compute.memory_fraction", 0))
+        config = config_for(discs, *SETTINGS, ("compute.workers", 4), ("compute.memory_fraction", 0))
         train(config, str(tmp_path / "run"))
 
 
 def test_a_bad_pair_is_one_line_that_names_the_file(ray_cluster, tmp_path):
     images, masks = make_discs(tmp_path / "bad", 6)
     (images / "b_001.png").write_bytes((images / "b_001.png").read_bytes()[:300])
-    with pytest.raises(UserError, match=r"b_001.png: cannot be decoded: .*; mend or remove it") as error:
-        train(config_for((images, masks)), str(tmp_path / "run"))
+    with pytest.raises(UserError, match=r"b_001.png: cannot be decoded: .*; repair or remove it") as error:
+        train(config_for((images, masks), *SETTINGS), str(tmp_path / "run"))
     assert "\n" not in str(error.value)

@@ -1,13 +1,13 @@
 """Bulk image segmentation on Ray: train a U-Net, segment whole folders or buckets, score the result.
 
-Three verbs, each a function with a typed result and a command of the same name, and a model for single images:
+Three verbs, each a function that returns a typed result and a command of the same name; and a model for single images:
 
     unet_ray.train("photos", "photo_masks", "RUN", recipe="carvana-fast")     # unet-ray train
     unet_ray.predict("RUN", "other_photos", "MASKS")                          # unet-ray predict
     unet_ray.evaluate("RUN")                                                  # unet-ray evaluate
     unet_ray.Segmenter("RUN")(image).mask
 
-Importing this package loads neither torch nor Ray; the first use of one of these loads torch.
+Importing this package loads neither torch nor Ray. The first use of one of these names loads torch.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _ELSEWHERE = {
     "import_milesial": ("models.milesial", "import_milesial"),
     "write_report": ("report.page", "write"),
 }
-"""What is not in `api`: its module, and its name there."""
+"""Public names that are not in `api`: their module, and their name there."""
 
 
 def __getattr__(name: str) -> Any:
@@ -63,7 +63,7 @@ def __getattr__(name: str) -> Any:
 
     module, attribute = _ELSEWHERE.get(name, ("api", name))
     value = getattr(import_module(f"{__name__}.{module}"), attribute)
-    globals()[name] = value  # found at once from now on
+    globals()[name] = value  # the next access doesn't come here
     return value
 
 

@@ -1,8 +1,8 @@
 """The Python interface, for notebooks and other programs: `unet_ray.train`, `predict`, `evaluate`, `Segmenter`.
 
-Functions take plain values, build the settings of `config.py` and call what the commands call. A Ray that this process
-has (`ray.init()`) is used and left running; else each call starts one, which takes seconds, and ends it; with `local`
-there is none.
+The functions take plain values, build the settings of `config.py` and call what the commands call. They work on the Ray
+of this process (`ray.init()`) and leave it running. Without one, each call starts a Ray, which takes seconds, and ends
+it. With `local=True` they use no Ray.
 
 The examples are run by tests/test_api.py, in a folder with `images` and `masks`.
 """
@@ -24,11 +24,12 @@ from unet_ray.config import MAX_PIXELS, EvaluateConfig, MaskOptions, PredictConf
 from unet_ray.data import imaging, masks, pictures, storage
 from unet_ray.data.chunks import objects
 from unet_ray.data.imaging import ImageError, Source
+from unet_ray.data.progress import OnProgress
 from unet_ray.evaluation import evaluate as evaluation
 from unet_ray.inference import predict as prediction
-from unet_ray.inference.pipeline import OnProgress, Pipeline
 from unet_ray.inference.predict import PredictSummary
 from unet_ray.inference.reader import GivenReader, Reader
+from unet_ray.inference.resolve import pipeline_of
 from unet_ray.metrics import Scores
 from unet_ray.models import checkpoint
 from unet_ray.models.device import device_here
@@ -39,7 +40,7 @@ from unet_ray.training.results import TrainResult
 from unet_ray.training.run import Callbacks
 
 Watch = Callbacks
-"""What a training tells whoever started it."""
+"""Functions that a training calls as it goes: the argument `watch` of `train`."""
 
 Location = str | os.PathLike[str]
 """A path, or a URI (`s3://`, `gs://`, `file://`)."""
@@ -62,12 +63,12 @@ def train(
     """Trains a U-Net on pairs of images and masks and writes the run directory `out`.
 
     `images`, `masks`: folders; a mask has its image's relative path and stem, with or without `_mask`. Settings are the
-    defaults, or `recipe` (a name of `unet-ray recipes`), or `config` (a YAML file or a TrainConfig); `init` (a run or
-    model directory) gives the first weights and the network's own settings; `settings` (dotted names, such as
-    `train.epochs`) come last and win. `resume` goes on from the last finished epoch in `out`. `verbose` shows what Ray
-    says. `watch.on_epoch` is told each line of metrics.jsonl.
+    defaults, or `recipe` (a name of `unet-ray recipes`), or `config` (a YAML file or a TrainConfig). `init` (a run or
+    model directory) gives the first weights and the network's own settings. `settings` (dotted names, such as
+    `train.epochs`) come last and win. `resume` goes on from the last finished epoch in `out`. `verbose` shows Ray's own
+    messages. `watch.on_epoch` receives each line of metrics.jsonl.
 
-    Raises UserError for what the user can mend.
+    Raises UserError for what the user must fix.
 
     >>> import unet_ray
     >>> small = {"train.epochs": 3, "model.base_channels": 8, "data.image_size": 64}
@@ -86,7 +87,7 @@ def train(
     if init is not None:
         changed = {**dict(checkpoint.model_settings_of(os.fspath(init))), **changed}
     built = load_train_config(recipe=recipe, config_file=_yaml(config), settings=changed.items())
-    # Not by way of settings, which read text as YAML, as no path is meant to be.
+    # Not through `settings`, which are read as YAML: a path must not be.
     folders: dict[str, Any] = _given(images=images, masks=masks)
     built = dataclasses.replace(built, data=dataclasses.replace(built.data, **folders))
     if init is not None:
@@ -107,12 +108,12 @@ def predict(
 ) -> PredictSummary:
     """Segments every image of folders, files, globs, lists (.txt, .parquet) or buckets and writes the masks into `out`.
 
-    `model`: run or model directory. `formats`: of png, parquet, rle, kaggle, coco, prob, overlay; with commas or as a
-    list. `options`: the other fields of PredictConfig, such as `tile=512`, `tta=True`, `workers=4`, `overwrite=True`.
-    `on_progress` is told (done, failed, all). Called again after a stop it does what is missing. For single images see
-    `Segmenter`.
+    `model`: run or model directory. `formats`: names of `registry.FORMATS` (png, parquet, rle, kaggle, coco, prob,
+    overlay), as a list or with commas. `options`: the other fields of PredictConfig, such as `tile=512`, `tta=True`,
+    `workers=4`, `overwrite=True`. `on_progress` receives (done, failed, all). Called again after a stop it does what is
+    missing. For single images see `Segmenter`.
 
-    Raises UserError for what the user can mend; an image that can't be read is counted in the summary.
+    Raises UserError for what the user must fix. An image that can't be read is counted in the summary.
 
     >>> import unet_ray
     >>> summary = unet_ray.predict("RUN", "images", "MASKS", formats="png,overlay", local=True)
@@ -147,7 +148,7 @@ def evaluate(
     """Scores a model on pairs of images and masks, at each mask's own size.
 
     Without `images` and `masks`: on the pairs that the run held out for validation. `options`: the other fields of
-    EvaluateConfig, such as `mask_values=[0, 255]`, `tile=512`. Raises UserError for what the user can mend.
+    EvaluateConfig, such as `mask_values=[0, 255]`, `tile=512`. Raises UserError for what the user must fix.
 
     >>> import unet_ray
     >>> scores = unet_ray.evaluate("RUN", local=True)
@@ -175,16 +176,16 @@ def _yaml(config: TrainConfig | Location | None) -> str | None:
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
 class SegmentedImage:
-    """What `Segmenter` makes of an image. In a notebook it shows itself: the image with the mask drawn in."""
+    """A segmented image, from `Segmenter`. A notebook shows it as the image with the mask drawn in."""
 
     mask: np.ndarray
     """Class ids, uint8 [H,W], at the image's own size."""
     confidence: float
-    """Probability of the decided class, mean over the pixels."""
+    """Probability of the decided class: the mean over the pixels, 0 to 1."""
     classes: tuple[str, ...]
     """Name of each class id."""
     probabilities: np.ndarray | None
-    """uint8 [K,H,W], 255 being certain, if they were asked for; of one class (K = 1) the foreground's."""
+    """uint8 [K,H,W], 255 is certain, if they were asked for; with one class (K = 1) of the foreground."""
     num_classes: int
     """K: 1 for one foreground class."""
     _draw: Callable[[], bytes]
@@ -198,7 +199,7 @@ class SegmentedImage:
         return f"SegmentedImage: {width}x{height} pixels, {shares}; confidence {self.confidence:.3f}"
 
     def save(self, location: Location) -> None:
-        """Writes the mask as `predict` does: PNG of 1 bit for one class, of a palette for more. Raises UserError."""
+        """Writes the mask as `predict` does: a PNG, 1 bit for one class, a palette for more. Raises UserError."""
         location = storage.absolute(location)
         if not storage.split_options(location)[0].lower().endswith(".png"):
             raise UserError(f"{location}: masks are PNG files: let the name end with .png")
@@ -208,14 +209,14 @@ class SegmentedImage:
             raise UserError(f"{location}: cannot be written: {error.strerror or error}") from None
 
     def overlay(self) -> Image.Image:
-        """A picture of at most 1024 pixels a side with the mask drawn in; a file is read again. Raises UserError."""
+        """Returns the image with the mask drawn in, at most 1024 pixels a side; rereads a file. Raises UserError."""
         try:
             return Image.open(io.BytesIO(self._draw()))
         except ImageError as error:
             raise UserError(str(error)) from None
 
     def _repr_jpeg_(self) -> bytes | None:
-        """For notebooks; nothing if the file is gone."""
+        """Returns `overlay` as JPEG, for notebooks; None if the file is gone."""
         try:
             return self._draw()
         except ImageError:
@@ -223,11 +224,11 @@ class SegmentedImage:
 
 
 class Segmenter:
-    """Segments one image after another with a model that is loaded once, without Ray: what `predict` does, for arrays.
+    """Segments single images without Ray, as `predict` does for folders; the model is loaded once.
 
     `model`: run or model directory. `tile`, `overlap`, `tta`, `ensemble`, `cleanup`, `max_pixels`, `device`,
-    `precision`, `backend`: as `predict` has them (see MaskOptions). Raises UserError for what the user can mend, also
-    of an image that can't be used.
+    `precision`, `backend`: see MaskOptions. Raises UserError for what the user must fix, also for an image that is
+    unusable.
 
     >>> import numpy as np
     >>> import unet_ray
@@ -268,7 +269,7 @@ class Segmenter:
                 "backend": backend,
             },
         )
-        self.pipeline = Pipeline.of(os.fspath(model), options)
+        self.pipeline = pipeline_of(os.fspath(model), options)
         self.batches = self.pipeline.segmenter(device=device_here(options.device, 1).type)
 
     def __repr__(self) -> str:
@@ -289,11 +290,11 @@ class Segmenter:
         return ("background", "foreground") if count == 1 else tuple(f"class {k}" for k in range(count))
 
     def __call__(self, image: Image.Image | np.ndarray | Location, *, probabilities: bool = False) -> SegmentedImage:
-        """The mask of one image of any size.
+        """Returns the mask of one image of any size.
 
-        `image`: uint8 [H,W] (gray) or [H,W,C], a PIL.Image, or where a file lies. Arrays and PIL images are treated as
-        a PNG file of them would be: channels are converted as the model needs them. (A JPEG file is decoded smaller
-        than it is where that is enough, and one that Pillow has opened is not: a few pixels may differ.)
+        `image`: uint8 [H,W] (gray) or [H,W,C], a PIL.Image, or a path or URI. Arrays and PIL images are treated like a
+        PNG file: channels are converted as the model needs them. (A large JPEG file is decoded at a smaller size where
+        that is enough. An image that Pillow has opened is not, so a few pixels may differ.)
         """
         card, reader = self.pipeline.card, self.pipeline.reader()
         path = ""
@@ -302,9 +303,10 @@ class Segmenter:
         else:
             source = _source(image, card.model.in_channels)
             reader = GivenReader(reader.channels, reader.value_range, reader.max_pixels, source)
-        found = self.pipeline.one(self.batches, path, reader, probabilities)
-        if isinstance(found, str):
-            raise UserError(f"{storage.without_secrets(path) or 'the image'}: {found}")
+        prediction = self.pipeline.one(self.batches, path, reader, probabilities=probabilities)
+        found = prediction.image
+        if found is None:
+            raise UserError(f"{storage.without_secrets(path) or 'the image'}: {prediction.error}")
         draw = functools.partial(_drawn, reader, path, found.mask, card.model.num_classes)
         return SegmentedImage(
             found.mask, found.confidence, self.classes, found.probabilities, card.model.num_classes, draw
@@ -321,7 +323,7 @@ def _source(image: Image.Image | np.ndarray, channels: int) -> Source:
     known = pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in imaging.MODES)
     if known and pixels.size and pixels.dtype == np.uint8 and channels in imaging.MODES:
         return Image.fromarray(np.ascontiguousarray(pixels))
-    # As a .npy file: other numbers of channels, other types.
+    # Other types and other numbers of channels are treated like a .npy file.
     stream = io.BytesIO()
     np.save(stream, image, allow_pickle=False)
     return stream.getvalue()

@@ -1,4 +1,4 @@
-"""Every setting: frozen dataclasses, checked when they are built, to and from YAML; the recipes.
+"""All settings, as frozen dataclasses that check themselves; `settings.py` reads them from YAML.
 
 Standard library and PyYAML only, so that `unet-ray --help` and a wrong flag answer at once.
 """
@@ -19,53 +19,55 @@ import yaml
 from unet_ray.registry import FORMATS, LOSSES, NETWORKS, OPTIMIZERS
 
 IGNORE = 255
-"""The class id, in every mask this package hands around, of a pixel that neither trains nor scores."""
+"""Class id, in every decoded mask, of a pixel that is left out of loss and scores."""
 
 MAX_CLASSES = 255
 """Class ids are uint8 and 255 is `IGNORE`."""
 
 
 class UserError(ValueError):
-    """What a user can cause and mend: one line that names the file or option and the remedy (exit code 2)."""
+    """An error that the user can fix: one line that names the file or option and the remedy (exit code 2)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """What is trained (`model.` in YAML and `--set`)."""
+    """The network (`model.` in YAML and `--set`)."""
 
     name: str = "unet"
-    """`unet`; `attention_unet`: gates on the skips (Oktay et al. 2018); `unet++`: nested skips (Zhou et al. 2018). To
-    compare with: torchvision's `fcn` and `deeplabv3` on a ResNet-50, `smp`: a U-Net of segmentation_models_pytorch on
-    `encoder` (an extra), `otsu`: a threshold for each image (Otsu 1979). Those four have no use for the settings of
-    the U-Net's shape."""
+    """`unet`; `attention_unet`: gates on the skips (Oktay et al. 2018); `unet++`: nested skips (Zhou et al. 2018). For
+    comparison: torchvision's `fcn` and `deeplabv3` on a ResNet-50; `smp`: a U-Net of segmentation_models_pytorch with
+    `encoder` (an extra); `otsu`: a threshold for each image (Otsu 1979). Those four ignore the settings of the U-Net's
+    shape."""
     in_channels: int = 3
-    """1 gray, 2 gray + alpha, 3 RGB, 4 RGBA: what every image is converted to when it is decoded."""
+    """Every image is converted to this many channels when it is decoded: 1 gray, 2 gray + alpha, 3 RGB, 4 RGBA."""
     num_classes: int = 1
-    """1: one foreground class, one logit, sigmoid. K >= 2: K classes that exclude each other, softmax."""
+    """1: one foreground class, one logit, sigmoid. K >= 2: K exclusive classes, softmax."""
     base_channels: int = 64
     """Channels of the first level (Ronneberger et al. 2015, figure 1: 64)."""
     depth: int = 4
-    """How often the image is halved (figure 1: 4)."""
+    """Number of times the image is halved (figure 1: 4)."""
     growth: float = 2.0
     """Level k has base_channels * growth**k channels (figure 1: 2), rounded to a multiple of 4 if growth is not 2."""
     norm: Literal["none", "batch", "group", "instance"] = "batch"
+    """Normalisation after each convolution; the 2015 paper has none."""
     padding: Literal["same", "valid"] = "same"
-    """`same`: any input size, the mask as large as the image. `valid`: the 2015 paper's unpadded convolutions."""
+    """`same`: images of any size, masks of the same size. `valid`: the 2015 paper's unpadded convolutions."""
     up: Literal["transpose", "bilinear"] = "transpose"
+    """How the expanding path doubles the size: transposed convolution, or 1x1 convolution and interpolation."""
     dropout: float = 0.0
-    """Probability at the end of the contracting path (section 3.1 of the paper)."""
+    """Probability of dropout at the end of the contracting path (section 3.1 of the paper)."""
     patch: int = 1
-    """Side in pixels of the square that the first convolution sees as one position, its pixels as channels; the last
-    layer gives it back (sub-pixel convolution, Shi et al. 2016). 2 costs a quarter of the time of 1, at the same
-    mask resolution."""
+    """Side in pixels of a square that is folded into channels before the first convolution and unfolded after the last
+    (sub-pixel convolution, Shi et al. 2016). 2 takes a quarter of the time of 1, at the same mask resolution."""
     encoder: str = "resnet34"
-    """Of `smp`: a name that segmentation_models_pytorch knows."""
+    """Encoder of `smp`: a name that segmentation_models_pytorch knows."""
     pretrained: bool = False
-    """Start `fcn`, `deeplabv3` or `smp` from ImageNet's weights, which their libraries download."""
+    """Start `fcn`, `deeplabv3` or `smp` from ImageNet weights, which their libraries download."""
     pixel_mean: float | tuple[float, ...] = 0.5
+    """See `pixel_std`."""
     pixel_std: float | tuple[float, ...] = 0.25
-    """Pixels are (value / 255 - pixel_mean) / pixel_std, inside the model's forward and nowhere else: one number, or
-    one for each channel."""
+    """The model's forward normalises pixels: (value / 255 - pixel_mean) / pixel_std. One number for all channels, or
+    one for each."""
 
     def __post_init__(self) -> None:
         _check_choices(self, "model", name=NETWORKS)
@@ -92,7 +94,7 @@ class ModelConfig:
 
     @property
     def channels(self) -> list[int]:
-        """Channels of each level, the first and finest first: `depth + 1` numbers."""
+        """Channels of each level, the finest first: `depth + 1` numbers."""
         if self.growth == 2:
             return [self.base_channels * 2**level for level in range(self.depth + 1)]
         deeper = [max(4, round(self.base_channels * self.growth**level / 4) * 4) for level in range(1, self.depth + 1)]
@@ -100,15 +102,15 @@ class ModelConfig:
 
     @property
     def margin(self) -> int:
-        """Pixels that unpadded convolutions take from each side: 92 at depth 4 (572 -> 388); 0 for `same`."""
+        """Pixels that unpadded convolutions remove at each side: 92 at depth 4 (572 -> 388); 0 for `same`."""
         if self.padding == "same":
             return 0
-        # Each level's two 3x3 convolutions take 2 positions from each side, on the way down and again on the
-        # way up; a position of level k is 2**k pixels wide. The deepest level is passed once.
+        # Each level's two 3x3 convolutions remove 2 positions at each side, on the way down and again on the way up.
+        # A position of level k is 2**k pixels wide. The deepest level is passed once.
         return sum(4 * 2**level for level in range(self.depth)) + 2 * 2**self.depth
 
     def check_size(self, size: int, option: str) -> None:
-        """Raises UserError if a side of `size` pixels, mirrored by `margin`, can't be halved `depth` times evenly."""
+        """Raises UserError if a side of `size` pixels, extended by `margin`, can't be halved evenly `depth` times."""
         if self.padding == "same" or self.fits(size):
             return
         near = [
@@ -121,7 +123,7 @@ class ModelConfig:
         )
 
     def fits(self, size: int) -> bool:
-        """Whether images of that side pass an unpadded network."""
+        """Returns whether an unpadded network accepts images of this side, in pixels."""
         side = size + 2 * self.margin
         for _ in range(self.depth):
             side -= 4
@@ -132,48 +134,50 @@ class ModelConfig:
 
 
 MAX_PIXELS = 200_000_000
-"""Of an image, unless --max-pixels says more: 0.8 GB while Pillow decodes it."""
+"""Default of --max-pixels: Pillow takes 0.8 GB to decode an image of this many pixels."""
 ValueRange = tuple[float, float] | Literal["percentiles"] | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
-    """What it is trained on (`data.`)."""
+    """Images, masks and their split (`data.`)."""
 
     images: str = ""
+    """Folder or URI of the images."""
     masks: str = ""
+    """Folder or URI of the masks."""
     image_size: int | tuple[int, int] = 512
-    """Pixels, one side of a square or [height, width]: what every image is resized to for the network."""
+    """Every image is resized to this for the network, in pixels: the side of a square, or [height, width]."""
     tile: int = 0
-    """Side in pixels of the random square of the resized image that a training step sees; 0: all of it. Validation and
-    prediction see the whole image; with unpadded convolutions in tiles of this size, which gives exactly the same (the
-    overlap-tile strategy of Ronneberger et al. 2015, figure 2)."""
+    """A training step sees a random square of the resized image with this side in pixels; 0: the whole image.
+    Validation and prediction see the whole image. Unpadded networks see it in tiles of this size, with exactly the
+    same result (the overlap-tile strategy of Ronneberger et al. 2015, figure 2)."""
     fraction: float = 1.0
     """Share of the pairs to use, chosen by a hash of seed and name."""
     val_fraction: float = 0.2
-    """Share of the pairs, or of the groups, held out for validation."""
+    """Share of the pairs, or of the groups, that is held out for validation."""
     folds: int = 0
-    """2 or more: the groups are cut into as many parts of equal size, and part number `fold` is held out."""
+    """2 or more: the groups are divided into this many folds of equal size, and number `fold` is held out."""
     fold: int = 0
-    """From 0."""
+    """Number of the fold that is held out, from 0."""
     split_order: Literal["hash", "name"] = "hash"
-    """The order of the groups from which validation takes the first: `hash` of seed and name (random), or `name`:
-    neighbours stay together, as the slices of one volume must."""
+    """Validation takes the first groups in this order. `hash`: of seed and name, which is random. `name`: neighbours
+    stay together, as the slices of one volume must."""
     group_by: str | None = None
-    """Regular expression searched in an image's relative path; pairs with the same match stay on one side of the
-    split (for Carvana `^[^_]+`: the car)."""
+    """Regular expression that is searched in an image's relative path. Pairs with the same match stay on one side of
+    the split (for Carvana `^[^_]+`: the car)."""
     val_groups: tuple[str, ...] = ()
-    """Groups that are always held out for validation, before `val_fraction` of the groups is filled up."""
+    """Groups that are always held out. Others join them until `val_fraction` of the groups is reached."""
     mask_values: tuple[int, ...] | None = None
-    """Stored value of each class, in the order of the class ids; None: read from a sample of the masks when training
-    starts, and from then on part of config.yaml and of the model."""
+    """Stored mask value of each class, in the order of the class ids. None: training reads them from a sample of the
+    masks when it starts, and writes them to config.yaml and into the model."""
     ignore_index: int | None = None
-    """Stored mask value of pixels that neither train nor score (255 in many sets, CamVid's 11); or None."""
+    """Stored mask value of pixels to leave out of loss and scores (255 in many sets, 11 in CamVid); None: no such."""
     value_range: ValueRange = None
-    """[lowest, highest] stored value of an image's pixels, which become 0 and 255; `percentiles`: the 0.5th and the
-    99.5th of each image by itself (fluorescence, CT); None: 8 bits as they are, of 16 bits the upper 8."""
+    """[lowest, highest] stored pixel value, which become 0 and 255. `percentiles`: the 0.5th and 99.5th of each image
+    (fluorescence, CT). None: 8-bit values unchanged, of 16 bits the upper 8."""
     classes: tuple[str, ...] = ()
-    """Names of the classes, in order. A class 0 called `background` is left out of mean scores."""
+    """Names of the classes, in the order of their ids. Mean scores leave out a class 0 called `background`."""
 
     def __post_init__(self) -> None:
         for side in self.size_hw:
@@ -209,23 +213,23 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AugmentConfig:
-    """What is done to training images and their masks, anew in every epoch (`augment.`)."""
+    """Random changes to training images and their masks, drawn anew in every epoch (`augment.`)."""
 
     hflip: float = 0.5
     """Probability of a left-right flip."""
     vflip: float = 0.0
     """Probability of a top-bottom flip."""
     quarter_turns: bool = False
-    """Turn by 0, 90, 180 or 270 degrees, each as likely as the others; square images only."""
+    """Turn by 0, 90, 180 or 270 degrees, each equally likely; square images only."""
     shift: float = 0.0
-    """Largest shift to each side, as a share of the image's side. What comes in from outside is mirrored."""
+    """Largest shift to each side, as a share of the image's side. Pixels beyond the edge are mirrored."""
     rotation: float = 0.0
     """Largest rotation either way, degrees."""
     scale: float = 0.0
     """Largest magnification either way: 0.1 draws factors from 1 / 1.1 to 1.1."""
     elastic: float = 0.0
-    """Standard deviation in pixels of the displacements on a coarse 3x3 grid, interpolated bicubically over the image
-    (Ronneberger et al. 2015, section 3.1: 10)."""
+    """Standard deviation, in pixels, of random displacements on a 3x3 grid, which is interpolated bicubically over the
+    image (Ronneberger et al. 2015, section 3.1: 10)."""
     brightness: float = 0.0
     """Largest change of brightness either way, as a share of white."""
     contrast: float = 0.0
@@ -243,62 +247,68 @@ class AugmentConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizationConfig:
-    """How it is trained (`train.`)."""
+    """Optimizer, loss and schedule (`train.`)."""
 
     epochs: int = 10
+    """Passes over the training images."""
     batch_size: int = 8
-    """Images an optimizer step, over all workers together: the same on one worker and on eight."""
+    """Images per optimizer step, over all workers together: the same on one worker and on eight."""
     init: str | None = None
-    """A run or model directory whose weights the network starts from (fine-tuning). Its `model.` settings must be the
-    same but for num_classes, where another number leaves the last layer as initialised, and dropout."""
+    """Run or model directory whose weights the network starts from (fine-tuning). Its `model.` settings must be the
+    same, except dropout and num_classes. With another num_classes the last layer is initialised anew."""
     learning_rate: float = 3e-4
-    """Step size, at its highest where the schedule changes it."""
+    """Step size; the highest one if the schedule changes it."""
     weight_decay: float = 0.01
-    """Not applied to biases and norms."""
+    """Weight decay of the weights; biases and norms have none."""
     optimizer: str = "adamw"
-    """`muon`: AdamW for biases, norms and the last layer, orthogonal steps for all other weights (muon.py)."""
+    """`adamw`, `adam`, `sgd`, `rmsprop`, or `muon`: AdamW for biases, norms and the last layer, orthogonal steps for
+    all other weights (muon.py)."""
     momentum: float = 0.99
-    """Of `sgd` (Ronneberger et al. 2015, section 3: 0.99)."""
+    """Momentum of `sgd` (Ronneberger et al. 2015, section 3: 0.99)."""
     schedule: Literal["constant", "plateau", "cosine", "poly", "one_cycle"] = "constant"
-    """`plateau`: times `plateau_factor` when the validation Dice has not risen for `plateau_patience` epochs; `cosine`:
-    down to zero; `poly`: down as (1 - progress) ** 0.9 (Chen et al. 2017, DeepLab); `one_cycle`: up over the first 15 %
-    of the steps, then down a cosine to zero (Smith & Topin 2018)."""
+    """How the step size changes. `plateau`: times `plateau_factor` after `plateau_patience` epochs without a better
+    validation Dice. `cosine`: falls to zero. `poly`: falls as (1 - progress) ** 0.9 (Chen et al. 2017, DeepLab).
+    `one_cycle`: rises over the first 15 % of the steps, then falls along a cosine to zero (Smith & Topin 2018)."""
     warm_up: float = 0.0
-    """Share of all steps over which the other schedules start, from a twenty-fifth of their step size."""
+    """Share of all steps over which the step size rises from 1/25 of its value; `one_cycle` has its own rise."""
     plateau_factor: float = 0.5
+    """See `schedule`."""
     plateau_patience: int = 10
+    """See `schedule`; epochs."""
     patience: int = 0
     """Stop after this many epochs in a row without a better validation Dice; 0: never."""
     clip_norm: float = 0.0
-    """Gradients longer than this (their norm over all weights) are cut to it; 0: never."""
+    """Gradients whose norm over all weights is larger are scaled down to it; 0: never."""
     accumulate: int = 1
-    """Passes an optimizer step: a batch is divided into as many parts, which takes as much less memory."""
+    """Micro-batches per optimizer step: each batch is divided into this many, to save memory."""
     ema: float = 0.0
-    """Decay of the exponential moving average of the weights, which is then what is validated and saved, e.g. 0.999;
-    0: none. Over the first steps it is (1 + steps) / (10 + steps), so that the start is soon forgotten."""
+    """Decay of an exponential moving average of the weights, e.g. 0.999; 0: none. The average is then validated and
+    saved. The decay is at most (1 + steps) / (10 + steps), so that the first weights are soon forgotten."""
     loss: str = "auto"
     """`bce`, `ce`, `dice`, `focal`, `tversky` or a sum such as `bce+dice`; `auto`: bce+dice for one class, ce+dice for
     more."""
     focal_gamma: float = 2.0
-    """Lin et al. 2017: 2."""
+    """Exponent of the focal loss (Lin et al. 2017: 2)."""
     tversky_alpha: float = 0.3
-    """Weight of false positives; false negatives have the rest (Salehi et al. 2017: 0.3 and 0.7)."""
+    """Weight of false positives; false negatives have 1 minus it (Salehi et al. 2017: 0.3 and 0.7)."""
     class_weights: Literal["none", "inverse"] | tuple[float, ...] = "none"
-    """Of the classes (one class: background, foreground), in bce, ce and focal by pixel, in dice and tversky by class.
-    `inverse`: from a sample of the masks, pixels / (classes * pixels of the class); config.yaml has the numbers."""
+    """Weight of each class (one class: of background and foreground). bce, ce and focal weigh pixels with them, dice
+    and tversky the classes' losses. `inverse`: pixels / (classes * pixels of the class), counted in a sample of the
+    masks and written to config.yaml."""
     border_weight: float = 0.0
-    """w0 of the weight map that makes bce, ce and focal see the gaps between neighbouring objects (Ronneberger et al.
-    2015, equation 2: 10); 0: none."""
+    """w0 of the map that gives bce, ce and focal more weight in the gaps between neighbouring objects (Ronneberger et
+    al. 2015, equation 2: 10); 0: none."""
     border_sigma: float = 5.0
-    """Sigma of that map, pixels of the resized image (the paper: about 5)."""
+    """Sigma of that map, in pixels of the resized image (the paper: about 5)."""
     seed: int = 42
+    """Seed of the split, the first weights, the order of the images and the augmentation."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """`auto`: bf16 autocast where the device multiplies in it (CUDA of Ampere and later, CPUs with AMX or AVX512-BF16),
-    fp32 elsewhere. `fp16`: with a gradient scaler, on CUDA only. Weights are fp32 in each."""
+    """`auto`: bf16 autocast if the device computes in it (CUDA from Ampere on, CPUs with AMX or AVX512-BF16), otherwise
+    fp32. `fp16`: with a gradient scaler, on CUDA only. The weights are always fp32."""
     channels_last: bool = True
-    """Memory format of the network: faster on CPUs and on tensor cores; the same result to rounding."""
+    """Memory format of the network: faster on CPUs and tensor cores; the same result to rounding."""
     checkpoint_activations: bool = False
-    """Compute each level's activations again in the backward pass instead of keeping them: less memory, more time."""
+    """Compute each level's activations again in the backward pass instead of storing them: less memory, more time."""
 
     def __post_init__(self) -> None:
         _check_choices(self, "train", optimizer=OPTIMIZERS)
@@ -321,27 +331,27 @@ class OptimizationConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ComputeConfig:
-    """Where it is trained (`compute.`)."""
+    """Where training runs (`compute.`)."""
 
     workers: int | tuple[int, int] = 1
-    """Training processes, each with a GPU or with `cpus_per_worker` CPUs. [fewest, most]: as many as there is room for,
-    and others when nodes come and go."""
+    """Training processes, each with a GPU or with `cpus_per_worker` CPUs. [fewest, most]: as many as the cluster has
+    room for; their number changes when nodes join or leave."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: CUDA if the cluster (with --local: this machine) has it."""
     cpus_per_worker: int = 0
-    """CPUs and torch threads a worker; 0: the cluster's CPUs divided by the workers."""
+    """CPUs and torch threads per worker; 0: the cluster's CPUs divided by the workers."""
     memory_fraction: float = 0.5
-    """Resized images stay in memory when they take at most this share of it; otherwise each epoch streams them."""
+    """Resized images stay in memory if they take at most this share of it; otherwise each epoch streams them."""
     cache: str | None = None
-    """Folder or URI where resized images and masks are kept for later epochs and runs (`unet_ray.cache`)."""
+    """Folder or URI that stores resized images and masks for later epochs and runs (`unet_ray.data.cache`)."""
     compile: bool | None = None
-    """Compile the network (torch.compile) for training; null: where that saves twice what it costs, which the network's
-    operations, the images and the epochs decide (`unet_ray.compiling`)."""
+    """Compile the network (torch.compile) for training. null: if that saves twice the time it costs, estimated from
+    the network's operations, the images and the epochs (`unet_ray.models.compiling`)."""
     retries: int = 3
-    """How often in a row, without an epoch finished in between, training starts again from the last finished epoch
-    after a worker or a node was lost (through Ray)."""
+    """Times in a row that training restarts from the last finished epoch after Ray lost a worker or a node. A finished
+    epoch starts the count again."""
     mlflow: str | None = None
-    """Tracking URI, such as `http://127.0.0.1:5000`, to which the metrics are also written (the extra `mlflow`)."""
+    """Tracking URI, such as `http://127.0.0.1:5000`, to which the metrics are also written (extra `mlflow`)."""
 
     def __post_init__(self) -> None:
         _check_choices(self, "compute")
@@ -360,7 +370,7 @@ class ComputeConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
-    """A whole training: `config.yaml` of a run holds exactly this."""
+    """All settings of a training: the contents of a run's `config.yaml`."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -403,7 +413,7 @@ class TrainConfig:
                 )
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
-        """Sections of settings, as YAML knows them."""
+        """Returns section -> setting -> value, in YAML's own types."""
         return _plain(dataclasses.asdict(self))
 
     def to_yaml(self) -> str:
@@ -412,20 +422,20 @@ class TrainConfig:
 
 @dataclass(frozen=True, slots=True)
 class Cleanup:
-    """What is done to a decided mask at its own size. Class 0 is the background that removed pixels go to."""
+    """Clean-up of a predicted mask at the image's own size. Removed pixels become class 0, the background."""
 
     min_area: float = 0.0
-    """Connected regions of a class (edges, not corners) with fewer pixels are removed."""
+    """Remove connected regions (by edges, not corners) with fewer pixels than this."""
     min_share: float = 0.0
     """The same, as a share of the image's pixels."""
     largest: bool = False
-    """Of each class, only the largest region stays."""
+    """Keep only the largest region of each class."""
     holes: bool = False
     """Background that a class encloses becomes that class."""
 
     @classmethod
     def parse(cls, text: str) -> Cleanup:
-        """From `area=64`, `area=0.1%`, `largest`, `holes`, several joined by `+`, or `none`. Raises UserError."""
+        """Reads `area=64`, `area=0.1%`, `largest`, `holes`, several joined by `+`, or `none`. Raises UserError."""
         values: dict[str, Any] = {}
         for part in (part.strip() for part in text.split("+")):
             name, _, amount = part.partition("=")
@@ -441,28 +451,29 @@ class Cleanup:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MaskOptions:
-    """How masks are made, in prediction and evaluation alike."""
+    """Settings of how masks are made; prediction and evaluation share them."""
 
     tile: int = 0
-    """Side in pixels of the squares that an image is segmented in at its own size; 0: resized whole, as in training."""
+    """Segment an image at its own size, in squares of this side in pixels. 0: resize it whole, as in training."""
     overlap: float = 0.5
-    """Share of a tile's side that it has in common with the next; there, scores are blended with Gaussian weights."""
+    """Share of a tile's side by which neighbouring tiles overlap. Gaussian weights blend their scores there."""
     tta: bool = False
     """Average over the flips that the network was trained with (test-time augmentation)."""
     ensemble: tuple[str, ...] = ()
-    """Further models whose probabilities are averaged with those of the first."""
+    """Further models, whose probabilities are averaged with those of the first."""
     cleanup: str | None = None
-    """See `Cleanup.parse`; None: what `evaluate --choose-cleanup` has chosen for this model, or nothing."""
+    """See `Cleanup.parse`. None: the one that `evaluate --choose-cleanup` chose for this model, or none."""
     max_pixels: int = MAX_PIXELS
-    """An image with more is not decoded: a few kilobytes can claim gigabytes."""
+    """Larger images are not decoded, because a file of a few kilobytes can claim gigabytes."""
     workers: int = 0
-    """Copies of the model; 0: one a GPU, or one for every 8 CPUs."""
+    """Replicas of the model; 0: one per GPU, or one for every 8 CPUs."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto`: CUDA if the cluster (with --local: this machine) has it."""
     precision: Literal["auto", "fp32", "bf16", "fp16", "int8"] = "auto"
-    """`auto`: on CPUs int8 where `unet-ray quantize` has made it for this model, else bf16 where the device is good at
-    it."""
+    """`auto`: on CPUs int8 if `unet-ray quantize` has made it for this model; otherwise bf16 if the device computes in
+    it, or fp32."""
     backend: Literal["auto", "torch", "compiled", "openvino"] = "auto"
-    """What runs the network; see `backends.How`."""
+    """The library that runs the network; see `inference.backends.RuntimeOptions`."""
 
     def __post_init__(self) -> None:
         _check_choices(self, "predict")
@@ -475,17 +486,18 @@ class MaskOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PredictConfig(MaskOptions):
-    """A whole prediction."""
+    """All settings of a prediction."""
 
     model: str
     """Model directory, or run directory (then its best model)."""
     inputs: tuple[str, ...]
     """Folders, files, globs, lists (.txt, .parquet) or URIs."""
     out: str
+    """Folder or URI for the results."""
     formats: tuple[str, ...] = ("png",)
     """`png`: masks/<path below the input>.png; `parquet`: masks.parquet/ with the PNG bytes of each mask; `rle`:
     rle.parquet/ with COCO run lengths of each class; `kaggle`: submission.csv; `coco`: coco.json; `prob`:
-    probabilities/ as 8-bit PNG; `overlay`: overlays/, small pictures with the mask drawn in."""
+    probabilities/ as 8-bit PNG; `overlay`: overlays/, small pictures with the mask drawn over them."""
     name: str = "{relpath}/{stem}.png"
     """Path of a mask below OUT/masks, from {relpath} (the folder below the input), {stem}, {name} and {ext}."""
     overwrite: bool = False
@@ -513,16 +525,18 @@ class PredictConfig(MaskOptions):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateConfig(MaskOptions):
-    """A whole evaluation."""
+    """All settings of an evaluation."""
 
     model: str
+    """Model directory, or run directory (then its best model)."""
     images: str | None = None
+    """Folder or URI of the images; None: the validation pairs that the run held out."""
     masks: str | None = None
-    """Folders of images and true masks; None for both: the validation pairs that the run held out."""
+    """Folder or URI of the true masks; given together with `images`."""
     mask_values: tuple[int, ...] | None = None
     """Stored value of each class in these masks; None: as in training."""
     tolerance: float = 2.0
-    """Of the surface Dice: how far apart two edges may lie and still agree, pixels."""
+    """Two edges agree in the surface Dice if they lie at most this many pixels apart."""
 
     def __post_init__(self) -> None:
         MaskOptions.__post_init__(self)
@@ -532,6 +546,7 @@ class EvaluateConfig(MaskOptions):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
+    """Returns the end of an error message about an unknown name: the nearest known name, or all of them."""
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     if not close and "." in name:  # a right key under a wrong section
@@ -540,7 +555,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def _check_choices(section: Any, prefix: str, **tables: Iterable[str]) -> None:
-    """Raises UserError for a value that is none of its field's Literal, or of the table given for the field."""
+    """Raises UserError for a value that is not in its field's Literal, or in the table given for the field."""
     hints = typing.get_type_hints(type(section)).items()
     literals = {name: typing.get_args(hint) for name, hint in hints if typing.get_origin(hint) is Literal}
     for name, choices in {**literals, **tables}.items():
@@ -549,13 +564,14 @@ def _check_choices(section: Any, prefix: str, **tables: Iterable[str]) -> None:
 
 
 def _at_least(section: Any, prefix: str, **bounds: float) -> None:
+    """Raises UserError for a field that is below its bound."""
     for name, bound in bounds.items():
         if getattr(section, name) < bound:
             raise UserError(f"{prefix}.{name} is {getattr(section, name)}: must be {bound} or more")
 
 
 def _plain(value: Any) -> Any:
-    """Tuples as lists, which is what YAML knows."""
+    """Turns tuples into lists, since YAML has no tuples."""
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,11 +1,12 @@
-"""The demo's data: scenes with a car, in Kaggle's Carvana layout, made from a seed.
+"""Make the demo's data: scenes with a car, in Kaggle's Carvana layout, from a seed.
 
-Hard enough to need learning: car, ground, walls and clutter share their colours, shadows are darker than many cars,
-windows show the background's colours, and everything is textured.
+The scenes are hard enough to need learning: car, ground, walls and clutter share their colours, shadows are darker than
+many cars, windows show the background's colours, and everything is textured.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,21 @@ WIDTH, HEIGHT = 480, 320
 VIEWS = 5
 TRAIN_CARS, UNSEEN_CARS = 10, 2
 _SMOOTH = 2
-"""Everything is drawn this much larger and reduced, for soft edges as a lens gives."""
+"""Scenes are drawn this much larger and reduced, for soft edges like those of a lens."""
+
+Points = list[tuple[float, float]]
+"""Corners of a polygon, (x, y) in pixels."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Car:
+    """The shapes of a car."""
+
+    body: Points
+    cabin: Points
+    windows: list[Points]
+    wheels: list[tuple[float, float]]
+    """(centre's x, radius) of each."""
 
 
 def make_scenes(folder: Path, seed: int = 7) -> None:
@@ -36,6 +51,7 @@ def make_scenes(folder: Path, seed: int = 7) -> None:
 
 
 def _scene(generator: np.random.Generator, paint: np.ndarray) -> tuple[Image.Image, Image.Image]:
+    """Draws one scene: RGB image and palette mask of WIDTH x HEIGHT. The order of the random draws fixes the demo."""
     width, height = WIDTH * _SMOOTH, HEIGHT * _SMOOTH
     horizon = int(height * generator.uniform(0.35, 0.55))
     # Ground and wall often take a colour near the paint: no threshold on colour finds the car.
@@ -44,9 +60,31 @@ def _scene(generator: np.random.Generator, paint: np.ndarray) -> tuple[Image.Ima
         for _ in range(2)
     ]
     image = Image.new("RGB", (width, height), _colour(base[0]))
-    draw = ImageDraw.Draw(image)
-    draw.rectangle([0, horizon, width, height], fill=_colour(base[1]))
-    for _ in range(generator.integers(8, 16)):  # walls, doors, boxes, posts
+    ImageDraw.Draw(image).rectangle([0, horizon, width, height], fill=_colour(base[1]))
+    _draw_clutter(generator, image, horizon, paint)
+
+    length = width * generator.uniform(0.4, 0.7)
+    left = generator.uniform(0.05, 0.95) * (width - length)
+    ground = generator.uniform(horizon + 0.35 * (height - horizon), height * 0.95)
+    car = _car(generator, left, ground, length)
+    _draw_shadow(generator, image, left, ground, length)
+    mask = _draw_car(generator, image, car, ground, paint, window_base=base[0])
+    sill = ground - 0.13 * length
+    ends = [(left, sill), (left + length, sill)]
+    ImageDraw.Draw(image).line(ends, fill=_colour(paint * 0.7), width=3 * _SMOOTH)
+
+    size = (WIDTH, HEIGHT)
+    ground_truth = np.asarray(mask.resize(size, Image.Resampling.BOX)) > 127
+    pixels = _lit(generator, np.asarray(image.resize(size, Image.Resampling.LANCZOS), np.float32))
+    palette = Image.fromarray(ground_truth.astype(np.uint8))
+    palette.putpalette([0, 0, 0, 255, 255, 255])
+    return Image.fromarray(pixels), palette
+
+
+def _draw_clutter(generator: np.random.Generator, image: Image.Image, horizon: int, paint: np.ndarray) -> None:
+    """Draws walls, doors, boxes and posts, half of them in colours near the paint."""
+    draw, (width, height) = ImageDraw.Draw(image), image.size
+    for _ in range(generator.integers(8, 16)):
         x, w, h = (int(generator.integers(*span)) for span in ((0, width), (10, width // 4), (20, height // 2)))
         foot = horizon + int(generator.uniform(-0.15, 0.35) * (height - horizon))
         colour = _colour(paint + generator.normal(0, 30, 3) if generator.random() < 0.5 else _paint(generator))
@@ -55,11 +93,10 @@ def _scene(generator: np.random.Generator, paint: np.ndarray) -> tuple[Image.Ima
         else:
             draw.rectangle([x, foot - h, x + w, foot], fill=colour)
 
-    length = width * generator.uniform(0.4, 0.7)
-    left = generator.uniform(0.05, 0.95) * (width - length)
-    ground = generator.uniform(horizon + 0.35 * (height - horizon), height * 0.95)
-    body, cabin, windows, wheels = _car(generator, left, ground, length)
-    shadow = Image.new("L", (width, height), 0)
+
+def _draw_shadow(generator: np.random.Generator, image: Image.Image, left: float, ground: float, length: float) -> None:
+    """Draws the car's blurred shadow on the ground."""
+    shadow = Image.new("L", image.size, 0)
     slant = generator.uniform(-0.25, 0.25) * length
     ImageDraw.Draw(shadow).polygon(
         [
@@ -71,15 +108,27 @@ def _scene(generator: np.random.Generator, paint: np.ndarray) -> tuple[Image.Ima
         fill=int(generator.uniform(110, 200)),
     )
     image.paste((8, 8, 12), mask=shadow.filter(ImageFilter.GaussianBlur(6 * _SMOOTH)))
+
+
+def _draw_car(
+    generator: np.random.Generator,
+    image: Image.Image,
+    car: _Car,
+    ground: float,
+    paint: np.ndarray,
+    *,
+    window_base: np.ndarray,
+) -> Image.Image:
+    """Draws the car. Returns its mask, 0 and 255, of the image's size."""
     draw = ImageDraw.Draw(image)
-    mask = Image.new("L", (width, height), 0)
+    mask = Image.new("L", image.size, 0)
     mask_draw = ImageDraw.Draw(mask)
-    for shape in (cabin, body):
+    for shape in (car.cabin, car.body):
         draw.polygon(shape, fill=_colour(paint + generator.normal(0, 8, 3)))
         mask_draw.polygon(shape, fill=255)
-    for window in windows:
-        draw.polygon(window, fill=_colour(base[0] * 0.5 + generator.uniform(10, 90)))
-    for centre, radius in wheels:
+    for window in car.windows:
+        draw.polygon(window, fill=_colour(window_base * 0.5 + generator.uniform(10, 90)))
+    for centre, radius in car.wheels:
         box = [centre - radius, ground - 2 * radius, centre + radius, ground]
         draw.ellipse(box, fill=(22, 22, 24))
         mask_draw.ellipse(box, fill=255)
@@ -88,26 +137,11 @@ def _scene(generator: np.random.Generator, paint: np.ndarray) -> tuple[Image.Ima
             [centre - hub, ground - radius - hub, centre + hub, ground - radius + hub],
             fill=_colour(np.full(3, generator.uniform(90, 200))),
         )
-    sill = ground - 0.13 * length
-    draw.line([(left, sill), (left + length, sill)], fill=_colour(paint * 0.7), width=3 * _SMOOTH)
-
-    size = (WIDTH, HEIGHT)
-    pixels = np.asarray(image.resize(size, Image.Resampling.LANCZOS), np.float32)
-    left_light, right_light = generator.uniform(0.8, 1.2, 2).tolist()
-    light = _noise(generator, 4, 0.25) + np.linspace(left_light, right_light, WIDTH)[None, :, None]
-    pixels = pixels * light + 255 * _noise(generator, 40, 0.06) + generator.normal(0, 6, (HEIGHT, WIDTH, 1))
-    truth = np.asarray(mask.resize(size, Image.Resampling.BOX)) > 127
-    palette = Image.fromarray(truth.astype(np.uint8))
-    palette.putpalette([0, 0, 0, 255, 255, 255])
-    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)), palette
+    return mask
 
 
-def _car(
-    generator: np.random.Generator, left: float, ground: float, length: float
-) -> tuple[
-    list[tuple[float, float]], list[tuple[float, float]], list[list[tuple[float, float]]], list[tuple[float, float]]
-]:
-    """Body and cabin outlines, windows, and (centre, radius) of the wheels."""
+def _car(generator: np.random.Generator, left: float, ground: float, length: float) -> _Car:
+    """Makes the shapes of a car that stands on `ground`, facing either way."""
     height = length * generator.uniform(0.3, 0.42)
     radius = length * generator.uniform(0.075, 0.095)
     waist, roof, floor = ground - 0.55 * height, ground - height, ground - 0.6 * radius
@@ -116,50 +150,53 @@ def _car(
     def x(share: float) -> float:
         return left + share * length
 
-    nose = generator.uniform(0.0, 0.12) * height
-    body = [
-        (x(0), floor),
-        (x(0), waist + nose),
-        (x(front), waist),
-        (x(1 - back), waist),
-        (x(1), waist + nose),
-        (x(1), floor),
-    ]
+    nose = waist + generator.uniform(0.0, 0.12) * height
+    body = [(x(0), floor), (x(0), nose), (x(front), waist), (x(1 - back), waist), (x(1), nose), (x(1), floor)]
     cabin_front, cabin_back = front + generator.uniform(0.08, 0.16), 1 - back - generator.uniform(0.02, 0.12)
     cabin = [(x(front), waist + 2), (x(cabin_front), roof), (x(cabin_back), roof), (x(1 - back), waist + 2)]
     inset, middle = 0.18 * (waist - roof), (cabin_front + cabin_back) / 2
+    lower, upper = waist - inset, roof + inset
     windows = [
         [
-            (x(front + 0.05), waist - inset),
-            (x(cabin_front + 0.01), roof + inset),
-            (x(middle - 0.01), roof + inset),
-            (x(middle - 0.01), waist - inset),
+            (x(front + 0.05), lower),
+            (x(cabin_front + 0.01), upper),
+            (x(middle - 0.01), upper),
+            (x(middle - 0.01), lower),
         ],
         [
-            (x(middle + 0.01), waist - inset),
-            (x(middle + 0.01), roof + inset),
-            (x(cabin_back - 0.01), roof + inset),
-            (x(1 - back - 0.04), waist - inset),
+            (x(middle + 0.01), lower),
+            (x(middle + 0.01), upper),
+            (x(cabin_back - 0.01), upper),
+            (x(1 - back - 0.04), lower),
         ],
     ]
-    if generator.random() < 0.5:  # facing the other way
-        middle_x = left + length / 2
+    wheels = [(x(0.2), radius), (x(0.8), radius)]
+    if generator.random() < 0.5:  # facing the other way; the wheels are symmetric
+        body, cabin = _mirrored(body, left + length / 2), _mirrored(cabin, left + length / 2)
+        windows = [_mirrored(window, left + length / 2) for window in windows]
+    return _Car(body, cabin, windows, wheels)
 
-        def mirrored(shape: list[tuple[float, float]]) -> list[tuple[float, float]]:
-            return [(2 * middle_x - px, py) for px, py in shape]
 
-        body, cabin, windows = mirrored(body), mirrored(cabin), [mirrored(w) for w in windows]
-    return body, cabin, windows, [(x(0.2), radius), (x(0.8), radius)]
+def _mirrored(shape: Points, middle_x: float) -> Points:
+    return [(2 * middle_x - x, y) for x, y in shape]
+
+
+def _lit(generator: np.random.Generator, pixels: np.ndarray) -> np.ndarray:
+    """Adds uneven light, texture and noise to float32 pixels [H,W,3]; returns uint8."""
+    left_light, right_light = generator.uniform(0.8, 1.2, 2).tolist()
+    light = _noise(generator, 4, 0.25) + np.linspace(left_light, right_light, WIDTH)[None, :, None]
+    lit = pixels * light + 255 * _noise(generator, 40, 0.06) + generator.normal(0, 6, (HEIGHT, WIDTH, 1))
+    return np.clip(lit, 0, 255).astype(np.uint8)
 
 
 def _noise(generator: np.random.Generator, cells: int, strength: float) -> np.ndarray:
-    """Smooth noise float32 [H,W,1] of about `cells` bumps across, standard deviation about `strength`."""
+    """Makes smooth noise, float32 [H,W,1], of about `cells` bumps across with standard deviation about `strength`."""
     coarse = generator.normal(0, strength, (max(2, cells * HEIGHT // WIDTH), cells)).astype(np.float32)
     return np.asarray(Image.fromarray(coarse).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC))[..., None]
 
 
 def _paint(generator: np.random.Generator) -> np.ndarray:
-    """A muted colour, RGB."""
+    """Draws a muted colour, RGB."""
     return generator.uniform(20, 235, 3) * 0.35 + generator.uniform(20, 235) * 0.65
 
 

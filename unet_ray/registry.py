@@ -1,7 +1,7 @@
-"""What can be chosen by name, and where each of it is.
+"""The tables of names that a user can choose: networks, losses, optimizers, output formats.
 
-To add a network, a loss, an optimizer or an output format, write it in its file and name it here. The settings check
-names against these tables and `--help` lists them; nothing is imported before it is used.
+To add one, write it in its file and add its name here. The settings check names against these tables and `--help`
+lists them. Nothing is imported before it is used.
 """
 
 from __future__ import annotations
@@ -52,6 +52,6 @@ FORMATS = {
 
 
 def load(choices: Mapping[str, str], name: str) -> Any:
-    """What a table above says of `name`; imports its module. Raises KeyError for a name that is not in it."""
+    """Imports and returns the object behind `name` in one of the tables. Raises KeyError for an unknown name."""
     module, _, attribute = choices[name].partition(":")
     return getattr(import_module(module), attribute)

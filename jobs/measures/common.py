@@ -19,7 +19,7 @@ from unet_ray.config import MaskOptions, TrainConfig
 from unet_ray.data import imaging
 from unet_ray.data.pairs import Pair
 from unet_ray.inference import backends
-from unet_ray.inference.pipeline import Pipeline
+from unet_ray.inference.resolve import pipeline_of
 from unet_ray.models import build, checkpoint
 from unet_ray.models.checkpoint import ModelCard
 from unet_ray.models.device import run_network
@@ -79,7 +79,7 @@ class Job:
     @property
     def quantized(self) -> str | None:
         """Stem of the files of the int8 network, if this job uses it."""
-        return Pipeline.of(self.model, MaskOptions()).quantized if self.device == "cpu" else None
+        return pipeline_of(self.model, MaskOptions()).quantized if self.device == "cpu" else None
 
 
 def in_turns(steps: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:

@@ -17,10 +17,12 @@ from PIL import Image
 from measures.common import Job, Line, table
 from unet_ray.config import Cleanup
 from unet_ray.data.chunks import Chunk, Stage
+from unet_ray.inference.formats import formats_of
 from unet_ray.inference.ledger import Ledger
+from unet_ray.inference.local import run_here
 from unet_ray.inference.reader import Reader
 from unet_ray.inference.segmenter import Segmentation
-from unet_ray.inference.stages import AtOwnSize, Chunks, Decode, Preprocess, Segment, run_here
+from unet_ray.inference.stages import Chunks, Decode, Finishing, Preprocess, Segment, ToOwnSize
 from unet_ray.inference.write import Write
 from unet_ray.models.checkpoint import ModelCard
 from unet_ray.models.device import keep_freed_memory
@@ -79,8 +81,8 @@ class Way:
 
     def stages(self) -> tuple[Preprocess, _NoModel, Stage]:
         reader = Reader.of(self.card, 10**9)
-        write = Write(Ledger(self.out, (), False), ("png",), self.card, reader)
-        after = AtOwnSize(write, self.card, Cleanup(), False)
+        write = Write(Ledger(self.out, (), False), formats_of(("png",), self.card), self.card, reader)
+        after = Finishing(ToOwnSize(self.card, Cleanup(), False), write)
         return Preprocess(self.load, Decode(reader, self.card.image_size)), _NoModel(self.card), after
 
     def bare(self, numbers: Sequence[int]) -> None:

@@ -22,10 +22,10 @@ from unet_ray.models import build, compiling
 from unet_ray.models.device import keep_freed_memory
 from unet_ray.ray_backend.session import Runtime
 from unet_ray.settings import load_train_config
-from unet_ray.training.loop import prepare
 from unet_ray.training.results import read_metrics
 from unet_ray.training.run import train
-from unet_ray.training.sampler import batch_plan
+from unet_ray.training.sampler import EpochBatches, Sampler
+from unet_ray.training.step import prepare
 
 
 class PlainPairs(Dataset):
@@ -72,14 +72,15 @@ def our_steps(config: TrainConfig, pairs: list[Pair], device: str, compiled: boo
     prepared.model.train()
     if compiled:
         prepared.forward = compiling.Compiled(prepared.model)
-    held = rows.MemoryRows(pairs, rows.Decoder.of(config))
+    decoded = rows.MemoryRows(pairs, rows.Decoder.of(config))
+    sampler = Sampler(rows=len(decoded), batch_size=config.train.batch_size, seed=config.train.seed)
 
     def steps() -> Iterator[float]:
         for epoch in itertools.count(1):
-            plan = batch_plan(len(held), config.train.batch_size, seed=config.train.seed, epoch=epoch)
-            batches = rows.prefetched(held.batches([part.indices for step in plan for part in step]))
-            for step in plan:
-                yield float(prepared.step(((next(batches), part) for part in step), len(step), epoch))
+            for arrays, weight, _ in EpochBatches(decoded, sampler.epoch(epoch)):
+                loss = prepared.backward(arrays, weight, epoch=epoch)
+                prepared.update()
+                yield float(loss)
 
     return partial(next, steps())
 

@@ -1,1 +1,1 @@
-"""Images, masks and the way from files to rows."""
+"""Images and masks: find, pair, split, decode, cache and write them."""

@@ -1,8 +1,9 @@
-"""Decoded training rows kept in Parquet files, for the next epoch, run, fold or recipe.
+"""Keep decoded training rows in Parquet files, for the next epoch, run, fold or recipe.
 
-CACHE/<what decides over a row>/<hash>.parquet, a row group for each pair: `stat` (paths, sizes and times of its two
-files), `content` (hash of their bytes), `image`, `mask` and perhaps `border`. Files that were copied or touched are
-known by their content; their row then has `same` and no data. Files are never changed; any may be deleted.
+CACHE/<hash of the settings that affect a row>/<hash>.parquet has a row group for each pair: `stat` (hash of paths,
+sizes and times of its two files), `content` (hash of their bytes), `image`, `mask` and perhaps `border`. A file that
+was copied or touched is recognised by its content; its row then has `same` and no data. Cache files never change; any
+of them may be deleted.
 """
 
 from __future__ import annotations
@@ -24,25 +25,26 @@ from unet_ray.data.pairs import Pair
 from unet_ray.data.rows import Batch, Decoder, Row
 
 FORMAT = 1
-"""Raised when rows of the same settings come to look otherwise."""
-PART_BYTES = 64 * 2**20
-"""Rows of a file: large enough for a bucket, small enough that a stopped run loses seconds."""
+"""Version of the rows. Raise it when the same settings give different rows."""
+FILE_BYTES = 64 * 2**20
+"""Size of a cache file: large enough for a bucket, small enough that a stopped run loses only seconds."""
 
 Pairs = Sequence[tuple[Pair, bytes]]
-"""Each with its `stat`."""
+"""Pairs, each with its `stat`."""
 
 
 class Place(NamedTuple):
-    """Where a row lies."""
+    """Where a row is stored."""
 
-    part: str
-    """Name of a file of the cache."""
+    file: str
+    """Name of a file in the cache."""
     row: int
+    """Number of its row group."""
 
 
 @dataclass(frozen=True, slots=True)
 class CachedDecoder:
-    """A `Decoder` that looks its rows up; images without a row are decoded."""
+    """Reads rows from the cache, and decodes images that have no row there."""
 
     decoder: Decoder
     folder: str
@@ -54,12 +56,12 @@ class CachedDecoder:
         if place is not None:
             try:
                 return self._read(*place)
-            except (OSError, ValueError):  # deleted meanwhile, or damaged: a cache is never a reason to stop
+            except (OSError, ValueError):  # deleted or damaged: the cache never stops a training
                 pass
         return self.decoder(image_path, mask_path)
 
-    def _read(self, part: str, row: int) -> Row:
-        filesystem, path = storage.resolve(storage.join(self.folder, part))
+    def _read(self, name: str, row: int) -> Row:
+        filesystem, path = storage.resolve(storage.join(self.folder, name))
         height, width = self.decoder.data.size_hw
         names = [*self.decoder.empty(0)]
         with pq.ParquetFile(path, filesystem=filesystem, memory_map=not storage.is_uri(self.folder)) as file:
@@ -79,24 +81,24 @@ class CachedDecoder:
 
 
 Write = Callable[[Pairs], None]
-"""Decodes pairs and writes them as one file of the cache; runs anywhere."""
+"""Decodes pairs and writes them as one cache file, in any process."""
 Run = Callable[[Write, list[Pairs]], Iterable[None]]
-"""Calls the function with each of the lists, in whatever order and wherever, and yields as they are done."""
+"""Calls the function with each list of pairs, in any order and anywhere, and yields once for each finished list."""
 
 
 def filled(pairs: Sequence[Pair], decoder: Decoder, location: str, run: Run) -> CachedDecoder:
-    """The decoder with all pairs in the cache at `location`: those that are not there yet are put there.
+    """Adds the missing pairs to the cache at `location`, and returns a decoder that reads from it.
 
-    Raises UserError that names the file for what can't be decoded.
+    Raises UserError that names a file that can't be decoded.
     """
     folder = storage.join(storage.absolute(location), _key(decoder))
     stats = _stats(pairs)
     by_stat, by_content = _index(folder)
     missing = [(pair, stat) for pair, stat in zip(pairs, stats, strict=True) if stat not in by_stat]
-    size = max(1, PART_BYTES // decoder.row_bytes())
-    parts: list[Pairs] = [missing[start : start + size] for start in range(0, len(missing), size)]
-    if parts:
-        for _ in run(_WritePart(decoder, folder, by_content), parts):
+    size = max(1, FILE_BYTES // decoder.row_bytes())
+    files: list[Pairs] = [missing[start : start + size] for start in range(0, len(missing), size)]
+    if files:
+        for _ in run(_WriteFile(decoder, folder, by_content), files):
             pass
         by_stat, _ = _index(folder)
     places = {pair.image: by_stat[stat] for pair, stat in zip(pairs, stats, strict=True) if stat in by_stat}
@@ -104,7 +106,7 @@ def filled(pairs: Sequence[Pair], decoder: Decoder, location: str, run: Run) -> 
 
 
 def _key(decoder: Decoder) -> str:
-    """Of everything that a row depends on beside its files."""
+    """Hashes everything that a row depends on, except its files."""
     data = decoder.data
     settings = {
         "format": FORMAT,
@@ -128,12 +130,12 @@ def _hash(*values: bytes) -> bytes:
 
 def _stats(pairs: Sequence[Pair]) -> list[bytes]:
     images, masks = ([getattr(pair, name) for pair in pairs] for name in ("image", "mask"))
-    told = zip(images, storage.sizes_and_times(images), masks, storage.sizes_and_times(masks), strict=True)
-    return [_hash(repr(entry).encode("utf-8", "surrogateescape")) for entry in told]
+    stats = zip(images, storage.sizes_and_times(images), masks, storage.sizes_and_times(masks), strict=True)
+    return [_hash(repr(stat).encode("utf-8", "surrogateescape")) for stat in stats]
 
 
 def _index(folder: str) -> tuple[dict[bytes, Place], dict[bytes, Place]]:
-    """Rows by `stat` and by `content`."""
+    """Lists the rows in the cache by `stat` and by `content`."""
     by_stat: dict[bytes, Place] = {}
     by_content: dict[bytes, Place] = {}
     same: list[tuple[bytes, bytes]] = []
@@ -143,7 +145,7 @@ def _index(folder: str) -> tuple[dict[bytes, Place], dict[bytes, Place]]:
         filesystem, path = storage.resolve(storage.join(folder, name))
         try:
             table = pq.read_table(path, columns=["stat", "content", "same"], filesystem=filesystem)
-        except (OSError, pa.ArrowInvalid):  # half copied by hand, say
+        except (OSError, pa.ArrowInvalid):  # for example, copied only in part
             continue
         for row, entry in enumerate(table.to_pylist()):
             if entry["same"]:
@@ -155,7 +157,9 @@ def _index(folder: str) -> tuple[dict[bytes, Place], dict[bytes, Place]]:
 
 
 @dataclass(frozen=True, slots=True)
-class _WritePart:
+class _WriteFile:
+    """See `Write`."""
+
     decoder: Decoder
     folder: str
     known: dict[bytes, Place]
@@ -167,7 +171,7 @@ class _WritePart:
         fields = [("stat", pa.binary()), ("content", pa.binary()), ("same", pa.bool_())]
         schema = pa.schema([*fields, *((name, pa.large_binary()) for name in names)])
         stream = io.BytesIO()
-        # Photographs hardly shrink, and reading them is what must be fast.
+        # Photographs hardly compress, and reading them must be fast.
         compression = {name: "NONE" if name == "image" else "ZSTD" for name in schema.names}
         pq.write_table(
             pa.Table.from_pylist(entries, schema),
@@ -191,10 +195,10 @@ class _WritePart:
 
 
 def in_threads(threads: int) -> Run:
-    """For `filled`: in this process."""
+    """Returns a `Run` for `filled` that works in threads of this process."""
 
-    def run(write: Write, parts: list[Pairs]) -> Iterator[None]:
+    def run(write: Write, files: list[Pairs]) -> Iterator[None]:
         with ThreadPoolExecutor(threads) as pool:
-            yield from pool.map(write, parts)
+            yield from pool.map(write, files)
 
     return run

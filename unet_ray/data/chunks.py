@@ -1,4 +1,4 @@
-"""Chunks: rows that travel through the stages of prediction and evaluation as one block of columns."""
+"""Chunks: blocks of rows, held as columns, that pass through the stages of prediction and evaluation."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ import pyarrow.parquet as pq
 
 
 def readable(name: bytes) -> str:
-    """A path as text; bytes that are no UTF-8 as \\\\xNN."""
+    """Decodes a path; bytes that are not UTF-8 become \\\\xNN."""
     return name.decode("utf-8", "backslashreplace")
 
 
 def objects(values: Sequence[Any]) -> np.ndarray:
-    """A column of Python objects (NumPy would make a matrix of equally long lists)."""
+    """Makes a column of Python objects. np.array would make a matrix of equally long lists."""
     column = np.empty(len(values), dtype=object)
     column[:] = values
     return column
 
 
 def to_parquet(table: pa.Table, compression: str = "zstd", row_group_size: int | None = None) -> bytes:
+    """Encodes a table as a Parquet file."""
     stream = io.BytesIO()
     pq.write_table(table, stream, compression=compression, row_group_size=row_group_size)
     return stream.getvalue()

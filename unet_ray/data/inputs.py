@@ -1,7 +1,8 @@
-"""Find images: folders, globs, lists, Parquet files, buckets.
+"""Find images in folders, globs, lists, Parquet files and buckets.
 
-An image's *key* is its path below the folder it was found in, without the extension: it names the mask and decides
-the split, so neither depends on the machine, on where the folder lies, or on the order of a listing."""
+An image's *key* is its path below the folder it was found in, without the extension. It names the mask and determines
+the split, so neither depends on the machine, on where the folder is, or on the order of a listing.
+"""
 
 from __future__ import annotations
 
@@ -26,9 +27,9 @@ T = TypeVar("T")
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".gif", ".tif", ".tiff", ".bmp", ".webp", ".npy"})
 BYTES_COLUMNS = ("image", "bytes", "image_bytes", "data", "content")
-"""Names under which a Parquet file may hold encoded images, the first that is there."""
+"""Columns of a Parquet file that may hold encoded images; the first one present is used."""
 NAME_COLUMNS = ("path", "file_name", "name", "id")
-"""Columns that may name those images."""
+"""Columns that may name those images; the first one present is used."""
 NAMES_AT_ONCE = 2**16
 LISTED_AT_ONCE = 1024
 
@@ -38,39 +39,40 @@ class ImageFile:
     """One image to segment."""
 
     key: str
-    """Relative path without extension, `/` between folders."""
+    """Relative path without extension, with `/` between folders."""
     path: str
-    """Absolute path or URI; of an image inside a Parquet file, that of the file, `#` and the row."""
+    """Absolute path or URI. For an image inside a Parquet file: that file's path, `#` and the row."""
     name: str
     """Relative path with extension."""
     size: int
-    """Bytes (of the file); -1: it is not there."""
+    """Size of the file in bytes; -1: it does not exist."""
     mtime_ns: int
+    """Modification time of the file in ns."""
     source: str = ""
-    """The Parquet file that holds the encoded image; empty: the image is a file of its own."""
+    """Parquet file that contains the image; empty: the image is a file itself."""
     row: int = -1
-    """Its row there."""
+    """Row in that Parquet file."""
 
 
 def evenly(items: Sequence[T], count: int) -> list[T]:
-    """`count` of the items, evenly spaced; all if there are fewer."""
+    """Returns `count` of the items, evenly spaced; all if there are fewer."""
     return [items[number * len(items) // count] for number in range(count)] if len(items) > count else list(items)
 
 
 def find_images(location: str) -> list[ImageFile]:
-    """What `iter_images` finds, sorted by relative path."""
+    """Returns all images that `iter_images` finds, sorted by relative path. Raises UserError."""
     return sorted(iter_images(location), key=lambda image: image.name)
 
 
 def iter_images(location: str) -> Iterator[ImageFile]:
-    """Every image below a folder, of a local glob, of a list, or the one file: one at a time, in an order that depends
-    on the names alone (of a list: its own order).
+    """Yields the images of a folder and its subfolders, of a local glob, of a list, or a single file.
 
-    A list is a `.txt` with a path or URI on each line, relative ones below the list's own folder, or a `.parquet` file
-    or folder with a column `path`, or with the encoded images in a binary column (`image`, `bytes`, …; Hugging Face's
-    struct of bytes and path too). In folders and globs, hidden files and other extensions than `EXTENSIONS` are passed
-    over. A link that leads nowhere, or a file that a list names and that is not there, has size -1. Holds the names of
-    one folder at a time. Raises UserError if there is no such folder or no image in it.
+    The order depends only on the names; a list keeps its own order. A list is a `.txt` with a path or URI on each line
+    (relative paths are below the list's folder), or a `.parquet` file or folder with a column `path` or with encoded
+    images in a binary column (`image`, `bytes`, …, or Hugging Face's struct of bytes and path). In folders and globs,
+    hidden files and extensions that are not in `EXTENSIONS` are skipped. A broken link, or a file in a list that does
+    not exist, has size -1. Only the names of one folder at a time are in memory. Raises UserError if there is no such
+    folder or no image in it.
     """
     location = storage.absolute(location)
     count = 0
@@ -82,7 +84,7 @@ def iter_images(location: str) -> Iterator[ImageFile]:
 
 
 def root_name(location: str) -> str:
-    """What to call the place that relative paths of an input's images begin at: its folder's name, a list's stem."""
+    """Returns a name for the folder that an input's relative paths begin at: the folder's name, or a list's stem."""
     location = storage.absolute(location)
     path = PurePosixPath(storage.split_options(location)[0])
     if path.suffix in (".txt", ".parquet"):
@@ -98,7 +100,7 @@ def _found(location: str) -> Iterator[ImageFile]:
         return
     found = storage.info(location)
     path = PurePosixPath(storage.split_options(location)[0])
-    if found is None and not os.path.islink(location):  # noqa: PTH114 - surrogates of odd names stay as they are
+    if found is None and not os.path.islink(location):  # noqa: PTH114 - keeps the surrogates of names that aren't UTF-8
         raise UserError(f"{location}: no such folder or file")
     if path.suffix == ".parquet":
         yield from _of_parquet(location)
@@ -118,7 +120,7 @@ def _image(path: str, name: str, size: int, mtime_ns: int) -> ImageFile:
 
 
 def _wanted(name: str) -> bool:
-    return not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS  # noqa: PTH122 - by the million
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS  # noqa: PTH122 - called often
 
 
 def _of_glob(pattern: str) -> Iterator[ImageFile]:
@@ -130,17 +132,13 @@ def _of_glob(pattern: str) -> Iterator[ImageFile]:
 
 
 def _walk(folder: str, below: str, ancestors: tuple[tuple[int, int], ...]) -> Iterator[ImageFile]:
-    """The images of a folder by name, then those of its subfolders by name. `ancestors`: the folders above (device,
-    inode), so that a link to one of them ends there."""
-    subfolders = []
+    """Yields the images of a folder by name, then those of its subfolders by name.
+
+    `ancestors`: (device, inode) of the folders above, so that a link to one of them is not followed.
+    """
+    subfolders: list[str] = []
     if storage.is_uri(folder):
-        for entry in storage.entries(folder):
-            if entry.is_file and _wanted(entry.base_name):
-                name = below + entry.base_name
-                path = storage.join(folder, entry.base_name)
-                yield _image(path, name, entry.size, entry.mtime_ns or 0)
-            elif not entry.is_file and not entry.base_name.startswith("."):
-                subfolders.append(entry.base_name)
+        yield from _in_bucket(folder, below, subfolders)
     else:
         status = os.stat(folder)  # noqa: PTH116
         here = (status.st_dev, status.st_ino)
@@ -152,7 +150,7 @@ def _walk(folder: str, below: str, ancestors: tuple[tuple[int, int], ...]) -> It
         except OSError as error:
             if not below:
                 raise UserError(f"{folder}: cannot be listed: {error.strerror}") from None
-            # An entry of its own, so that it fails where everybody looks for what failed.
+            # The folder becomes an entry, so that it is reported among the failed images.
             yield ImageFile(below.rstrip("/"), folder, below.rstrip("/"), -1, 0)
             return
         for base_name in files:
@@ -162,10 +160,20 @@ def _walk(folder: str, below: str, ancestors: tuple[tuple[int, int], ...]) -> It
         yield from _walk(storage.join(folder, name), f"{below}{name}/", ancestors)
 
 
-def _names_here(folder: str, subfolders: list[str]) -> Iterator[str]:
-    """Names of the images in a local folder, sorted; those of its folders are appended to `subfolders`.
+def _in_bucket(folder: str, below: str, subfolders: list[str]) -> Iterator[ImageFile]:
+    """Yields the images directly in a bucket's folder; names of its folders are appended to `subfolders`."""
+    for entry in storage.entries(folder):
+        if entry.is_file and _wanted(entry.base_name):
+            path = storage.join(folder, entry.base_name)
+            yield _image(path, below + entry.base_name, entry.size, entry.mtime_ns or 0)
+        elif not entry.is_file and not entry.base_name.startswith("."):
+            subfolders.append(entry.base_name)
 
-    Kept as Arrow's bytes until they are needed: ten million names are 0.3 GB rather than 0.8.
+
+def _names_here(folder: str, subfolders: list[str]) -> Iterator[str]:
+    """Returns the names of the images in a local folder, sorted; names of its folders are appended to `subfolders`.
+
+    The names are kept as Arrow bytes until they are needed: ten million take 0.3 GB instead of 0.8.
     """
     kept: list[pa.Array] = []
     batch: list[bytes] = []
@@ -193,10 +201,10 @@ def _in_order(names: pa.Array) -> Iterator[str]:
 
 
 def _listed(paths: Iterable[str], base: str) -> Iterator[ImageFile]:
-    """Images that are named one by one; relative paths are below `base`."""
+    """Yields the images of a list of paths; relative paths are below `base`."""
     paths, folder = iter(paths), storage.split_options(base)[0].rstrip("/") + "/"
-    while some := list(islice(paths, LISTED_AT_ONCE)):
-        full = [p if storage.is_uri(p) or p.startswith("/") else storage.join(base, *p.split("/")) for p in some]
+    while batch := list(islice(paths, LISTED_AT_ONCE)):
+        full = [p if storage.is_uri(p) or p.startswith("/") else storage.join(base, *p.split("/")) for p in batch]
         for path, found in zip(full, storage.sizes_and_times(full), strict=True):
             shown = storage.split_options(path)[0]
             if shown.startswith(folder):
@@ -245,7 +253,7 @@ def _of_parquet_file(location: str, prefix: str) -> Iterator[ImageFile]:
 
 
 def image_column(schema: pa.Schema) -> str | None:
-    """The column of a Parquet schema that holds encoded images: binary, or a struct with binary `bytes`."""
+    """Returns the column of a Parquet schema with encoded images: binary, or a struct with `bytes`; None: no such."""
     for name in BYTES_COLUMNS:
         if name in schema.names:
             kind = schema.field(name).type
@@ -257,9 +265,9 @@ def image_column(schema: pa.Schema) -> str | None:
 
 
 def encoded_images(location: str, rows: Sequence[int]) -> dict[int, bytes]:
-    """Encoded images of some rows (ascending) of a Parquet file: only their row groups are read, a batch at a time.
+    """Reads row -> encoded image for some rows (ascending) of a Parquet file.
 
-    Raises OSError, or ValueError where it is no longer such a file.
+    Reads only their row groups, a batch at a time. Raises OSError, or ValueError if the file has no images any more.
     """
     filesystem, inner = storage.resolve(location)
     found: dict[int, bytes] = {}
@@ -272,17 +280,23 @@ def encoded_images(location: str, rows: Sequence[int]) -> dict[int, bytes]:
             stop = start + file.metadata.row_group(number).num_rows
             wanted = [row for row in rows if start <= row < stop]
             if wanted:
-                first = start
-                for batch in file.iter_batches(64, row_groups=[number], columns=[column]):
-                    inside = [row - first for row in wanted if first <= row < first + batch.num_rows]
-                    if inside:
-                        for place, value in zip(inside, batch.column(0).take(inside).to_pylist(), strict=True):
-                            found[first + place] = (value["bytes"] if isinstance(value, dict) else value) or b""
-                    first += batch.num_rows
-                    if first > wanted[-1]:
-                        break
+                found.update(_of_row_group(file, number, column, start, wanted))
             start = stop
     return found
+
+
+def _of_row_group(
+    file: pq.ParquetFile, number: int, column: str, start: int, wanted: Sequence[int]
+) -> Iterator[tuple[int, bytes]]:
+    """Yields (row, encoded image) for the wanted rows of a row group whose first row is `start`."""
+    for batch in file.iter_batches(64, row_groups=[number], columns=[column]):
+        inside = [row - start for row in wanted if start <= row < start + batch.num_rows]
+        if inside:
+            for offset, value in zip(inside, batch.column(0).take(inside).to_pylist(), strict=True):
+                yield start + offset, (value["bytes"] if isinstance(value, dict) else value) or b""
+        start += batch.num_rows
+        if start > wanted[-1]:
+            return
 
 
 def _is_text(schema: pa.Schema, name: str) -> bool:
@@ -291,5 +305,6 @@ def _is_text(schema: pa.Schema, name: str) -> bool:
 
 
 def listing(names: Sequence[str], limit: int = 5) -> str:
+    """Formats the first names, and how many more there are, for an error message."""
     more = len(names) - limit
     return ", ".join(map(repr, names[:limit])) + (f" and {more} more" if more > 0 else "")

@@ -1,4 +1,4 @@
-"""How a mask is stored and what it says: the values of a mask file, weights drawn from masks, masks as PNG."""
+"""Work on masks: infer class values, count pixels and class weights, map borders, clean up predictions."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from unet_ray.data import storage
 from unet_ray.data.imaging import ImageError, decode_mask, stored_values
 
 SAMPLE = 32
-"""How many masks, evenly spaced over the sorted list, are read to learn their values."""
+"""Number of masks, evenly spaced over the sorted list, that are read to learn their values."""
 
 
 def infer_values(mask_paths: Sequence[str], num_classes: int, config: DataConfig) -> tuple[int, ...]:
-    """Which stored value is which class: read from `SAMPLE` masks, decided once for the whole data set.
+    """Infers the stored value of each class from `SAMPLE` masks, once for the whole data set.
 
-    One class: {0, v} is background and foreground, whatever v is (1, 255, a palette index). More: the ids 0 .. K-1 if
-    no larger value occurs, else the K values that occur, in order. Anything else is a UserError that names the values.
+    One class: {0, v} is background and foreground, whatever v is (1, 255, a palette index). K classes: the ids 0 .. K-1
+    if no larger value occurs, otherwise the K values that occur, in order. Raises UserError that names the values if
+    neither rule fits.
     """
     found: set[int] = set()
     for path in _sample(mask_paths):
@@ -44,8 +45,10 @@ def infer_values(mask_paths: Sequence[str], num_classes: int, config: DataConfig
 
 
 def inverse_frequencies(mask_paths: Sequence[str], config: DataConfig) -> tuple[float, ...]:
-    """Weight of each class id, pixels / (classes * pixels of the class), from `SAMPLE` masks. Raises UserError if a
-    class does not occur in them."""
+    """Computes the weight of each class id from `SAMPLE` masks: pixels / (classes * pixels of the class).
+
+    Raises UserError if a class does not occur in them.
+    """
     assert config.mask_values is not None
     counts = np.zeros(256, np.int64)
     for path in _sample(mask_paths):
@@ -68,43 +71,43 @@ def _sample(paths: Sequence[str]) -> Sequence[str]:
 
 
 def border_map(mask: np.ndarray, sigma: float) -> np.ndarray:
-    """255 * exp(-(d1 + d2)² / 2σ²) on background pixels, d1 and d2 the distances in pixels to the nearest and the
-    second nearest object (equation 2 of Ronneberger et al. 2015, without w0); 0 elsewhere. uint8 [H,W].
+    """Computes 255 * exp(-(d1 + d2)² / 2σ²) on background pixels, 0 elsewhere: uint8 [H,W].
 
-    An object is a connected region (edges, not corners) of one class other than 0.
+    d1 and d2 are the distances in pixels to the nearest and second nearest object (equation 2 of Ronneberger et al.
+    2015, without w0). An object is a connected region (by edges, not corners) of one class other than 0.
     """
-    from scipy import ndimage  # here, as in `clean`: most predictions need none, and start sooner
+    from scipy import ndimage  # imported here, as in `clean`, so that a prediction without it starts faster
 
-    reach = int(np.ceil(3.53 * sigma))  # beyond, the map rounds to 0
+    reach = int(np.ceil(3.53 * sigma))  # farther away the map rounds to 0
     nearest = np.full(mask.shape, np.inf, np.float32)
     second = nearest.copy()
     for class_id in set(np.unique(mask).tolist()) - {0, IGNORE}:
         labels, _ = ndimage.label(mask == class_id)
-        # Distances in a window around each object only: the whole image for each would cost far more.
+        # Distances are computed in a window around each object; on the whole image they would take far longer.
         for label, (rows, columns) in enumerate(ndimage.find_objects(labels), start=1):
             window = (
                 slice(max(0, rows.start - reach), rows.stop + reach),
                 slice(max(0, columns.start - reach), columns.stop + reach),
             )
             distance = ndimage.distance_transform_edt(labels[window] != label).astype(np.float32)
-            before = nearest[window]
-            second[window] = np.minimum(second[window], np.maximum(before, distance))
-            nearest[window] = np.minimum(before, distance)
+            nearest_so_far = nearest[window]
+            second[window] = np.minimum(second[window], np.maximum(nearest_so_far, distance))
+            nearest[window] = np.minimum(nearest_so_far, distance)
     weight = np.exp(-((nearest + second) ** 2) / (2 * sigma**2))
     return np.where(mask == 0, np.rint(255 * weight), 0).astype(np.uint8)
 
 
 def pixel_counts(mask: np.ndarray, classes: int) -> list[int]:
-    """Pixels of each class id, of uint8 [H,W]."""
+    """Counts the pixels of each class id in uint8 [H,W]."""
     if classes == 2:
         foreground = int(np.count_nonzero(mask))
         return [mask.size - foreground, foreground]
-    # Line by line: bincount makes 8 bytes of each of its pixels.
+    # Line by line, because bincount converts each pixel to 8 bytes.
     return np.sum([np.bincount(line, minlength=classes) for line in mask], axis=0).tolist()
 
 
 def clean(mask: np.ndarray, cleanup: Cleanup) -> np.ndarray:
-    """Class ids, uint8 [H,W], after clean-up; `mask` itself is left as it is."""
+    """Returns a cleaned-up copy of class ids, uint8 [H,W]."""
     from scipy import ndimage
 
     cleaned = mask.copy()
@@ -113,11 +116,11 @@ def clean(mask: np.ndarray, cleanup: Cleanup) -> np.ndarray:
         if least or cleanup.largest:
             labels, count = ndimage.label(mask == class_id)
             areas = np.bincount(labels.ravel(), minlength=count + 1)
-            stays = areas >= least
+            kept = areas >= least
             if cleanup.largest:
-                stays &= np.arange(count + 1) == 1 + areas[1:].argmax()
-            stays[0] = True
-            cleaned[~stays[labels]] = 0
+                kept &= np.arange(count + 1) == 1 + areas[1:].argmax()
+            kept[0] = True
+            cleaned[~kept[labels]] = 0
     if cleanup.holes:
         for class_id in set(np.unique(cleaned).tolist()) - {0}:
             filled = ndimage.binary_fill_holes(cleaned == class_id)

@@ -1,4 +1,4 @@
-"""Pair images with their masks by name."""
+"""Match images with their masks by name."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Matches:
-    """Which masks belong to which images, and all that keeps others from being paired."""
+    """Pairs of images and masks, and the files that can't be paired."""
 
     pairs: list[Pair]
-    """Images of a name of their own with one mask, sorted by key."""
+    """Images with exactly one mask and a key that no other image has, sorted by key."""
     twice: list[str]
-    """Keys of two images and more, whose masks can't be told apart."""
+    """Keys that several images share, so that their masks can't be told apart."""
     ambiguous: dict[str, list[str]]
-    """Key of an image with two masks and more -> their paths."""
+    """Key of an image with several masks -> their paths."""
     missing: list[ImageFile]
     """Images without a mask."""
     orphans: list[ImageFile]
@@ -39,7 +39,7 @@ class Matches:
 
 
 def match_pairs(images: Sequence[ImageFile], masks: Sequence[ImageFile], *, one_folder: bool = False) -> Matches:
-    """Pairs images and masks by name, see `find_pairs`. In one folder, masks are what ends in `MASK_SUFFIX`."""
+    """Matches images and masks by name, see `find_pairs`. In one folder, names of masks end in `MASK_SUFFIX`."""
     if one_folder:
         images = [image for image in images if not image.key.endswith(MASK_SUFFIX)]
         masks = [mask for mask in masks if mask.key.endswith(MASK_SUFFIX)]
@@ -48,7 +48,7 @@ def match_pairs(images: Sequence[ImageFile], masks: Sequence[ImageFile], *, one_
     masks_of: dict[str, list[str]] = {}
     orphans = []
     for mask in masks:
-        # The whole name first: x_mask.png belongs to an image x_mask.jpg, if there is one, rather than to x.jpg.
+        # Try the whole name first: x_mask.png belongs to an image x_mask.jpg if there is one, otherwise to x.jpg.
         key = next((key for key in (mask.key, mask.key.removesuffix(MASK_SUFFIX)) if key in keys), None)
         if key is None:
             orphans.append(mask)
@@ -64,11 +64,10 @@ def match_pairs(images: Sequence[ImageFile], masks: Sequence[ImageFile], *, one_
 
 
 def find_pairs(images_folder: str, masks_folder: str) -> list[Pair]:
-    """Each image of one folder with the mask of the same relative path and stem (`car.jpg`: `car.png` or
-    `car_mask.gif`) in the other, sorted by key. The two folders may be one.
+    """Pairs each image with the mask of the same relative path and stem (`car.jpg`: `car.png` or `car_mask.gif`).
 
-    Names match exactly: `train1` is never `train10`. Raises UserError that lists images without a mask, masks without
-    an image, and images with two masks.
+    Sorted by key. Both may be in one folder. Names match exactly: `train1` is never `train10`. Raises UserError that
+    lists images without a mask, masks without an image, and images with several masks.
     """
     images, masks = find_images(images_folder), find_images(masks_folder)
     found = match_pairs(images, masks, one_folder=images_folder == masks_folder)

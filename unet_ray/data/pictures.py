@@ -1,4 +1,4 @@
-"""Masks as PNG files, and drawn over their pictures."""
+"""Encode masks as PNG files, and draw them over their pictures."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ ZLIB_LEVEL = 6
 
 
 def encode_png(mask: np.ndarray, num_classes: int) -> bytes:
-    """Class ids, uint8 [H,W], as PNG: 1-bit for one class; a palette whose indices are the class ids for more."""
-    # Written here: Pillow tries every filter on every line, which masks only grow by, and takes four times as long.
+    """Encodes class ids, uint8 [H,W], as PNG: 1-bit for one class, otherwise a palette with class ids as indices."""
+    # Not by Pillow: it tries every filter on every line, takes four times as long, and its files of masks are larger.
     height, width = mask.shape
     pixels = np.packbits(mask, axis=1) if num_classes == 1 else mask
-    lines = np.zeros((height, 1 + pixels.shape[1]), np.uint8)  # each begins with its filter, 0
+    lines = np.zeros((height, 1 + pixels.shape[1]), np.uint8)  # the first byte of a line is its filter, 0
     lines[:, 1:] = pixels
     header = struct.pack(">IIBBBBB", width, height, *((1, 0) if num_classes == 1 else (8, 3)), 0, 0, 0)
     colours = [] if num_classes == 1 else [(b"PLTE", palette())]
@@ -33,14 +33,17 @@ def encode_png(mask: np.ndarray, num_classes: int) -> bytes:
 
 
 def encode_gray(values: np.ndarray) -> bytes:
-    """uint8 [H,W] as an 8-bit gray PNG."""
+    """Encodes uint8 [H,W] as an 8-bit gray PNG."""
     stream = io.BytesIO()
     Image.fromarray(values).save(stream, "PNG")
     return stream.getvalue()
 
 
 def overlay(picture: np.ndarray, mask: np.ndarray, num_classes: int) -> bytes:
-    """The picture, uint8 [H,W,3], with class ids [h,w] of any size drawn over it in colours, their edges in full."""
+    """Draws class ids, uint8 [h,w] of any size, over a picture, uint8 [H,W,3]; returns a JPEG file.
+
+    Classes are transparent, edges opaque (torchvision's draw_segmentation_masks draws no edges).
+    """
     height, width = picture.shape[:2]
     ids = np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
     colours = np.frombuffer(palette(), np.uint8).reshape(256, 3)
@@ -51,7 +54,7 @@ def overlay(picture: np.ndarray, mask: np.ndarray, num_classes: int) -> bytes:
     edge[:-1] |= ids[:-1] != ids[1:]
     edge[:, :-1] |= ids[:, :-1] != ids[:, 1:]
     strength = np.where(edge, 1.0, np.where(shown, 0.4, 0.0))[..., None]
-    # An edge belongs to the class above or left of it; where that is background, the colour is the other's.
+    # An edge has the colour of the class above or left of it. If that is background, it has the other class's colour.
     colour_of = np.where(edge & (ids == 0), np.maximum(np.roll(ids, -1, 0), np.roll(ids, -1, 1)), ids)
     blended = picture * (1 - strength) + colours[colour_of] * strength
     stream = io.BytesIO()
@@ -61,7 +64,7 @@ def overlay(picture: np.ndarray, mask: np.ndarray, num_classes: int) -> bytes:
 
 @functools.cache
 def palette() -> bytes:
-    """256 colours: black for class 0, then hues a golden angle apart, so that neighbouring ids differ clearly."""
+    """Returns 256 RGB colours: black for class 0, then hues a golden angle apart, so that neighbouring ids differ."""
     colours = [(0.0, 0.0, 0.0)]
     for class_id in range(1, 256):
         lightness = (0.95, 0.7, 0.5)[class_id % 3]

@@ -1,9 +1,8 @@
-"""Decoded training rows: in memory or streamed, read in any order.
+"""Read decoded training rows in any order, from memory or streamed.
 
-A *row* is one pair, decoded and resized: image uint8 [H,W,C], mask uint8 [H,W] and, where the loss asks for it, border
-uint8 [H,W] (`masks.border_map`). Rows are numbered by their place in
-the sorted list of pairs. Training asks for batches of row numbers, so that order, batch composition and steps are
-decided in one place (`engine.batch_plan`) and are the same however the rows are held.
+A *row* is one pair, decoded and resized: image uint8 [H,W,C], mask uint8 [H,W] and, if the loss needs it, border uint8
+[H,W] (`masks.border_map`). Its number is its index in the sorted list of pairs. Training asks for batches of row
+numbers. So `training.sampler` alone decides their order, and it does not depend on where the rows are kept.
 """
 
 from __future__ import annotations
@@ -32,33 +31,34 @@ Batch = dict[str, np.ndarray]
 
 
 class Decodes(Protocol):
-    """Pair -> row: a plain callable that a thread, a process or a Ray task can run."""
+    """Decodes a pair into a row: a plain callable that a thread, a process or a Ray task can run."""
 
     def __call__(self, image_path: str, mask_path: str) -> Row: ...
 
     def empty(self, count: int) -> Batch:
-        """Room for as many rows; zeros."""
+        """Allocates a batch of this many rows, filled with zeros."""
 
-    def row_bytes(self) -> int: ...
+    def row_bytes(self) -> int:
+        """Returns the size of a row in bytes."""
 
 
 class Rows(Protocol):
-    """Something that can be asked for batches of rows."""
+    """A source of batches of rows."""
 
     def __len__(self) -> int: ...
 
     def batches(self, plan: Sequence[np.ndarray]) -> Iterator[Batch]:
-        """One batch for each array of row numbers in `plan`, in its order."""
+        """Yields one batch for each array of row numbers in `plan`, in its order."""
 
 
 @dataclass(frozen=True, slots=True)
 class Decoder:
-    """Decodes from the files."""
+    """Decodes pairs from their files."""
 
     data: DataConfig
     in_channels: int
     border_sigma: float = 0.0
-    """Of the border map; 0: no such map."""
+    """Sigma of the border map in pixels; 0: rows have no border map."""
 
     @classmethod
     def of(cls, config: TrainConfig) -> Decoder:
@@ -71,21 +71,21 @@ class Decoder:
 
     @staticmethod
     def read(path: str) -> bytes:
-        """An encoded file. Raises UserError."""
+        """Reads an encoded file. Raises UserError that names it."""
         try:
             return storage.read_bytes(path)
         except OSError as error:
             raise UserError(f"{path}: {error}") from None
 
     def row(self, encoded_image: bytes, encoded_mask: bytes, image_path: str, mask_path: str) -> Row:
-        """The row of a pair whose files are read. Raises UserError that names the file."""
+        """Decodes a pair whose files have been read. Raises UserError that names the file."""
         size = self.data.size_hw
         try:
             image, image_size = imaging.decode_image(
                 encoded_image, self.in_channels, size, value_range=self.data.value_range
             )
         except ImageError as error:
-            raise UserError(f"{image_path}: {error}; mend or remove it") from None
+            raise UserError(f"{image_path}: {error}; repair or remove it") from None
         try:
             mask, mask_size = imaging.decode_mask(encoded_mask, self.data, size)
         except ImageError as error:
@@ -116,12 +116,12 @@ class Decoder:
 
 
 def fits_in_memory(count: int, decoder: Decodes, share: float) -> bool:
-    """Whether `count` rows take at most this share of the memory that is free now."""
+    """Returns whether `count` rows take at most this share of the memory that is available now."""
     return count * decoder.row_bytes() <= share * psutil.virtual_memory().available
 
 
 class Subset:
-    """Some of the rows, numbered from 0; `index` in their batches stays the number among all rows."""
+    """Some of the rows, numbered from 0. `index` in their batches is still the number among all rows."""
 
     def __init__(self, rows: Rows, indices: Sequence[int]) -> None:
         self.rows, self.indices = rows, np.asarray(indices, np.int64)
@@ -134,7 +134,7 @@ class Subset:
 
 
 class MemoryRows:
-    """All rows decoded once, in one array for each of their parts."""
+    """All rows, decoded once and kept in memory: one array for images, one for masks, one for borders."""
 
     def __init__(self, pairs: Sequence[Pair], decoder: Decodes) -> None:
         self.arrays = decoder.empty(len(pairs))
@@ -145,7 +145,7 @@ class MemoryRows:
 
         with ThreadPoolExecutor(os.cpu_count()) as threads:
             for _ in threads.map(fill, range(len(pairs))):
-                pass  # raises what a decode raised
+                pass  # re-raises an error of a decoder
 
     def __len__(self) -> int:
         return len(self.arrays["mask"])
@@ -156,7 +156,7 @@ class MemoryRows:
 
 
 class StreamedRows:
-    """Rows decoded anew in every epoch by threads of this process, a few batches ahead of the training."""
+    """Rows that threads of this process decode anew in every epoch, a few batches ahead of the training."""
 
     def __init__(self, pairs: Sequence[Pair], decoder: Decodes) -> None:
         self.pairs, self.decoder = pairs, decoder
@@ -169,7 +169,7 @@ class StreamedRows:
             return self.decoder(self.pairs[index].image, self.pairs[index].mask)
 
         with ThreadPoolExecutor(os.cpu_count()) as threads:
-            # Submitted a few batches ahead: a plain map would decode the whole epoch into memory.
+            # Only a few batches are submitted ahead; a plain map would decode the whole epoch into memory.
             waiting: deque[tuple[np.ndarray, list]] = deque()
             try:
                 for indices in plan:
@@ -183,7 +183,7 @@ class StreamedRows:
 
 
 def prefetched(batches: Iterator[Batch], ahead: int = BATCHES_AHEAD) -> Iterator[Batch]:
-    """The same batches, fetched by a thread while the caller is busy with an earlier one."""
+    """Yields the same batches, which a thread fetches while the caller works on an earlier one."""
     with ThreadPoolExecutor(1) as thread:
         waiting: deque[Future[Batch | None]] = deque()
         try:
@@ -195,8 +195,8 @@ def prefetched(batches: Iterator[Batch], ahead: int = BATCHES_AHEAD) -> Iterator
             thread.shutdown(cancel_futures=True)
 
 
-class Waiting:
-    """Batches, and how long the training has waited for them."""
+class TimedBatches:
+    """Yields the same batches and measures how long the caller waits for them, in `seconds`."""
 
     def __init__(self, batches: Iterator[Batch]) -> None:
         self.batches, self.seconds = batches, 0.0

@@ -1,4 +1,4 @@
-"""Masks as run lengths: Kaggle's and COCO's."""
+"""Encode masks as run lengths, Kaggle's and COCO's."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import numpy as np
 
 
 def row_runs(mask: np.ndarray) -> str:
-    """Run lengths as Kaggle's Carvana challenge took them: `start length start length …` of the pixels that are not 0,
-    from left to right, then from top to bottom, the first pixel being 1. Empty for an empty mask."""
+    """Encodes the pixels that are not 0 for Kaggle's Carvana challenge: `start length start length …`.
+
+    Pixels are numbered from 1, left to right, then top to bottom. Empty for an empty mask.
+    """
     runs = _run_starts(mask.reshape(-1))
     pairs = runs.copy()
     pairs[0::2] += 1
@@ -18,10 +20,10 @@ def row_runs(mask: np.ndarray) -> str:
 
 
 def coco_runs(mask: np.ndarray) -> str:
-    """COCO's compressed run lengths of the pixels that are not 0, uint8 or bool [H,W]: what pycocotools calls `counts`.
+    """Encodes the pixels that are not 0, uint8 or bool [H,W], as COCO's compressed run lengths, pycocotools' `counts`.
 
-    Runs go down the columns and begin with one of zeros; from the fourth on each is told as the difference to the one
-    before the last; five bits a character, low ones first.
+    Runs go down the columns, and the first is of zeros. From the fourth on, each is stored as its difference to the run
+    two before it. A character holds five bits, low bits first.
     """
     flat = np.ascontiguousarray(mask.T).reshape(-1)
     counts = np.diff(np.concatenate([[0], _run_starts(flat), [flat.size]]))
@@ -31,7 +33,7 @@ def coco_runs(mask: np.ndarray) -> str:
     values[3:] -= counts[1:-2]
     shifts = 5 * np.arange(8)
     digits = (values[:, None] >> shifts) & 31
-    # As many digits as hold the value and its sign.
+    # Each value takes as many digits as it needs with its sign.
     limit = 16 << shifts
     length = 1 + ((values[:, None] >= limit) | (values[:, None] < -limit)).sum(axis=1)
     place = np.arange(8)
@@ -40,19 +42,19 @@ def coco_runs(mask: np.ndarray) -> str:
 
 
 def coco_region(region: np.ndarray) -> dict[str, Any]:
-    """`bbox` and `counts` of the pixels that are True, bool [H,W], of which there must be one at least."""
+    """Returns COCO's `bbox` and `counts` of the True pixels, bool [H,W]; there must be at least one."""
     return {"bbox": box(region), "counts": coco_runs(region)}
 
 
 def box(region: np.ndarray) -> list[int]:
-    """[left, top, width, height] of the pixels that are True, of which there must be one at least."""
+    """Returns [left, top, width, height] of the True pixels, bool [H,W]; there must be at least one."""
     rows, columns = (np.flatnonzero(region.any(axis=axis)) for axis in (1, 0))
     left, top = int(columns[0]), int(rows[0])
     return [left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top]
 
 
 def _run_starts(flat: np.ndarray) -> np.ndarray:
-    """Positions where a run of non-zeros begins and where it ends, by turns, int64 of even length."""
+    """Returns begin and end of each run of non-zeros: begin, end, begin, end, …, int64."""
     inside = flat.view(bool) if flat.dtype == bool else flat != 0
     edges = np.flatnonzero(inside[1:] != inside[:-1]) + 1
     return np.concatenate([[0] * bool(inside[:1].any()), edges, [flat.size] * bool(inside[-1:].any())]).astype(np.int64)

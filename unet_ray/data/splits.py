@@ -1,4 +1,4 @@
-"""Split pairs into training and validation, whole groups on one side."""
+"""Split pairs into training and validation; a group is never divided."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ from unet_ray.data import storage
 from unet_ray.data.inputs import listing
 
 SPLIT = "split.csv"
-"""In a run directory: which images it was trained and validated on."""
+"""File in a run directory that lists the images it was trained and validated on."""
 
 
 def group_of(key: str, pattern: str | None) -> str:
-    """The part of `key` that `pattern` (a regular expression) finds first; the whole key without a pattern."""
+    """Returns the first match of `pattern` (a regular expression) in `key`; without a pattern, the whole key.
+
+    Raises UserError if nothing matches.
+    """
     if pattern is None:
         return key
     match = re.search(pattern, key)
@@ -29,11 +32,11 @@ def group_of(key: str, pattern: str | None) -> str:
 
 
 def split_pairs(keys: Sequence[str], config: DataConfig, seed: int) -> tuple[list[int], list[int]]:
-    """Indices into `keys` of the training and of the validation pairs, after taking `config.fraction` of them.
+    """Returns indices into `keys` of the training and of the validation pairs, from `config.fraction` of all.
 
-    Groups (single pairs without `group_by`) are put in the order of a hash of seed and name, or in that of the names
-    (`split_order`). The first `val_fraction` of them, rounded, are validation, or with `folds` the part that `fold`
-    names: the same on every machine and for every order of `keys`.
+    Groups (single pairs without `group_by`) are sorted by a hash of seed and name, or by name (`split_order`).
+    Validation is the first `val_fraction` of them, rounded, or with `folds` the fold number `fold`. The result is the
+    same on every machine and for every order of `keys`. Raises UserError if either side is empty.
     """
     chosen = _lowest_hashes(keys, config.fraction, f"{seed}:fraction")
     group_by_key = {key: group_of(key, config.group_by) for key in sorted(chosen)}
@@ -64,24 +67,24 @@ def split_pairs(keys: Sequence[str], config: DataConfig, seed: int) -> tuple[lis
 
 @dataclass(frozen=True, slots=True)
 class LeakReport:
-    """Whether images that belong together are on both sides of a split."""
+    """How many groups of images are on both sides of a split."""
 
     pattern: str | None
-    """What finds an image's group in its key; None: no group was named, and none can be seen in the names."""
+    """Regular expression that finds an image's group in its key; None: no groups were named or recognised."""
     named: bool
-    """The user named it; otherwise it is what the names look like."""
+    """The user named the pattern; otherwise it was recognised in the names."""
     groups: int
+    """Number of groups."""
     shared: int
-    """Groups with images on both sides."""
+    """Number of groups with images on both sides."""
 
 
 _LOOKS_LIKE = (r"^.+(?=/)", r"^[^_]+(?=_)", r"^[^-]+(?=-)", r"^.+(?=[_-])")
-"""The folder; what stands before the first `_`, the first `-`, the last of either."""
+"""Patterns of groups: the folder; the text before the first `_`, the first `-`, the last of either."""
 
 
 def leak_report(train_keys: Sequence[str], val_keys: Sequence[str], pattern: str | None) -> LeakReport:
-    """How many groups are shared by training and validation: groups as `pattern` finds them, or else as the names look,
-    which is the first pattern that puts nearly all images in groups of two and more."""
+    """Counts the groups that training and validation share: groups by `pattern`, or else by `likely_groups`."""
     keys = [*train_keys, *val_keys]
     found = pattern or likely_groups(keys)
     if found is None:
@@ -91,7 +94,10 @@ def leak_report(train_keys: Sequence[str], val_keys: Sequence[str], pattern: str
 
 
 def likely_groups(keys: Sequence[str]) -> str | None:
-    """The pattern of the groups that the names look like, see `leak_report`; None: they look like none."""
+    """Recognises groups in the names: the first pattern that puts 90 % of the images in groups of two or more.
+
+    None if there is no such pattern.
+    """
     return next((pattern for pattern in _LOOKS_LIKE if _groups_them(keys, pattern)), None)
 
 
@@ -110,7 +116,7 @@ def write_split(location: str, sides: Mapping[str, str]) -> None:
 
 
 def read_split(location: str) -> dict[str, str]:
-    """Key -> part; empty if there is no such file."""
+    """Reads key -> `train` or `val`; empty if there is no such file."""
     if not storage.exists(location):
         return {}
     text = storage.read_bytes(location).decode()

@@ -1,4 +1,4 @@
-"""Files on a disk or in a bucket, one way for both: whole or absent, never half written.
+"""Read and write files on a disk or in a bucket; a file is whole or absent, never half written.
 
 A location is a path, or a URI that pyarrow knows (`s3://`, `gs://`, `file://`).
 """
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from pyarrow.fs import FileInfo, FileSystem
 
 
-TO_MEND = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
-"""Numbers of the OSErrors of a full or read-only disk, which is the user's to mend."""
+USER_MUST_FIX = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+"""Error numbers of a full or read-only disk, which the user must fix."""
 QUESTION_MARK = "%3F"
-"""What stands in a URI for a `?` of an object's name, as a plain one begins the options."""
+"""Replaces a `?` in an object's name in a URI, since a plain `?` begins the options."""
 
 
 def is_uri(location: str) -> bool:
@@ -34,7 +34,7 @@ def is_uri(location: str) -> bool:
 
 
 def absolute(location: str | os.PathLike[str]) -> str:
-    """The location as workers on this machine understand it, whatever folder they run in."""
+    """Returns the absolute path, or the URI as it is, so that workers in other folders of this machine find it."""
     location = os.fspath(location)
     if location.startswith("file://"):
         from pyarrow.fs import FileSystem
@@ -51,12 +51,12 @@ def _filesystem(scheme_and_host: str) -> FileSystem:
         return LocalFileSystem()
     try:
         return FileSystem.from_uri(scheme_and_host)[0]
-    except Exception as error:  # pyarrow raises many kinds here
+    except Exception as error:  # pyarrow raises many types here
         raise UserError(f"{scheme_and_host}: not a location that can be opened: {error}") from None
 
 
 def resolve(location: str) -> tuple[FileSystem, str]:
-    """The pyarrow filesystem of a location, and the location's path in it."""
+    """Returns the pyarrow filesystem of a location, and the location's path in it. Raises UserError."""
     if not is_uri(location):
         return _filesystem(""), location
     scheme, rest = location.split("://", 1)
@@ -67,14 +67,16 @@ def resolve(location: str) -> tuple[FileSystem, str]:
 
 
 def split_options(location: str) -> tuple[str, str]:
-    """A URI without its `?options`, and these with their `?`; of a path, where `?` is a letter, itself and ``."""
+    """Splits a URI into itself without options, and its `?options`. A path has none: its `?` is part of a name."""
     base, mark, options = location.partition("?") if is_uri(location) else (location, "", "")
     return base, mark + options
 
 
 def without_secrets(location: str) -> str:
-    """The location without options and keys, as it may stand in a file: `s3://key:secret@bucket/a?region=x` is
-    `s3://bucket/a`."""
+    """Removes options and keys from a location, so that it may be written to a file.
+
+    `s3://key:secret@bucket/a?region=x` becomes `s3://bucket/a`.
+    """
     if not is_uri(location):
         return location
     scheme, rest = split_options(location)[0].split("://", 1)
@@ -83,7 +85,7 @@ def without_secrets(location: str) -> str:
 
 
 def join(location: str, *names: str) -> str:
-    """A location below `location`; a bucket's ?options stay at the end."""
+    """Appends names to a location; a bucket's ?options stay at the end."""
     base, options = split_options(location)
     if is_uri(location):
         names = tuple(name.replace("?", QUESTION_MARK) for name in names)
@@ -91,7 +93,7 @@ def join(location: str, *names: str) -> str:
 
 
 def read_bytes(location: str) -> bytes:
-    """The whole file. Raises OSError."""
+    """Reads a whole file. Raises OSError."""
     if not is_uri(location):
         return Path(location).read_bytes()
     filesystem, path = resolve(location)
@@ -100,10 +102,10 @@ def read_bytes(location: str) -> bytes:
 
 
 def write_bytes(location: str, data: bytes, *, durable: bool = False) -> None:
-    """Writes a file that appears whole or not at all, replacing what is there; makes the folders it needs.
+    """Writes a file that appears whole or not at all. Replaces an older file, and makes the folders it needs.
 
-    On a disk: a temporary name, then a rename; in a bucket: a single put. `durable` waits until a disk has it,
-    which outlives a power cut and not only a killed process.
+    On a disk it writes under a temporary name and renames the file; in a bucket it is a single put. With `durable` it
+    waits until the disk has stored the data, so that the file survives a power cut and not only a killed process.
     """
     if is_uri(location):
         filesystem, path = resolve(location)
@@ -127,8 +129,8 @@ def write_bytes(location: str, data: bytes, *, durable: bool = False) -> None:
 
 @contextmanager
 def _replacing(target: Path) -> Iterator[Path]:
-    """A temporary name beside a file, which takes the file's place when the block ends without an error."""
-    # A name of its own per writer: two writers of one file must not meet in the temporary one either.
+    """Yields a temporary name beside a file; it replaces the file if the block ends without an error."""
+    # Each writer has its own name, so that two writers of one file do not share the temporary one.
     temporary = target.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
         yield temporary
@@ -140,9 +142,9 @@ def _replacing(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def writing(location: str) -> Iterator[IO[bytes]]:
-    """A stream for a file too large to hold in memory, which appears whole when the block ends without an error."""
+    """Yields a stream to write a large file to; the file appears whole if the block ends without an error."""
     if is_uri(location):
-        # By way of a local file: pyarrow completes an upload that is dropped half-way.
+        # The data go to a local file first, because pyarrow would complete an upload that an error interrupts.
         with tempfile.TemporaryFile() as stream:
             yield stream
             stream.seek(0)
@@ -157,11 +159,12 @@ def writing(location: str) -> Iterator[IO[bytes]]:
 
 
 def exists(location: str) -> bool:
+    """Returns whether there is a file or folder. Raises UserError if the location can't be reached."""
     return info(location) is not None
 
 
 def info(location: str) -> FileInfo | None:
-    """What is known of the file or folder; None if there is none."""
+    """Returns pyarrow's information about a file or folder; None if there is none. Raises UserError."""
     from pyarrow.fs import FileType
 
     filesystem, path = resolve(location)
@@ -173,6 +176,7 @@ def info(location: str) -> FileInfo | None:
 
 
 def is_folder(location: str) -> bool:
+    """Returns whether there is a folder."""
     from pyarrow.fs import FileType
 
     found = info(location)
@@ -180,7 +184,7 @@ def is_folder(location: str) -> bool:
 
 
 def list_files(location: str) -> list[FileInfo]:
-    """All files below a folder, however deep, in no particular order."""
+    """Lists all files below a folder and its subfolders, in no particular order."""
     from pyarrow.fs import FileSelector, FileType
 
     filesystem, path = resolve(location)
@@ -189,7 +193,7 @@ def list_files(location: str) -> list[FileInfo]:
 
 
 def entries(location: str) -> list[FileInfo]:
-    """What is directly inside a folder, sorted by name. Raises UserError."""
+    """Lists files and folders directly inside a folder, sorted by name. Raises UserError."""
     from pyarrow.fs import FileSelector
 
     filesystem, path = resolve(location)
@@ -201,7 +205,7 @@ def entries(location: str) -> list[FileInfo]:
 
 
 def sizes_and_times(locations: Sequence[str]) -> list[tuple[int, int]]:
-    """(bytes, modification time in ns) of each file; (-1, 0) of what is not there. Raises UserError."""
+    """Returns (bytes, modification time in ns) of each file; (-1, 0) if it is not there. Raises UserError."""
     found: list[tuple[int, int]] = []
     for location in locations:
         if is_uri(location):
@@ -209,7 +213,7 @@ def sizes_and_times(locations: Sequence[str]) -> list[tuple[int, int]]:
             found.append((-1, 0) if entry is None else (entry.size, entry.mtime_ns or 0))
         else:
             try:
-                status = os.stat(location)  # noqa: PTH116 - by the million, and of names that are no UTF-8
+                status = os.stat(location)  # noqa: PTH116 - there are millions, and some names are not UTF-8
             except OSError:
                 found.append((-1, 0))
             else:
@@ -218,13 +222,13 @@ def sizes_and_times(locations: Sequence[str]) -> list[tuple[int, int]]:
 
 
 def parent(location: str) -> str:
-    """The folder that a file is in."""
+    """Returns the folder that a file is in."""
     base, options = split_options(location)
     return (base.rpartition("/")[0] or "/") + options
 
 
 def names_in(location: str) -> list[str]:
-    """Names of what is directly inside a folder, sorted; empty if there is no such folder."""
+    """Returns the names directly inside a folder, sorted; empty if there is no such folder."""
     from pyarrow.fs import FileSelector
 
     filesystem, path = resolve(location)
@@ -232,14 +236,14 @@ def names_in(location: str) -> list[str]:
 
 
 def delete_folder(location: str) -> None:
-    """Removes a folder with all that is in it, if it is there."""
+    """Removes a folder and everything in it, if it exists."""
     filesystem, path = resolve(location)
     if exists(location):
         filesystem.delete_dir(path)
 
 
 def delete_file(location: str) -> None:
-    """Removes a file, if it is there."""
+    """Removes a file, if it exists."""
     filesystem, path = resolve(location)
     if exists(location):
         filesystem.delete_file(path)

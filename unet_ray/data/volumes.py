@@ -1,13 +1,13 @@
-"""Slices of NIfTI volumes as images: from patients' folders of MRI to what every other command reads.
+"""Turn NIfTI volumes (MRI) into slices that every other command reads as images.
 
-A slice of a compressed volume costs the whole volume, in each epoch anew; so the slices are written once, as PNG files
-that are then trained on, split and segmented like any other image.
+Reading one slice of a compressed volume means reading the whole volume, in every epoch. So the slices are written once,
+as PNG files.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -21,17 +21,43 @@ from unet_ray.data.imaging import MODES
 
 IMAGES, MASKS = "images", "masks"
 PERCENTILES = 0.5, 99.5
-"""Of a volume's voxels above 0, that become 1 and 255: MRI has no unit, and single voxels shine."""
+"""Percentiles of a volume's voxels above 0 that become 1 and 255: MRI has no unit, and single voxels are brighter."""
 
 
 @dataclass(frozen=True, slots=True)
 class SliceSummary:
-    """What `write_slices` returns."""
+    """The result of `write_slices`."""
 
     volumes: int
+    """Number of patients."""
     slices: int
+    """Number of slices written."""
     labels: tuple[int, ...]
     """Values that occur in the segmentations."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Patient:
+    """The volumes of one patient."""
+
+    channels: list[np.ndarray]
+    """uint8 [X,Y,Z] of each channel."""
+    labels: np.ndarray | None
+    """float32 [X,Y,Z]; None: there is no segmentation."""
+    labels_file: str
+
+    def slice(self, z: int) -> tuple[Image.Image, np.ndarray | None] | None:
+        """Returns image and mask (uint8 [X,Y]) of axial slice `z`; None if every voxel is 0. Raises UserError."""
+        planes = [volume[:, :, z] for volume in self.channels]
+        if not any(plane.any() for plane in planes):
+            return None
+        image = Image.merge(MODES[len(planes)], [Image.fromarray(plane) for plane in planes])
+        if self.labels is None:
+            return image, None
+        mask = np.rint(self.labels[:, :, z])
+        if mask.min() < 0 or mask.max() > 255:
+            raise UserError(f"{self.labels_file}: labels from {mask.min():g} to {mask.max():g}: 0 to 255")
+        return image, mask.astype(np.uint8)
 
 
 def write_slices(
@@ -45,11 +71,11 @@ def write_slices(
 ) -> SliceSummary:
     """Writes `out`/images/<patient>/<slice>.png and `out`/masks/<patient>/<slice>.png.
 
-    A patient is a folder below `folder` that holds one file `…<channel>.nii` or `.nii.gz` for each of 1 to 4 `channels`
+    A patient is a folder below `folder` with one file `…<channel>.nii` or `.nii.gz` for each of 1 to 4 `channels`
     (BraTS: flair, t1, t1ce, t2) and, unless `labels` is None, one `…<labels>.nii.gz` (BraTS: seg). Slices are axial
-    (the third axis), each `every`th of them, and only those in which something is above 0; voxels become 1 to 255
-    between a volume's `PERCENTILES`, 0 stays 0. Masks keep the labels as they are.
-    Raises UserError that names the file.
+    (along the third axis): every `every`th, except those in which all voxels are 0. Voxels between a volume's
+    `PERCENTILES` become 1 to 255; 0 stays 0. Masks keep the values of the labels. `on_volume` gets each patient's name
+    and number of slices. Raises UserError that names the file.
     """
     if not 1 <= len(channels) <= len(MODES):
         raise UserError(f"--channels {','.join(channels)}: 1 to {len(MODES)} of them fit into an image")
@@ -59,33 +85,37 @@ def write_slices(
     patients = _patients(storage.absolute(folder), [*channels, *([labels] if labels else [])])
     count, seen = 0, set[int]()
     for name, files in patients.items():
-        volumes = [_scaled(_volume(files[channel])) for channel in channels]
-        truth = _volume(files[labels]) if labels else None
-        for volume, channel in zip([*volumes, truth], [*channels, labels], strict=True):
-            if volume is not None and volume.shape != volumes[0].shape:
-                raise UserError(f"{files[channel or '']}: {volume.shape} voxels, {channels[0]} has {volumes[0].shape}")
+        patient = _read_patient(files, channels, labels)
         written = 0
-        for z in range(0, volumes[0].shape[2], every):
-            planes = [volume[:, :, z] for volume in volumes]
-            if not any(plane.any() for plane in planes):
+        for z in range(0, patient.channels[0].shape[2], every):
+            found = patient.slice(z)
+            if found is None:
                 continue
+            image, mask = found
             path = f"{name}/{z:04d}.png"
-            image = Image.merge(MODES[len(planes)], [Image.fromarray(plane) for plane in planes])
             _write_png(image, storage.join(out, IMAGES, path))
-            if truth is not None:
-                mask = np.rint(truth[:, :, z])
-                if mask.min() < 0 or mask.max() > 255:
-                    raise UserError(f"{files[labels or '']}: labels from {mask.min():g} to {mask.max():g}: 0 to 255")
-                seen.update(np.unique(mask).astype(int).tolist())
-                _write_png(Image.fromarray(mask.astype(np.uint8)), storage.join(out, MASKS, path))
+            if mask is not None:
+                seen.update(np.unique(mask).tolist())
+                _write_png(Image.fromarray(mask), storage.join(out, MASKS, path))
             written += 1
         on_volume(name, written)
         count += written
     return SliceSummary(len(patients), count, tuple(sorted(seen)))
 
 
+def _read_patient(files: Mapping[str, str], channels: Sequence[str], labels: str | None) -> _Patient:
+    """Reads a patient's volumes. Raises UserError if their shapes differ."""
+    volumes = {channel: _scaled(_volume(files[channel])) for channel in channels}
+    segmentation = _volume(files[labels]) if labels else None
+    expected = volumes[channels[0]].shape
+    for name, volume in [*volumes.items(), (labels or "", segmentation)]:
+        if volume is not None and volume.shape != expected:
+            raise UserError(f"{files[name]}: {volume.shape} voxels, {channels[0]} has {expected}")
+    return _Patient([volumes[channel] for channel in channels], segmentation, files[labels] if labels else "")
+
+
 def _patients(folder: str, endings: Sequence[str]) -> dict[str, dict[str, str]]:
-    """Patient -> ending -> file. Raises UserError that lists what is missing."""
+    """Finds patient -> ending -> file. Raises UserError that lists missing files."""
     if not storage.is_folder(folder):
         raise UserError(f"{folder}: no such folder")
     found: dict[str, dict[str, str]] = {}
@@ -95,7 +125,7 @@ def _patients(folder: str, endings: Sequence[str]) -> dict[str, dict[str, str]]:
         if stem == path.name:
             continue
         for ending in endings:
-            # The whole ending: `t1` is not `t1ce`, and `…_t1` not `…_ht1`.
+            # The whole ending must match: `t1` is not `t1ce`, and `…_t1` is not `…_ht1`.
             if stem == ending or stem.endswith((f"_{ending}", f"-{ending}")):
                 patient = found.setdefault(path.parent.name, {})
                 if ending in patient:
@@ -110,7 +140,7 @@ def _patients(folder: str, endings: Sequence[str]) -> dict[str, dict[str, str]]:
 
 
 def _volume(path: str) -> np.ndarray:
-    """float32 [X,Y,Z]."""
+    """Reads a NIfTI volume, float32 [X,Y,Z]. Raises UserError."""
     try:
         import nibabel
     except ImportError:
@@ -118,7 +148,7 @@ def _volume(path: str) -> np.ndarray:
     try:
         volume: Any = nibabel.load(path)
         values = np.asarray(volume.dataobj, np.float32)
-    except Exception as error:  # nibabel and zlib raise many kinds on bad files
+    except Exception as error:  # nibabel and zlib raise many types on bad files
         raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
     if values.ndim != 3:
         raise UserError(f"{path}: {values.ndim} dimensions: one volume a file")
@@ -126,7 +156,7 @@ def _volume(path: str) -> np.ndarray:
 
 
 def _scaled(values: np.ndarray) -> np.ndarray:
-    """uint8 [X,Y,Z]: 0 where there is nothing, 1 to 255 elsewhere."""
+    """Scales a volume to uint8 [X,Y,Z]: 0 where voxels are 0 or less, 1 to 255 elsewhere."""
     inside = values > 0
     if not inside.any():
         return np.zeros(values.shape, np.uint8)

@@ -1,4 +1,4 @@
-"""The settings that fit a data set, whether they work, and how long an epoch takes with them."""
+"""Suggest settings for a data set, try them on two pairs, and time a training step with them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import dataclasses
 import re
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,56 +24,61 @@ from unet_ray.doctor.report import Expected, Finding, Suggestion, error
 from unet_ray.doctor.words import yaml_text
 from unet_ray.models.device import device_here, keep_freed_memory
 from unet_ray.settings import load_train_config
-from unet_ray.training.loop import prepare
-from unet_ray.training.sampler import MicroBatch
+from unet_ray.training.step import prepare
 
 STEPS = 2500
-"""Of a whole training, which the suggested epochs come near to: what `carvana-fast` takes on 3,200 pairs."""
+"""Steps of a whole training that the suggested epochs aim at: those of `carvana-fast` on 3,200 pairs."""
 AREA = 512**2
 TIMED_SECONDS = 4.0
+ORDER = (
+    "model.in_channels",
+    "model.num_classes",
+    "data.image_size",
+    "data.mask_values",
+    "data.ignore_index",
+    "data.classes",
+    "data.group_by",
+    "data.split_order",
+    "data.value_range",
+)
+"""Order of the settings in the suggested command."""
 FLAGS = {"data.group_by": "--group-by", "data.image_size": "--image-size", "train.epochs": "--epochs"}
 
 
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """Traits of a data set that decide its settings."""
+
+    channels: int
+    """`model.in_channels`."""
+    classes: Classes
+    value_range: ValueRange
+    group_by: str | None
+    """Pattern of the groups; None: the names show none."""
+    alike: bool
+    """Images that follow each other by name are alike, as the slices of a volume are."""
+
+
 def suggest(
-    images_at: str,
-    masks_at: str,
-    pairs: Sequence[Pair],
-    sizes: Sequence[tuple[int, int]],
-    *,
-    channels: int,
-    classes: Classes,
-    value_range: ValueRange,
-    group_by: str | None,
-    alike: bool,
+    images_at: str, masks_at: str, pairs: Sequence[Pair], sizes: Sequence[tuple[int, int]], traits: Traits
 ) -> Suggestion:
-    """For two pairs and more, with images of these (width, height)."""
-    values = classes.values
-    count = len(values) if len(values) > 2 else 1
-    recipe = _recipe(channels, count, len(pairs))
+    """Suggests a recipe and settings for at least two pairs. `sizes`: (width, height) of their images."""
+    keys, values = [pair.key for pair in pairs], traits.classes.values
+    recipe = _recipe(traits.channels, len(values) if len(values) > 2 else 1, len(pairs))
     base = load_train_config(recipe=recipe)
-    names = [classes.names.get(value, "") for value in values]
-    # At the deepest level more than one position must be left, for batch norm.
+    # Batch norm needs more than one position at the deepest level.
     image_size = _image_size(sizes, 2 * base.model.patch * 2**base.model.depth, square=base.augment.quarter_turns)
-    own = base.data.mask_values if sorted(base.data.mask_values or ()) == values else None
-    # In slices of membranes what there is less of is to be found.
-    membranes = own is not None and count == 1 and alike and classes.shares[values[1]] > MUCH_FOREGROUND
-    if count == 1:
-        mask_values = own if membranes else None
-    else:
-        mask_values = own or (None if values == list(range(count)) else tuple(values))
     settings: dict[str, Any] = {
-        "model.in_channels": channels,
-        "model.num_classes": count,
+        "model.in_channels": traits.channels,
+        **_class_settings(base, traits),
         "data.image_size": image_size,
-        "data.mask_values": mask_values,
-        "data.ignore_index": classes.ignore,
-        "data.classes": base.data.classes if membranes else tuple(names) if count > 1 and all(names) else (),
-        "data.group_by": _same_groups(base.data.group_by, group_by, [pair.key for pair in pairs]),
-        "data.split_order": "name" if alike else "hash",
-        "data.value_range": value_range,
+        "data.group_by": _same_groups(base.data.group_by, traits.group_by, keys),
+        "data.split_order": "name" if traits.alike else "hash",
+        "data.value_range": traits.value_range,
     }
+    settings = {name: settings[name] for name in ORDER}
     config = load_train_config(recipe=recipe, settings=settings.items())
-    train, _ = split_pairs([pair.key for pair in pairs], config.data, config.train.seed)
+    train, _ = split_pairs(keys, config.data, config.train.seed)
     steps = -(-len(train) // config.train.batch_size)
     settings["train.epochs"] = max(base.train.epochs, min(40, round(STEPS / steps)))
     known = base.to_dict()
@@ -81,12 +87,40 @@ def suggest(
         section, key = name.split(".")
         if yaml_text(known[section][key]) != yaml_text(value):
             changed.append((name, yaml_text(value)))
+    command = _command(images_at, masks_at, recipe, changed, settings)
+    return Suggestion(recipe, image_size, tuple(changed), command)
+
+
+def _class_settings(base: TrainConfig, traits: Traits) -> dict[str, Any]:
+    """Returns the settings of the classes, given the recipe's."""
+    values, names = traits.classes.values, [traits.classes.names.get(value, "") for value in traits.classes.values]
+    count = len(values) if len(values) > 2 else 1
+    own = base.data.mask_values if sorted(base.data.mask_values or ()) == values else None
+    # In slices of membranes, the smaller of the two classes is the one to find.
+    shares = traits.classes.shares
+    membranes = own is not None and count == 1 and traits.alike and shares[values[1]] > MUCH_FOREGROUND
+    if count == 1:
+        mask_values = own if membranes else None
+    else:
+        mask_values = own or (None if values == list(range(count)) else tuple(values))
+    return {
+        "model.num_classes": count,
+        "data.mask_values": mask_values,
+        "data.ignore_index": traits.classes.ignore,
+        "data.classes": base.data.classes if membranes else tuple(names) if count > 1 and all(names) else (),
+    }
+
+
+def _command(
+    images_at: str, masks_at: str, recipe: str, changed: Sequence[tuple[str, str]], settings: Mapping[str, Any]
+) -> str:
+    """Returns the command that trains with these settings, quoted for a shell."""
     command = ["unet-ray", "train", "--images", storage.without_secrets(images_at)]
     command += ["--masks", storage.without_secrets(masks_at), "--out", "RUN", "--recipe", recipe]
     for name, text in changed:
         plain = isinstance(settings[name], (int, str)) and name in FLAGS
         command += [FLAGS[name], str(settings[name])] if plain else ["--set", f"{name}={text}"]
-    return Suggestion(recipe, image_size, tuple(changed), shlex.join(command))
+    return shlex.join(command)
 
 
 def _recipe(channels: int, classes: int, pairs: int) -> str:
@@ -98,7 +132,7 @@ def _recipe(channels: int, classes: int, pairs: int) -> str:
 
 
 def _same_groups(known: str | None, pattern: str | None, keys: Sequence[str]) -> str | None:
-    """The recipe's own pattern where it makes the same groups, otherwise the other."""
+    """Returns the recipe's own pattern if it makes the same groups, otherwise the one seen in the names."""
     if known is None or not all(re.search(known, key) for key in keys):
         return pattern
     both = {(group_of(key, known), group_of(key, pattern)) for key in keys}
@@ -106,8 +140,10 @@ def _same_groups(known: str | None, pattern: str | None, keys: Sequence[str]) ->
 
 
 def _image_size(sizes: Sequence[tuple[int, int]], least: int, *, square: bool) -> int | tuple[int, int]:
-    """`data.image_size`: a middling image's own size up to the area of 512²; larger photographs become squares of 512,
-    as those of Carvana do, and so do images of different forms."""
+    """Chooses `data.image_size`: the median image's own size up to an area of 512².
+
+    Larger photographs become squares of 512, as those of Carvana do, and so do images of different aspect ratios.
+    """
     width, height = np.median(np.array(sizes or [(512, 512)]), axis=0).tolist()
     scale = min(1.0, float(np.sqrt(AREA / (width * height))))
     forms = np.percentile([size[0] / size[1] for size in sizes or [(1, 1)]], (10, 90))
@@ -118,7 +154,7 @@ def _image_size(sizes: Sequence[tuple[int, int]], least: int, *, square: bool) -
 
 
 def trial(suggestion: Suggestion, pairs: Sequence[Pair]) -> list[Finding]:
-    """Reads two pairs as the suggested training will: it would stop at what this says."""
+    """Reads two pairs as the suggested training will. A finding is an error that would stop that training."""
     config = suggestion.config()
     data = config.data
     try:
@@ -132,13 +168,13 @@ def trial(suggestion: Suggestion, pairs: Sequence[Pair]) -> list[Finding]:
 
 
 def expected(suggestion: Suggestion, pairs: Sequence[Pair]) -> Expected:
-    """Times a training step."""
+    """Times a training step with the suggested settings, and estimates an epoch from it."""
     config = suggestion.config()
     decoder = Decoder.of(config)
     train, val = split_pairs([pair.key for pair in pairs], config.data, config.train.seed)
     batch, seconds, device = _timed_step(config, len(train))
     return Expected(
-        # Of a step's work the forward pass, which validation is, is a third.
+        # Validation is a forward pass, which is a third of a training step's work.
         seconds / batch * (len(train) + len(val) / 3),
         decoder.row_bytes() * len(pairs),
         fits_in_memory(len(pairs), decoder, config.compute.memory_fraction),
@@ -148,7 +184,7 @@ def expected(suggestion: Suggestion, pairs: Sequence[Pair]) -> Expected:
 
 
 def _timed_step(config: TrainConfig, count: int) -> tuple[int, float, str]:
-    """Images of the batch, seconds of one training step on it, and the device."""
+    """Returns the images in a batch, the seconds of one training step on it, and the device's name."""
     device = device_here("auto", 1)
     if device.type == "cpu":
         keep_freed_memory(of_any_size=True)
@@ -160,14 +196,16 @@ def _timed_step(config: TrainConfig, count: int) -> tuple[int, float, str]:
     def step(images: int) -> float:
         batch = decoder.empty(images)
         batch["image"] = generator.integers(0, 255, batch["image"].shape, np.uint8)
-        indices = batch["index"] = np.arange(images)
+        batch["index"] = np.arange(images)
         started = time.perf_counter()
-        float(training.step([(batch, MicroBatch(indices, 1.0))], 1, 1))  # float: waits for a GPU
+        loss = training.backward(batch, 1.0, epoch=1)
+        training.update()
+        float(loss)  # waits for a GPU
         return time.perf_counter() - started
 
     step(1)  # warms up
     size, seconds = 1, step(1)
-    # A whole batch where there is time for it: part of a step's work does not depend on the images.
+    # Time a whole batch if that is fast enough, since part of a step's work does not depend on the images.
     whole = min(config.train.batch_size, count)
     if seconds * whole < TIMED_SECONDS:
         size, seconds = whole, min(step(whole) for _ in range(2))

@@ -1,4 +1,4 @@
-"""The clean-up of masks with the best Dice."""
+"""Chooses the clean-up of masks with the best Dice."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 from unet_ray.config import EvaluateConfig
 from unet_ray.data.pairs import Pair
+from unet_ray.data.progress import OnProgress
 from unet_ray.evaluation.evaluate import measure
-from unet_ray.inference.pipeline import OnProgress, Pipeline
+from unet_ray.inference.resolve import pipeline_of
 from unet_ray.models import checkpoint
 from unet_ray.ray_backend.session import Runtime
 
 CLEANUPS = ("holes", "largest", "largest+holes", "area=0.02%+holes", "area=0.2%+holes", "area=1%+holes")
-"""What `choose_cleanup` tries, beside nothing."""
+"""What `choose_cleanup` tries, beside no clean-up."""
 WORTH = 1e-4
 """Mean Dice that a clean-up must gain to be chosen: less is chance, and masks better stay as the network drew them."""
 
@@ -35,14 +36,15 @@ def choose_cleanup(
     runtime: Runtime = Runtime(),
     on_progress: OnProgress = lambda _done, _failed, _all: None,
 ) -> CleanupChoice:
-    """Scores masks after each of `CLEANUPS`; the best is written into the model directory, where `predict` finds it.
+    """Scores masks after each of `CLEANUPS` and writes the best into the model directory, where `predict` finds it.
 
-    Arguments and errors as of `evaluate`; `config.cleanup` has no say.
+    Arguments and errors are those of `evaluate`; `config.cleanup` is ignored.
     """
-    pipeline = Pipeline.of(config.model, dataclasses.replace(config, cleanup="none"))
-    each, _ = measure(config, pipeline, CLEANUPS, pairs, runtime, on_progress)
-    dice = {name: float(scores.means()["dice"].mean()) for name, scores in zip(("none", *CLEANUPS), each, strict=True)}
+    pipeline = pipeline_of(config.model, dataclasses.replace(config, cleanup="none"))
+    versions, _ = measure(config, pipeline, CLEANUPS, pairs, runtime, on_progress)
+    names = ("none", *CLEANUPS)
+    dice = {name: float(scores.means()["dice"].mean()) for name, scores in zip(names, versions, strict=True)}
     best = max(dice, key=dice.__getitem__)
     chosen = best if dice[best] >= dice["none"] + WORTH else "none"
     checkpoint.save_choice(pipeline.model, checkpoint.CLEANUP, pipeline.card, {"cleanup": chosen, "dice": dice})
-    return CleanupChoice(chosen, dice, len(each[0].paths))
+    return CleanupChoice(chosen, dice, len(versions[0].paths))

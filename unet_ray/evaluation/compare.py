@@ -20,8 +20,11 @@ from unet_ray.models.checkpoint import ModelCard
 
 @dataclass(frozen=True, slots=True)
 class Compare:
-    """Masks and the true ones at `mask_path` -> `counts` int64 [N,V,K*3], `valid` pixels int64 [N] and `surface`
-    float64 [N,K*3] (`metrics.surface_scores`), at the mask's own size. V: as it is, then each of `cleanups`."""
+    """Compares masks with the true ones at `mask_path`, at the mask's own size.
+
+    Returns `path`, `error`, `counts` int64 [N,V,K*3], `valid` pixels int64 [N] and `surface` float64 [N,K*3]
+    (`metrics.surface_scores`). V: the mask as it is, then after each of `cleanups`.
+    """
 
     card: ModelCard
     tolerance: float
@@ -29,35 +32,36 @@ class Compare:
     cleanups: tuple[Cleanup, ...] = ()
 
     def __call__(self, chunk: Chunk, predictions: Iterator[Prediction]) -> Chunk:
-        count, classes = len(chunk["path"]), self.card.model.num_classes
-        counts = np.zeros((count, 1 + len(self.cleanups), classes * 3), np.int64)
-        valid = np.zeros(count, np.int64)
-        surface = np.zeros((count, classes * len(metrics.SURFACE)))
-        errors = [""] * count
+        rows, classes = len(chunk["path"]), self.card.model.num_classes
+        counts = np.zeros((rows, 1 + len(self.cleanups), classes * 3), np.int64)
+        valid = np.zeros(rows, np.int64)
+        surface = np.zeros((rows, classes * len(metrics.SURFACE)))
+        errors = [""] * rows
         for row, prediction in enumerate(predictions):
-            if isinstance(prediction, str):
-                errors[row] = prediction
+            if prediction.image is None:
+                errors[row] = prediction.error
                 continue
-            path = os.fsdecode(chunk["mask_path"][row])
-            size = prediction.mask.shape
+            mask, path = prediction.image.mask, os.fsdecode(chunk["mask_path"][row])
             try:
-                truth, own_size = imaging.decode_mask(storage.read_bytes(path), self.card.data, None)
+                ground_truth = self._ground_truth(path, mask.shape)
             except (ImageError, OSError) as error:
                 errors[row] = f"mask {path}: {error}"
                 continue
-            if own_size != size:
-                errors[row] = f"mask {path}: {own_size[1]}x{own_size[0]} pixels, the image {size[1]}x{size[0]}"
-                continue
-            versions = [prediction.mask, *(masks.clean(prediction.mask, cleanup) for cleanup in self.cleanups)]
-            for number, predicted in enumerate(versions):
-                pair = torch.from_numpy(predicted)[None], torch.from_numpy(truth)[None]
-                counts[row, number] = metrics.count(*pair, classes).numpy().reshape(-1)
-            valid[row] = (truth != IGNORE).sum()
-            surface[row] = metrics.surface_scores(prediction.mask, truth, classes, self.tolerance).reshape(-1)
-        return {
-            "path": chunk["path"],
-            "error": objects(errors),
-            "counts": counts,
-            "valid": valid,
-            "surface": surface,
-        }
+            counts[row] = self._counts(mask, ground_truth)
+            valid[row] = (ground_truth != IGNORE).sum()
+            surface[row] = metrics.surface_scores(mask, ground_truth, classes, self.tolerance).reshape(-1)
+        return {"path": chunk["path"], "error": objects(errors), "counts": counts, "valid": valid, "surface": surface}
+
+    def _ground_truth(self, path: str, size_hw: tuple[int, ...]) -> np.ndarray:
+        """Returns the true mask, uint8 [H,W]. Raises ImageError if it is no mask of this size, and OSError."""
+        ground_truth, own_size = imaging.decode_mask(storage.read_bytes(path), self.card.data, None)
+        if own_size != size_hw:
+            raise ImageError(f"{own_size[1]}x{own_size[0]} pixels, the image {size_hw[1]}x{size_hw[0]}")
+        return ground_truth
+
+    def _counts(self, mask: np.ndarray, ground_truth: np.ndarray) -> np.ndarray:
+        """Returns int64 [V,K*3]."""
+        versions = [mask, *(masks.clean(mask, cleanup) for cleanup in self.cleanups)]
+        classes, expected = self.card.model.num_classes, torch.from_numpy(ground_truth)[None]
+        counts = [metrics.count(torch.from_numpy(version)[None], expected, classes) for version in versions]
+        return np.stack([count.numpy().reshape(-1) for count in counts])

@@ -1,4 +1,4 @@
-"""Cross-validation: K trainings, each held to account on the part of the data that the others learn from."""
+"""Cross-validation: K trainings, each scored on the fold that the others train on."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ FOLDS, SCORES = "folds.json", "scores.json"
 
 @dataclass(frozen=True, slots=True)
 class FoldScores:
-    """What `cross_validate` returns, and `folds.json` holds."""
+    """The scores of all folds, as `cross_validate` returns them."""
 
     out: str
     scores: list[dict[str, Any]]
-    """Of each fold: `Scores.to_json()` of its best epoch on its held-out part, at each mask's own size."""
+    """One per fold: `Scores.to_json()` of its best epoch on its held-out images, at each mask's own size."""
 
     def mean_and_sd(self, name: str) -> tuple[float, float]:
-        """Over the folds, each as its mean over images; the standard deviation is the sample's."""
+        """Mean and sample standard deviation, over the folds, of the mean over images of `name`, such as `dice`."""
         values = [scores[name]["mean"] for scores in self.scores]
         return statistics.mean(values), statistics.stdev(values)
 
     def to_json(self) -> dict[str, Any]:
+        """The contents of folds.json."""
         summary = {name: self.mean_and_sd(name) for name in ("dice", "iou", "pixel_accuracy")}
         return {
             **{name: {"mean": mean, "sd": sd} for name, (mean, sd) in summary.items()},
@@ -50,11 +51,11 @@ def cross_validate(
     on_fold: Callable[[str], None] = lambda _run: None,
     on_scores: Callable[[str, float], None] = lambda _run, _dice: None,
 ) -> FoldScores:
-    """Trains and scores `folds` runs in `out`/fold-1 and so on; with Ray, `ray.init` has been called.
+    """Trains and scores `folds` runs in `out`/fold-1 and so on.
 
-    Each fold's best epoch is chosen on the part it is then scored on, as nearly everywhere: a little in its favour.
-    With `resume`, finished folds are kept as they are. `on_fold` is told each run before it starts, `on_scores` its
-    mean Dice. Raises UserError as `train` does.
+    Each fold's best epoch is chosen on the images that it is then scored on, as nearly everywhere: this flatters it a
+    little. With `resume`, finished folds are kept as they are. `on_fold` gets each run before it starts, `on_scores`
+    the run and its mean Dice. Raises UserError as `train` does.
     """
     out = storage.absolute(out)
     if folds < 2:
@@ -67,8 +68,8 @@ def cross_validate(
         if not (resume and storage.exists(path)):
             data = dataclasses.replace(config.data, folds=folds, fold=fold)
             train(dataclasses.replace(config, data=data), run, runtime=runtime, resume=resume, callbacks=callbacks)
-            machine = EvaluateConfig(model=run, device=config.compute.device, precision=config.train.precision)
-            scores = evaluate(machine, runtime=runtime)
+            evaluate_config = EvaluateConfig(model=run, device=config.compute.device, precision=config.train.precision)
+            scores = evaluate(evaluate_config, runtime=runtime)
             storage.write_bytes(path, (json.dumps(scores.to_json(), indent=2) + "\n").encode())
         results.append(json.loads(storage.read_bytes(path)))
         on_scores(run, results[-1]["dice"]["mean"])

@@ -1,4 +1,4 @@
-"""A network in int8 for CPUs: calibrated on training images, kept only if validation finds it as good."""
+"""Makes a network in int8 for CPUs: calibrated on training images, kept only if validation finds it as good."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ from unet_ray.config import EvaluateConfig, UserError
 from unet_ray.data import storage
 from unet_ray.data.imaging import ImageError
 from unet_ray.data.pairs import Pair
+from unet_ray.data.progress import OnProgress
 from unet_ray.evaluation.evaluate import evaluate
 from unet_ray.evaluation.run_pairs import pairs_of, pairs_of_run
 from unet_ray.inference import backends
-from unet_ray.inference.pipeline import OnProgress, Pipeline
+from unet_ray.inference.pipeline import Pipeline
 from unet_ray.inference.reader import Reader
+from unet_ray.inference.resolve import pipeline_of
 from unet_ray.models import checkpoint, compiling
 from unet_ray.models.checkpoint import ModelCard
 from unet_ray.models.tiles import mirrored
@@ -30,6 +32,8 @@ from unet_ray.ray_backend.session import LOCAL
 
 MAY_FALL = 0.001
 """Mean validation Dice that int8 may cost."""
+STEM = "int8-"
+"""Beginning of the names of the files of a network in int8."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,50 +59,65 @@ def quantize(
     """Makes the network of a run in int8, which `predict` then uses on CPUs, in this process.
 
     Weights and activations become 8-bit integers (symmetric, per channel for weights: NNCF's post-training
-    quantization) with ranges from `calibration` training images. Refused, and nothing kept, if the mean Dice on the
-    run's validation images is lower by more than `MAY_FALL`.
+    quantization) with ranges from `calibration` training images. It is refused, and nothing is kept, if the mean Dice
+    on the run's validation images is lower by more than `MAY_FALL`.
 
-    Raises UserError for what the user can mend, also where OpenVINO or NNCF are not installed.
+    Raises UserError for what the user must fix, also where OpenVINO or NNCF are not installed.
     """
     if any(importlib.util.find_spec(name) is None for name in ("openvino", "nncf")):
         raise UserError(f"int8 needs OpenVINO and NNCF: {backends.INSTALL}")
     if config.ensemble or config.precision == "int8":
         raise UserError("unet-ray quantize takes one model, in its own precision")
-    plain = Pipeline.of(config.model, dataclasses.replace(config, precision="auto"))
+    plain = pipeline_of(config.model, dataclasses.replace(config, precision="auto"))
     plain = dataclasses.replace(plain, quantized=None)
-    options = dataclasses.replace(plain.options, precision="int8")  # not `auto`, which may fall back to torch
-    card = plain.card
-    known = pairs_of_run(config.model, "train")
-    chosen = np.random.default_rng(0).choice(len(known), min(calibration, len(known)), replace=False)
-    images = list(_images([known[number] for number in sorted(chosen)], plain.reader(), card))
-    if not images:
-        raise UserError(f"{config.model}: none of its training images can be read")
+    images = _calibration_images(config.model, plain, calibration)
     storage.delete_file(storage.join(plain.model, checkpoint.INT8))
-    network = _in_int8(backends.exported(plain.model, card), images)
-    data = backends.serialized(network)
-    name = f"int8-{hashlib.sha256(data['.xml'] + data['.bin']).hexdigest()[:16]}"
-    stem = storage.join(plain.model, name)
-    for other in storage.names_in(plain.model):
-        if other.startswith("int8-"):
-            storage.delete_file(storage.join(plain.model, other))
-    backends.write(data, stem)
+    network = _in_int8(backends.exported(plain.model, plain.card), images)
+    name = _stored(backends.serialized(network), plain.model)
+    # `int8`, not `auto`, which may fall back to torch.
+    options = dataclasses.replace(plain.options, precision="int8")
+    in_int8 = dataclasses.replace(plain, quantized=storage.join(plain.model, name), options=options)
     pairs = pairs_of(config)
-    both = [
+    scores, scores_int8 = (
         evaluate(config, pipeline=pipeline, pairs=pairs, runtime=LOCAL, on_progress=on_progress)
-        for pipeline in (plain, dataclasses.replace(plain, quantized=stem, options=options))
-    ]
-    before, after = (float(scores.dice.mean or 0) for scores in both)
-    result = Quantization(before - after <= MAY_FALL, before, after, both[0].images, len(images))
+        for pipeline in (plain, in_int8)
+    )
+    dice, dice_int8 = float(scores.dice.mean or 0), float(scores_int8.dice.mean or 0)
+    result = Quantization(dice - dice_int8 <= MAY_FALL, dice, dice_int8, scores.images, len(images))
     if result.kept:
-        checkpoint.save_choice(plain.model, checkpoint.INT8, card, {"network": name, **dataclasses.asdict(result)})
+        choice = {"network": name, **dataclasses.asdict(result)}
+        checkpoint.save_choice(plain.model, checkpoint.INT8, plain.card, choice)
     else:
-        for end in data:
-            storage.delete_file(backends.with_end(stem, end))
+        _delete_networks(plain.model)
     return result
 
 
+def _calibration_images(run: str, pipeline: Pipeline, count: int) -> list[np.ndarray]:
+    """Returns `count` training images of a run, drawn at random with a fixed seed. Raises UserError if it has none."""
+    known = pairs_of_run(run, "train")
+    chosen = np.random.default_rng(0).choice(len(known), min(count, len(known)), replace=False)
+    images = list(_images([known[number] for number in sorted(chosen)], pipeline.reader(), pipeline.card))
+    if not images:
+        raise UserError(f"{run}: none of its training images can be read")
+    return images
+
+
+def _stored(files: dict[str, bytes], model: str) -> str:
+    """Writes the network in int8 into the model directory, in place of any other. Returns the stem of its files."""
+    name = f"{STEM}{hashlib.sha256(files['.xml'] + files['.bin']).hexdigest()[:16]}"
+    _delete_networks(model)
+    backends.write(files, storage.join(model, name))
+    return name
+
+
+def _delete_networks(model: str) -> None:
+    for name in storage.names_in(model):
+        if name.startswith(STEM):
+            storage.delete_file(storage.join(model, name))
+
+
 def _images(pairs: Sequence[Pair], reader: Reader, card: ModelCard) -> Iterator[np.ndarray]:
-    """uint8 [1,H,W,C] as the network is given them in prediction; what can't be read is left out."""
+    """Yields images as the network is given them in prediction, uint8 [1,H,W,C]; skips what can't be read."""
     side, margin = card.tile if card.model.padding == "valid" else 0, card.model.margin
     for pair in pairs:
         try:
@@ -113,6 +132,7 @@ def _images(pairs: Sequence[Pair], reader: Reader, card: ModelCard) -> Iterator[
 
 
 def _in_int8(network: Any, images: Sequence[np.ndarray]) -> Any:
+    """Returns an openvino.Model in int8, its ranges taken from the images."""
     backends.without_telemetry()
     compiling.without_cuda_chatter()
     import nncf

@@ -1,4 +1,4 @@
-"""How a network runs on its device: torch as it is, torch compiled, or OpenVINO; for prediction and evaluation.
+"""Runs a network on its device with torch, compiled torch, or OpenVINO; for prediction and evaluation.
 
 Legend: N images, C channels, K classes (1 for a single logit), H, W pixels.
 """
@@ -35,110 +35,126 @@ Network = Callable[[Tensor], Tensor]
 """uint8 [N,C,H,W] on the device -> logits float32 [N,K,H,W], smaller by the margin with padding `valid`."""
 
 EXPORTED = "openvino"
-"""Folder of a model directory for the network as OpenVINO reads it; may be deleted."""
+"""Folder of a model directory for the network as OpenVINO reads it; it may be deleted."""
 INSTALL = "pip install 'unet_ray[cpu]'"
 
 
 @dataclass(frozen=True, slots=True)
 class RuntimeOptions:
-    """How networks are to run."""
+    """How to run networks."""
 
     device: torch.device
     precision: str = "auto"
     """`auto`, `fp32`, `bf16`, `fp16`, `int8`."""
     backend: str = "auto"
-    """`torch`, `compiled`, `openvino`; `auto`: OpenVINO on a CPU where it is installed, else torch, compiled if
-    there are images enough (`compiling_pays`)."""
+    """`torch`, `compiled`, `openvino`. `auto`: OpenVINO on a CPU where it is installed, else torch, compiled if there
+    are enough images (`compiling_pays`)."""
     images: int = 0
-    """How many images there are to be segmented; 0: not known."""
+    """How many images will be segmented; 0: not known."""
 
     @property
     def bf16(self) -> bool:
-        """Whether what is not int8 is computed in it."""
+        """Whether everything that is not int8 is computed in bfloat16."""
         return in_bf16(self.device, "auto" if self.precision == "int8" else self.precision)
 
 
-def load(location: str, how: RuntimeOptions, quantized: str | None = None) -> tuple[Network, ModelCard]:
-    """The network of a model directory, ready to run, and its card.
+def load(location: str, options: RuntimeOptions, quantized: str | None = None) -> tuple[Network, ModelCard]:
+    """Returns the network of a model directory, ready to run, and its card.
 
     `quantized`: stem of the files of the network in int8, which takes its place on a CPU unless another precision is
     asked for. Raises UserError.
     """
     card = checkpoint.read_card(location)
-    cpu, able = how.device.type == "cpu", importlib.util.find_spec("openvino") is not None
-    if how.backend == "openvino" and not (cpu and able):
-        raise UserError(f"--backend openvino: {INSTALL}" if cpu else "--backend openvino is for CPUs: add --device cpu")
-    wanted = how.precision == "int8"
-    if wanted and not (able and quantized):
-        raise UserError(f"--precision int8: {'make it first with `unet-ray quantize`' if able else INSTALL}")
-    if cpu and able and how.backend in ("auto", "openvino"):
-        try:
-            if quantized and how.precision in ("auto", "int8"):
-                return OpenVino(_read(quantized), card, how), card
-            return OpenVino(exported(location, card), card, how), card
-        except UserError:
-            raise
-        except Exception as error:  # a converter's errors are of many kinds
-            if wanted or how.backend == "openvino":
-                raise UserError(f"{location}: OpenVINO can't run it: {error}") from None
-            log.warning("OpenVINO can't run this network, torch does: %s", first_line(error))
+    on_cpu, installed = options.device.type == "cpu", importlib.util.find_spec("openvino") is not None
+    _check(options, quantized, installed=installed)
+    if on_cpu and installed and options.backend in ("auto", "openvino"):
+        network = _load_openvino(location, card, options, quantized)
+        if network is not None:
+            return network, card
     model, card = checkpoint.load_model(location)
     fold_batch_norm(model.eval())
-    model = model.to(how.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    compiled = how.backend == "compiled" or (how.backend == "auto" and compiling_pays(card, how))
-    return Torch(model, how, compiled=compiled), card
+    model = model.to(options.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    compiled = options.backend == "compiled" or (options.backend == "auto" and compiling_pays(card, options))
+    return Torch(model, options, compiled=compiled), card
+
+
+def _check(options: RuntimeOptions, quantized: str | None, *, installed: bool) -> None:
+    """Raises UserError if OpenVINO or int8 is asked for and can't be used."""
+    on_cpu = options.device.type == "cpu"
+    if options.backend == "openvino" and not (on_cpu and installed):
+        raise UserError(
+            f"--backend openvino: {INSTALL}" if on_cpu else "--backend openvino is for CPUs: add --device cpu"
+        )
+    if options.precision == "int8" and not (installed and quantized):
+        raise UserError(f"--precision int8: {'make it first with `unet-ray quantize`' if installed else INSTALL}")
+
+
+def _load_openvino(location: str, card: ModelCard, options: RuntimeOptions, quantized: str | None) -> OpenVino | None:
+    """Returns the network as OpenVINO runs it; None if it can't and nobody asked for it. Raises UserError if it can't
+    and was asked for."""
+    try:
+        if quantized and options.precision in ("auto", "int8"):
+            return OpenVino(_read(quantized), card, options)
+        return OpenVino(exported(location, card), card, options)
+    except UserError:
+        raise
+    except Exception as error:  # a converter's errors are of many kinds
+        if options.precision == "int8" or options.backend == "openvino":
+            raise UserError(f"{location}: OpenVINO can't run it: {error}") from None
+        log.warning("OpenVINO can't run this network, torch does: %s", first_line(error))
+        return None
 
 
 class Torch:
     """A network as torch runs it, compiled or not."""
 
-    def __init__(self, model: SegmentationModel, how: RuntimeOptions, *, compiled: bool) -> None:
-        self.how = how
+    def __init__(self, model: SegmentationModel, options: RuntimeOptions, *, compiled: bool) -> None:
+        self.options = options
         self.run: Callable[[Tensor], Tensor] = model
         if compiled:
             # Freezing lets the compiler lay the weights out for the processor.
-            options: dict[str, Any] = {"freezing": True} if how.device.type == "cpu" else {}
-            self.run = Compiled(model, **options)
+            settings: dict[str, Any] = {"freezing": True} if options.device.type == "cpu" else {}
+            self.run = Compiled(model, **settings)
 
     def __call__(self, image_NCHW: Tensor) -> Tensor:
-        with autocast(self.how.device, self.how.precision):
+        with autocast(self.options.device, self.options.precision):
             return self.run(image_NCHW).float()
 
 
-def compiling_pays(card: ModelCard, how: RuntimeOptions) -> bool:
-    """Whether compiling pays for a process that segments `how.images` images."""
-    if not how.images:
+def compiling_pays(card: ModelCard, options: RuntimeOptions) -> bool:
+    """Returns whether compiling pays for a process that segments `options.images` images."""
+    if not options.images:
         return False
-    operations = how.images * floating_point_operations(card.model, card.image_size)
-    return compiling.pays(operations, how.device, bf16=how.bf16)
+    operations = options.images * floating_point_operations(card.model, card.image_size)
+    return compiling.pays(operations, options.device, bf16=options.bf16)
 
 
 def fold_batch_norm(model: nn.Module) -> None:
-    """Makes each convolution do the work of the batch norm after it, in place: the same to rounding, a pass less over
-    the activations. The model must be in evaluation mode."""
+    """Folds each batch norm into the convolution before it, in place. This saves a pass over the activations; results
+    are the same up to rounding. The model must be in evaluation mode."""
     for block in model.modules():
         if isinstance(block, nn.Sequential):
-            for place, (first, second) in enumerate(itertools.pairwise(block)):
+            for number, (first, second) in enumerate(itertools.pairwise(block)):
                 if isinstance(first, nn.Conv2d) and isinstance(second, nn.BatchNorm2d):
-                    block[place], block[place + 1] = fuse_conv_bn_eval(first, second), nn.Identity()
+                    block[number], block[number + 1] = fuse_conv_bn_eval(first, second), nn.Identity()
 
 
 class OpenVino:
-    """A network as OpenVINO runs it on the CPU; it is laid out anew for every size of image.
+    """A network as OpenVINO runs it on the CPU. It is compiled again for every size of image.
 
     `network`: an openvino.Model, uint8 [1,H,W,C] -> float32 [1,K,H,W], for sides that the U-Net can halve.
     """
 
-    def __init__(self, network: Any, card: ModelCard, how: RuntimeOptions) -> None:
+    def __init__(self, network: Any, card: ModelCard, options: RuntimeOptions) -> None:
         import openvino
 
         self.network, self.core, self.step = network, openvino.Core(), without_weights(card.model).step
-        self.same = card.model.padding == "same"
+        self.padded = card.model.padding == "same"
         self.settings = {
-            "INFERENCE_PRECISION_HINT": "bf16" if how.bf16 else "f32",
+            "INFERENCE_PRECISION_HINT": "bf16" if options.bf16 else "f32",
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-            # Pinned, the threads of two processes would share the same cores.
+            # Pinned threads of two processes would share the same cores.
             "ENABLE_CPU_PINNING": False,
         }
         self.size: tuple[int, ...] = ()
@@ -146,7 +162,7 @@ class OpenVino:
 
     def __call__(self, image_NCHW: Tensor) -> Tensor:
         height, width = image_NCHW.shape[-2:]
-        if self.same:
+        if self.padded:
             image_NCHW = continue_edge(image_NCHW, -height % self.step, -width % self.step)
         image = image_NCHW.permute(0, 2, 3, 1).contiguous().numpy()
         if image.shape[1:] != self.size:
@@ -158,11 +174,11 @@ class OpenVino:
 
 
 class _DiffersError(Exception):
-    """OpenVINO's network says something else than torch's."""
+    """OpenVINO's network does not give what torch's gives."""
 
 
 class _ChannelsLast(nn.Module):
-    """The network for uint8 [N,H,W,C]."""
+    """A network that takes uint8 [N,H,W,C]."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -173,18 +189,19 @@ class _ChannelsLast(nn.Module):
 
 
 def exported(location: str, card: ModelCard) -> Any:
-    """The network of a model directory as an openvino.Model; kept there for the next time, if it can be written."""
+    """Returns the network of a model directory as an openvino.Model; writes it there for the next time, if it can."""
     folder = storage.join(location, EXPORTED)
-    stem = storage.join(folder, card.weights_sha256[:16])
-    if storage.exists(with_end(stem, ".xml")):
+    name = card.weights_sha256[:16]
+    stem = storage.join(folder, name)
+    if storage.exists(with_suffix(stem, ".xml")):
         return _read(stem)
     model, card = checkpoint.load_model(location)
     fold_batch_norm(model.eval())
     network = export(model, card)
     try:
-        stale = [name for name in storage.names_in(folder) if not name.startswith(card.weights_sha256[:16])]
-        for name in stale:  # of an earlier epoch of a training that goes on
-            storage.delete_file(storage.join(folder, name))
+        # Of an earlier epoch of a training that goes on.
+        for stale in (other for other in storage.names_in(folder) if not other.startswith(name)):
+            storage.delete_file(storage.join(folder, stale))
         write(serialized(network), stem)
     except OSError as error:
         log.info("%s: not kept: %s", folder, error)
@@ -192,69 +209,78 @@ def exported(location: str, card: ModelCard) -> Any:
 
 
 def without_telemetry() -> None:
-    """OpenVINO's converter and NNCF tell their maker of each use, unless the package that does it is missing."""
+    """Keeps OpenVINO's converter and NNCF from reporting each use to their maker: hides the package that does it."""
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 
 def export(model: SegmentationModel, card: ModelCard) -> Any:
-    """The network as an openvino.Model for images of any size, checked against torch at two sizes.
+    """Returns the network as an openvino.Model for images of any size, checked against torch at two sizes.
 
-    Raises _DiffersError where it says something else.
+    Raises _DiffersError if it gives anything else.
     """
     without_telemetry()
     import openvino
 
     wrapped, channels = _ChannelsLast(model), card.model.in_channels
-    # The graph holds for every size, so it is drawn from a small image; without padding only certain sizes fit.
-    if card.model.padding == "valid":
-        fitting = (size + 2 * card.model.margin for size in itertools.count(1) if card.model.fits(size))
-        sides = [next(fitting), next(fitting)]
-    else:
-        sides = [max(64, 2 * model.step) // model.step * model.step + more for more in (0, model.step)]
-    generator = torch.Generator().manual_seed(0)
-
-    def noise(side: int) -> Tensor:
-        return torch.randint(0, 256, (1, side, side, channels), dtype=torch.uint8, generator=generator)
-
+    # The graph holds for every size, so it is traced with a small image.
+    images = _noise(channels, _two_sides(model, card))
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # the tracer warns of every branch, also of those that sizes decide
-        traced = torch.jit.trace(wrapped, noise(sides[0]), check_trace=False)
+        warnings.simplefilter("ignore")  # the tracer warns of every branch, also of those that depend on sizes alone
+        traced = torch.jit.trace(wrapped, images[0], check_trace=False)
         network = openvino.convert_model(traced, input=[[1, -1, -1, channels]])
-    core = openvino.Core()
-    for side in sides:
-        image = noise(side)
-        network.reshape([1, side, side, channels])
-        settings = {"INFERENCE_PRECISION_HINT": "f32"}
-        found = core.compile_model(network, "CPU", settings)([image.numpy()])[0]
-        with torch.inference_mode():
-            expected = wrapped(image).float().numpy()
-        if found.shape != expected.shape or not np.allclose(
-            found, expected, rtol=1e-3, atol=1e-3 * (1 + np.abs(expected).max())
-        ):
-            raise _DiffersError("its output is another than torch's")
+    for image in images:
+        _check_same(network, wrapped, image)
     network.reshape([1, -1, -1, channels])
     return network
 
 
+def _two_sides(model: SegmentationModel, card: ModelCard) -> list[int]:
+    """Returns two sides of small images that the network takes: without padding, only certain sizes fit."""
+    if card.model.padding == "valid":
+        fitting = (size + 2 * card.model.margin for size in itertools.count(1) if card.model.fits(size))
+        return [next(fitting), next(fitting)]
+    return [max(64, 2 * model.step) // model.step * model.step + more for more in (0, model.step)]
+
+
+def _noise(channels: int, sides: list[int]) -> list[Tensor]:
+    """Returns square images, uint8 [1,H,W,C]."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(0, 256, (1, side, side, channels), dtype=torch.uint8, generator=generator) for side in sides]
+
+
+def _check_same(network: Any, model: nn.Module, image_NHWC: Tensor) -> None:
+    """Raises _DiffersError unless OpenVINO gives what torch gives."""
+    import openvino
+
+    network.reshape(list(image_NHWC.shape))
+    compiled = openvino.Core().compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    found = compiled([image_NHWC.numpy()])[0]
+    with torch.inference_mode():
+        expected = model(image_NHWC).float().numpy()
+    tolerance = 1e-3 * (1 + np.abs(expected).max())
+    if found.shape != expected.shape or not np.allclose(found, expected, rtol=1e-3, atol=tolerance):
+        raise _DiffersError("its output differs from torch's")
+
+
 def serialized(network: Any) -> dict[str, bytes]:
-    """End of the name -> contents, of the two files that an openvino.Model is stored in."""
+    """Returns suffix -> contents of the two files that an openvino.Model is stored in."""
     import openvino
 
     with tempfile.TemporaryDirectory() as folder:
         openvino.save_model(network, f"{folder}/network.xml", compress_to_fp16=False)
-        return {end: Path(folder, f"network{end}").read_bytes() for end in (".bin", ".xml")}
+        return {suffix: Path(folder, f"network{suffix}").read_bytes() for suffix in (".bin", ".xml")}
 
 
 def write(files: dict[str, bytes], stem: str) -> None:
-    """Writes what `serialized` returns, the .xml last: where it is, the other is whole."""
-    for end, data in files.items():
-        storage.write_bytes(with_end(stem, end), data)
+    """Writes what `serialized` returns, the .xml last: if it is there, the other is complete."""
+    for suffix, data in files.items():
+        storage.write_bytes(with_suffix(stem, suffix), data)
 
 
-def with_end(stem: str, end: str) -> str:
-    """A stem with the end of a file's name; a bucket's ?options stay behind it."""
+def with_suffix(stem: str, suffix: str) -> str:
+    """Returns the name of a file; a bucket's ?options stay at its end."""
     base, options = storage.split_options(stem)
-    return base + end + options
+    return base + suffix + options
 
 
 def _read(stem: str) -> Any:
@@ -264,6 +290,6 @@ def _read(stem: str) -> Any:
     if not storage.is_uri(stem):
         return core.read_model(f"{stem}.xml")  # maps the weights
     return core.read_model(
-        storage.read_bytes(with_end(stem, ".xml")),
-        openvino.Tensor(np.frombuffer(storage.read_bytes(with_end(stem, ".bin")), np.uint8)),
+        storage.read_bytes(with_suffix(stem, ".xml")),
+        openvino.Tensor(np.frombuffer(storage.read_bytes(with_suffix(stem, ".bin")), np.uint8)),
     )

@@ -21,20 +21,20 @@ LOCK, BEAT_SECONDS, DEAD_AFTER_SECONDS = "lock.json", 10.0, 35.0
 
 @contextmanager
 def output_lock(out: str) -> Iterator[Callable[[], None]]:
-    """Keeps other runs out of an output folder. Yields what raises UserError once the hold is lost.
+    """Keeps other runs out of an output folder. Yields a function that raises UserError once the lock is lost.
 
-    On a disk by a file lock, which ends with the process, however that ends. In a bucket by an object that is renewed
-    every ten seconds; one that no longer is gets taken over. Raises UserError if another run is writing there.
+    On a disk it is a file lock, which ends with the process, however that ends. In a bucket it is an object that is
+    renewed every ten seconds; one that is not renewed any more is taken over. Raises UserError if another run has it.
     """
     me = {"id": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%F %T")}
     path = storage.join(out, WORK, LOCK)
     if storage.is_uri(out):
-        yield from _held_by_beats(out, path, me)
+        yield from _lock_by_heartbeat(out, path, me)
         return
     try:
         import fcntl
     except ImportError:  # Windows
-        yield from _held_by_beats(out, path, me)
+        yield from _lock_by_heartbeat(out, path, me)
         return
     os.makedirs(storage.parent(path), exist_ok=True)  # noqa: PTH103
     with open(path, "a+") as file:  # noqa: PTH123
@@ -44,7 +44,7 @@ def output_lock(out: str) -> Iterator[Callable[[], None]]:
             file.seek(0)
             raise _occupied(out, file.read()) from None
         except OSError:  # a network file system without locks
-            yield from _held_by_beats(out, path, me)
+            yield from _lock_by_heartbeat(out, path, me)
             return
         file.truncate(0)
         file.write(json.dumps(me))
@@ -62,26 +62,15 @@ def _occupied(out: str, text: str) -> UserError:
     return UserError(f"another run{who} is writing to {out}: wait for it, stop it, or choose another --out")
 
 
-def _held_by_beats(out: str, path: str, me: dict[str, Any]) -> Iterator[Callable[[], None]]:
-    def look() -> str:
-        try:
-            return storage.read_bytes(path).decode()
-        except FileNotFoundError:
-            return ""
-
-    there = look()
-    if there and not _is_over(there):
-        until = time.monotonic() + DEAD_AFTER_SECONDS
-        while time.monotonic() < until:
-            time.sleep(1)
-            if look() not in (there, ""):
-                raise _occupied(out, there)
+def _lock_by_heartbeat(out: str, path: str, me: dict[str, Any]) -> Iterator[Callable[[], None]]:
+    """As `output_lock`, with a lock that a thread renews every `BEAT_SECONDS`."""
+    _wait_for_end_of_other(out, path)
     lost, stop = threading.Event(), threading.Event()
 
     def beat() -> None:
         number = 0
         while not stop.wait(BEAT_SECONDS if number else 0):
-            if number and json.loads(look() or "{}").get("id") != me["id"]:
+            if number and json.loads(_read(path) or "{}").get("id") != me["id"]:
                 lost.set()
                 return
             number += 1
@@ -102,8 +91,27 @@ def _held_by_beats(out: str, path: str, me: dict[str, Any]) -> Iterator[Callable
             storage.delete_file(path)
 
 
+def _wait_for_end_of_other(out: str, path: str) -> None:
+    """Returns if nobody renews the lock for `DEAD_AFTER_SECONDS`. Raises UserError if somebody does."""
+    there = _read(path)
+    if not there or _is_over(there):
+        return
+    until = time.monotonic() + DEAD_AFTER_SECONDS
+    while time.monotonic() < until:
+        time.sleep(1)
+        if _read(path) not in (there, ""):
+            raise _occupied(out, there)
+
+
+def _read(path: str) -> str:
+    try:
+        return storage.read_bytes(path).decode()
+    except FileNotFoundError:
+        return ""
+
+
 def _is_over(text: str) -> bool:
-    """Whether the lock is of a process of this machine that has ended."""
+    """Returns whether the lock is of a process of this machine that has ended."""
     holder = json.loads(text)
     if holder["host"] != socket.gethostname():
         return False

@@ -1,19 +1,17 @@
 """Prediction: masks for every image of folders and buckets, through Ray Data or in this process.
 
-What there is to do and what is done is the ledger's (`ledger.py`); the stages (`stages.py`) do it, a chunk at a time.
+The ledger (`ledger.py`) knows what there is to do and what is done; the stages (`stages.py`) do it, a chunk at a time.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
-import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,36 +19,20 @@ import pyarrow.compute as pc
 
 from unet_ray.config import PredictConfig, UserError
 from unet_ray.data import storage
-from unet_ray.data.inputs import ImageFile, iter_images, root_name
-from unet_ray.inference import ledger
-from unet_ray.inference.exports import COCO, SUBMISSION
-from unet_ray.inference.exports import write as write_exports
-from unet_ray.inference.ledger import PART_ROWS, Ledger
-from unet_ray.inference.output_lock import LOCK, output_lock
-from unet_ray.inference.pipeline import OnProgress, Pipeline
-from unet_ray.inference.stages import (
-    TIMES,
-)
-from unet_ray.inference.write import MASKS, OVERLAYS, PROBABILITIES, Write
-from unet_ray.models import checkpoint
+from unet_ray.data.chunks import Chunk
+from unet_ray.data.progress import OnProgress
+from unet_ray.inference import output_folder
+from unet_ray.inference.formats import OutputFormat, formats_of
+from unet_ray.inference.ledger import SHARD_ROWS, Ledger, ShardState, SideTable
+from unet_ray.inference.naming import Naming, images_of
+from unet_ray.inference.output_folder import SETTINGS, SUMMARY
+from unet_ray.inference.output_lock import output_lock
+from unet_ray.inference.pipeline import Pipeline
+from unet_ray.inference.resolve import pipeline_of
+from unet_ray.inference.stages import TIMES
+from unet_ray.inference.survey import survey
+from unet_ray.inference.write import Write
 from unet_ray.ray_backend.session import Runtime
-
-SETTINGS, SUMMARY, REPORT = "settings.json", "summary.json", "report.html"
-OUTPUTS = (
-    MASKS,
-    PROBABILITIES,
-    OVERLAYS,
-    ledger.MANIFEST,
-    "masks.parquet",
-    "rle.parquet",
-    SUBMISSION,
-    COCO,
-    SUMMARY,
-    REPORT,
-    ledger.WORK,
-    SETTINGS,  # last: it says that the rest may be removed
-)
-"""All that prediction writes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,229 +81,169 @@ def predict(
     runtime: Runtime = Runtime(),
     on_progress: OnProgress = lambda _done, _failed, _all: None,
 ) -> PredictSummary:
-    """Segments every image of `config.inputs` into `config.out`: through Ray Data, or with `local` in this process.
+    """Segments every image of `config.inputs` into `config.out`: through Ray Data, or in this process.
 
-    `cluster` is entered once all that needs no Ray has been checked: a context in which `ray.init` has been called
-    (nothing, where the caller has called it, or with `local`).
+    `runtime`: which of the two. Ray is started once all that needs no Ray has been checked.
 
-    Raises UserError for what the user can mend. An image that can't be read is a row of the manifest.
+    Raises UserError for what the user must fix. An image that can't be read is a row of the manifest.
     """
     started = time.perf_counter()
     out = storage.absolute(config.out)
-    pipeline = Pipeline.of(config.model, config)
-    classes = pipeline.card.model.num_classes
-    if "kaggle" in config.formats and classes > 1:
-        raise UserError(f"--format kaggle is for one class, the model has {classes}: use rle or coco")
-    settings = _settings(config, pipeline)
-    _check_out(settings, out, config.overwrite)
-    with _written(out), output_lock(out) as still_mine:
+    pipeline = pipeline_of(config.model, config)
+    formats = formats_of(config.formats, pipeline.card)
+    settings = output_folder.settings_of(config, pipeline)
+    output_folder.check(out, settings, overwrite=config.overwrite)
+    with _disk_errors_as_user_errors(out), output_lock(out) as check_lock:
         if config.overwrite:
-            _remove(out)
+            output_folder.remove(out)
         else:
-            _check_out(settings, out, False)  # again: another run may have begun and ended meanwhile
-        book = Ledger(out, _payloads(config.formats), config.retry_failed)
-        begun = storage.exists(storage.join(out, SETTINGS))
-        storage.write_bytes(storage.join(out, SETTINGS), (json.dumps(settings, indent=2) + "\n").encode())
-        try:
-            found = book.survey(
-                _images(config.inputs),
-                _Naming(config.name),
-                pipeline.row_cost(),
-                lambda count: on_progress(count, 0, 0),
-            )
-        except UserError:
-            if not begun:  # a mistyped input must not stand in the way of the right one
-                _remove(out)
-            raise
-        parts = book.parts()
-        states = list(book.states(parts))
-        images, already_done = sum(state.rows for state in states), sum(state.done for state in states)
-        done, failed = already_done, sum(state.failed for state in states)
-        listed = time.perf_counter()
-        on_progress(done, failed, images)
-
-        numbers = [number for state in states for number in state.todo]
-        remaining = {part: state.rows - state.done for part, state in zip(parts, states, strict=True) if state.todo}
-        seconds = dict.fromkeys(TIMES, 0.0)
-        first_done = None
-        write = Write(book, config.formats, pipeline.card, pipeline.reader())
-        with ThreadPoolExecutor(2) as aside:
-            # A part whose last chunk was written by a run that was then stopped.
-            finishing = [
-                aside.submit(book.finish, part)
-                for part, state in zip(parts, states, strict=True)
-                if not state.todo and not state.finished
-            ]
-            for result in pipeline.run(
-                numbers,
-                book.load,
-                write,
-                images=images,
-                probabilities="prob" in config.formats,
-                shared={
-                    f"--out {out}": storage.join(out, SETTINGS),
-                    **({"INPUT": book.first(numbers[0])} if numbers else {}),
-                },
-                runtime=runtime,
-            ):
-                still_mine()
-                first_done = first_done or time.perf_counter()
-                done += len(result["status"])
-                failed += int((result["status"] == "failed").sum())
-                for name in TIMES:
-                    seconds[name] += float(result[name].sum()) / 1e3
-                part = int(result["number"][0]) // PART_ROWS
-                remaining[part] -= len(result["number"])
-                if remaining[part] <= 0:
-                    finishing.append(aside.submit(book.finish, part))
-                    del remaining[part]
-                on_progress(done, failed, images)
-            finishing += [aside.submit(book.finish, part) for part in remaining]
-            for future in finishing:
-                future.result()
-
-        ran = time.perf_counter()
-        failures, ok, rows = _count(book)
-        write_exports(book, config.formats, pipeline.card)
-        total = time.perf_counter() - started
+            output_folder.check(out, settings, overwrite=False)  # another run may have begun and ended meanwhile
+        ledger = Ledger(out, _tables(formats), config.retry_failed)
+        listed = _survey(config, ledger, pipeline, output_folder.begin(out, settings), on_progress)
+        run = _Run(ledger, on_progress)
+        write = Write(ledger, formats, pipeline.card, pipeline.reader())
+        run.segment(pipeline, write, runtime, check_lock)
+        failures, ok, images = _count(ledger)
+        for format in formats:
+            format.finish(ledger)
+        seconds = time.perf_counter() - started
         summary = PredictSummary(
             out=out,
             model=storage.without_secrets(pipeline.model),
-            images=rows,
+            images=images,
             ok=ok,
-            failed=rows - ok,
+            failed=images - ok,
             failures=dict(failures.most_common(100)),
-            already_done=already_done,
-            gone=rows - found,
+            already_done=run.already_done,
+            gone=images - listed,
             cleanup=pipeline.cleanup_text,
-            seconds=round(total, 3),
-            images_per_second=round((rows - already_done) / total, 3),
-            stages={
-                "listing": round(listed - started, 3),
-                "starting": round((first_done or listed) - listed, 3),
-                "running": round(ran - (first_done or listed), 3),
-                **{name.removesuffix("_ms"): round(value, 3) for name, value in seconds.items()},
-            },
+            seconds=round(seconds, 3),
+            images_per_second=round((images - run.already_done) / seconds, 3),
+            stages={name: round(value, 3) for name, value in run.seconds_by_stage(started).items()},
         )
         storage.write_bytes(storage.join(out, SUMMARY), (json.dumps(summary.to_json(), indent=2) + "\n").encode())
     return summary
 
 
+def _tables(formats: tuple[OutputFormat, ...]) -> tuple[SideTable, ...]:
+    """Returns the side tables of the formats, one for each folder."""
+    return tuple({format.table.folder: format.table for format in formats if format.table is not None}.values())
+
+
+def _survey(config: PredictConfig, ledger: Ledger, pipeline: Pipeline, begun: bool, on_progress: OnProgress) -> int:
+    """Writes the images of the inputs into the ledger; returns how many there are.
+
+    `begun`: whether an earlier run has left work. Raises UserError if an input is not there.
+    """
+    try:
+        return survey(
+            ledger,
+            images_of(config.inputs),
+            Naming(config.name),
+            pipeline.row_cost(),
+            lambda count: on_progress(count, 0, 0),
+        )
+    except UserError:
+        if not begun:  # a mistyped input must not stand in the way of the right one
+            output_folder.remove(ledger.out)
+        raise
+
+
+class _Run:
+    """One run over what the ledger says is left: how many images are done, and where the time went."""
+
+    def __init__(self, ledger: Ledger, on_progress: OnProgress) -> None:
+        self.ledger, self.on_progress = ledger, on_progress
+        shards = ledger.shards()
+        self.states: dict[int, ShardState] = dict(zip(shards, ledger.states(shards), strict=True))
+        self.images = sum(state.rows for state in self.states.values())
+        self.already_done = sum(state.done for state in self.states.values())
+        self.done, self.failed = self.already_done, sum(state.failed for state in self.states.values())
+        self.remaining = {shard: state.rows - state.done for shard, state in self.states.items() if state.todo}
+        """Shard -> rows to do, of shards that this run writes."""
+        self.work_seconds = dict.fromkeys(TIMES, 0.0)
+        self.listed = time.perf_counter()
+        self.first_done: float | None = None
+        self.ended = self.listed
+        on_progress(self.done, self.failed, self.images)
+
+    def segment(self, pipeline: Pipeline, write: Write, runtime: Runtime, check_lock: Callable[[], None]) -> None:
+        """Runs the chunks with work through the pipeline, and finishes each shard when its last chunk is done."""
+        numbers = [number for state in self.states.values() for number in state.todo]
+        shared = {f"--out {self.ledger.out}": storage.join(self.ledger.out, SETTINGS)}
+        if numbers:
+            shared["INPUT"] = self.ledger.first(numbers[0])
+        chunks = pipeline.run(
+            numbers,
+            self.ledger.load,
+            write,
+            images=self.images,
+            probabilities=any(format.wants_probabilities for format in write.formats),
+            shared=shared,
+            runtime=runtime,
+        )
+        with ThreadPoolExecutor(2) as threads, closing(chunks):
+            # Shards whose last chunk was written by a run that was then stopped.
+            complete = [shard for shard, state in self.states.items() if not state.todo and not state.finished]
+            finishing = [threads.submit(self.ledger.finish, shard) for shard in complete]
+            for chunk in chunks:
+                check_lock()
+                if (shard := self._add(chunk)) is not None:
+                    finishing.append(threads.submit(self.ledger.finish, shard))
+            finishing += [threads.submit(self.ledger.finish, shard) for shard in self.remaining]
+            _wait_for(finishing)
+        self.ended = time.perf_counter()
+
+    def _add(self, chunk: Chunk) -> int | None:
+        """Counts a chunk that is done. Returns its shard if that is complete now."""
+        self.first_done = self.first_done or time.perf_counter()
+        self.done += len(chunk["status"])
+        self.failed += int((chunk["status"] == "failed").sum())
+        for name in TIMES:
+            self.work_seconds[name] += float(chunk[name].sum()) / 1e3
+        self.on_progress(self.done, self.failed, self.images)
+        shard = int(chunk["number"][0]) // SHARD_ROWS
+        self.remaining[shard] -= len(chunk["number"])
+        if self.remaining[shard] > 0:
+            return None
+        del self.remaining[shard]
+        return shard
+
+    def seconds_by_stage(self, started: float) -> dict[str, float]:
+        """Returns `PredictSummary.stages`; `started`: when the command was."""
+        first_done = self.first_done or self.listed
+        return {
+            "listing": self.listed - started,
+            "starting": first_done - self.listed,
+            "running": self.ended - first_done,
+            **{name.removesuffix("_ms"): seconds for name, seconds in self.work_seconds.items()},
+        }
+
+
+def _wait_for(futures: list[Future[None]]) -> None:
+    """Returns when all are done; raises what the first of them raised."""
+    for future in futures:
+        future.result()
+
+
+def _count(ledger: Ledger) -> tuple[Counter[str], int, int]:
+    """Returns (failures by reason, images segmented, images), counted in the manifest: stopped runs wrote it, too."""
+    failures: Counter[str] = Counter()
+    ok = images = 0
+    for table in ledger.manifest(["status", "error"]):
+        images += len(table)
+        ok += pc.sum(pc.equal(table["status"], "ok")).as_py()
+        failures.update(error for error in table["error"].to_pylist() if error)
+    return failures, ok, images
+
+
 @contextmanager
-def _written(out: str) -> Iterator[None]:
-    """A full or read-only disk, which is the user's to mend, as UserError."""
+def _disk_errors_as_user_errors(out: str) -> Iterator[None]:
+    """Raises UserError for a full or read-only disk, which the user must fix."""
     try:
         yield
     except OSError as error:
-        if error.errno not in storage.TO_MEND:
+        if error.errno not in storage.USER_MUST_FIX:
             raise
         what = error.strerror or "cannot be written"
-        raise UserError(f"{out}: {what}. What is done is kept: mend it and give the same command again") from None
-
-
-def _count(book: Ledger) -> tuple[Counter[str], int, int]:
-    """(failures by reason, images segmented, rows): counted in the manifest, which stopped runs and this one wrote."""
-    failures: Counter[str] = Counter()
-    ok = rows = 0
-    for table in book.manifest(["status", "error"]):
-        rows += len(table)
-        ok += pc.sum(pc.equal(table["status"], "ok")).as_py()
-        failures.update(error for error in table["error"].to_pylist() if error)
-    return failures, ok, rows
-
-
-def _payloads(formats: Sequence[str]) -> tuple[tuple[str, str], ...]:
-    """What the ledger keeps beside the manifest, and where."""
-    found = []
-    if "parquet" in formats:
-        found.append(("mask", "masks.parquet"))
-    if "rle" in formats:
-        found.append(("rle", "rle.parquet"))
-    elif "coco" in formats:
-        found.append(("rle", f"{ledger.WORK}/rle"))
-    if "kaggle" in formats:
-        found.append(("runs", f"{ledger.WORK}/runs"))
-    return tuple(found)
-
-
-def _images(locations: Sequence[str]) -> Iterator[ImageFile]:
-    """All images of all inputs. Where there are several inputs, names begin with their folder's name."""
-    used: Counter[str] = Counter()
-    for location in locations:
-        prefix = ""
-        if len(locations) > 1:
-            base = root_name(location)
-            used[base] += 1
-            prefix = f"{base}/" if used[base] == 1 else f"{base}-{used[base]}/"
-        for image in iter_images(location):
-            yield dataclasses.replace(image, name=prefix + image.name) if prefix else image
-
-
-@dataclass(frozen=True, slots=True)
-class _Naming:
-    """Image -> paths that its mask may have, the first that is free being taken."""
-
-    template: str
-
-    def __call__(self, image: ImageFile) -> Iterator[str]:
-        relpath, _, name = image.name.rpartition("/")
-        stem, ext = os.path.splitext(name)  # noqa: PTH122 - by the million
-        path = self._path(relpath, stem, name, ext)
-        yield path
-        # Of images that differ in the extension alone, the later ones keep it.
-        yield self._path(relpath, name, name, ext)
-        start, dot, end = path.rpartition(".")
-        for number in itertools.count(2):
-            yield f"{start}-{number}{dot}{end}"
-
-    def _path(self, relpath: str, stem: str, name: str, ext: str) -> str:
-        path = self.template.format(relpath=relpath, stem=stem, name=name, ext=ext.lstrip("."))
-        # `..` only from an odd listing; below OUT/masks everything must stay.
-        parts = [part for part in path.split("/") if part not in ("", ".", "..")]
-        return "/".join(parts) + ("" if path.endswith(".png") else ".png")
-
-
-def _settings(config: PredictConfig, pipeline: Pipeline) -> dict[str, Any]:
-    """What makes two runs the same: what decides over the bytes of the output."""
-    options = pipeline.options
-    return {
-        "weights_sha256": pipeline.card.weights_sha256,
-        "ensemble": [checkpoint.read_card(model).weights_sha256 for model in options.ensemble],
-        "inputs": [storage.without_secrets(storage.absolute(location)) for location in config.inputs],
-        "formats": sorted(config.formats),
-        "name": config.name,
-        "precision": config.precision,
-        "int8": pipeline.quantized and storage.split_options(pipeline.quantized)[0].rpartition("/")[2],
-        "backend": config.backend,
-        "tile": config.tile,
-        "overlap": config.overlap if config.tile else None,
-        "tta": config.tta,
-        "cleanup": pipeline.cleanup_text,
-    }
-
-
-def _check_out(settings: dict[str, Any], out: str, overwrite: bool) -> None:
-    """Raises UserError if `out` holds something else than this very prediction, stopped half-way or finished."""
-    path = storage.join(out, SETTINGS)
-    if storage.exists(path):
-        before = json.loads(storage.read_bytes(path))
-        changed = [name for name in settings if settings[name] != before.get(name)]
-        if changed and not overwrite:
-            raise UserError(
-                f"{out} holds another run (other {', '.join(changed)}): choose another --out, or --overwrite removes it"
-            )
-    elif set(storage.names_in(out)) - {ledger.WORK}:
-        raise UserError(f"{out} holds other files, no prediction: choose another --out")
-
-
-def _remove(out: str) -> None:
-    """Removes an earlier prediction, but for the lock that is held."""
-    for name in OUTPUTS:
-        location = storage.join(out, name)
-        if name == ledger.WORK:
-            for inner in set(storage.names_in(location)) - {LOCK}:
-                storage.delete_folder(storage.join(location, inner))
-        elif storage.is_folder(location):
-            storage.delete_folder(location)
-        else:
-            storage.delete_file(location)
+        raise UserError(f"{out}: {what}. What is done is kept: fix it and give the same command again") from None

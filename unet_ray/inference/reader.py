@@ -1,4 +1,4 @@
-"""Where an image's bytes come from and how they are decoded."""
+"""Reads the bytes of images and decodes them."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from unet_ray.data.inputs import encoded_images
 from unet_ray.models.checkpoint import ModelCard
 
 OVERLAY_SIDE = 1024
-"""Pixels of an overlay's longer side at most."""
+"""Most pixels of an overlay's longer side."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reader:
-    """Where an image's bytes come from and how they are decoded."""
+    """Reads images and decodes them as a model needs them."""
 
     channels: int
     value_range: Any
@@ -34,7 +34,7 @@ class Reader:
         return cls(card.model.in_channels, card.value_range, max_pixels)
 
     def encoded(self, chunk: Chunk) -> Iterator[Source | str]:
-        """The file of each row, or why there is none."""
+        """Yields the file of each row, or why there is none."""
         inside = "source" in chunk and any(chunk["source"])
         stored = _from_parquet(chunk) if inside else {}
         for row, path in enumerate(chunk["path"]):
@@ -51,14 +51,14 @@ class Reader:
             status = Path(path).stat()
             if stat.S_ISDIR(status.st_mode):
                 raise ImageError("a folder that cannot be listed")
-            if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
+            if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait forever
                 raise ImageError("not a regular file")
             if status.st_size > 16 * self.max_pixels:
                 raise ImageError(f"{status.st_size} bytes, more than --max-pixels {self.max_pixels} can be")
         return storage.read_bytes(path)
 
     def resized(self, data: Source | str, size_hw: tuple[int, int] | None) -> tuple[np.ndarray, tuple[int, int]]:
-        """See `imaging.decode_image`. Raises ImageError."""
+        """Decodes an image to this size, see `imaging.decode_image`. Raises ImageError."""
         if isinstance(data, str):
             raise ImageError(data)
         return imaging.decode_image(
@@ -66,18 +66,18 @@ class Reader:
         )
 
     def pixels(self, data: Source | str) -> Pixels:
-        """The image at its own size. Raises ImageError."""
+        """Returns the image at its own size. Raises ImageError."""
         if isinstance(data, str):
             raise ImageError(data)
         return Pixels(data, self.channels, self.value_range, self.max_pixels)
 
     def picture(self, data: Source | str, size_hw: tuple[int, int], side: int) -> np.ndarray:
-        """An image of this size to look at: uint8 [h,w,3], its longer side at most `side`. Raises ImageError."""
+        """Returns an image of this size to look at, uint8 [h,w,3], longer side at most `side`. Raises ImageError."""
         picture, _ = self.resized(data, imaging.fitted(size_hw, side))
         return np.ascontiguousarray(picture[..., [0, 1, 2] if picture.shape[-1] in (3, 4) else [0, 0, 0]])
 
     def overlay(self, data: Source | str, mask: np.ndarray, num_classes: int) -> bytes:
-        """A small picture, JPEG, with the class ids, uint8 [H,W], drawn in. Raises ImageError."""
+        """Returns a small picture, JPEG, with the class ids, uint8 [H,W], drawn in. Raises ImageError."""
         return pictures.overlay(self.picture(data, mask.shape, OVERLAY_SIDE), mask, num_classes)
 
 
@@ -92,11 +92,11 @@ class GivenReader(Reader):
 
 
 def _from_parquet(chunk: Chunk) -> dict[int, bytes | str]:
-    """Row of the chunk -> encoded image, for rows that lie in Parquet files."""
+    """Returns row of the chunk -> encoded image, for rows that lie in Parquet files."""
     found: dict[int, bytes | str] = {}
     for source in sorted(set(chunk["source"]) - {b""}):
-        mine = np.flatnonzero(chunk["source"] == source)
-        wanted = {int(chunk["source_row"][row]): int(row) for row in mine}
+        rows = np.flatnonzero(chunk["source"] == source)
+        wanted = {int(chunk["source_row"][row]): int(row) for row in rows}
         try:
             data = encoded_images(os.fsdecode(source), sorted(wanted))
             found |= {wanted[number]: image for number, image in data.items()}

@@ -1,4 +1,4 @@
-"""Model directories as a callable on a batch of images, or on one image of any size, a tile at a time.
+"""Segments batches of images, or one image of any size tile by tile, with the network of a model directory.
 
 Legend: N images, C channels, K classes (1 for a single logit), H, W pixels.
 """
@@ -17,10 +17,9 @@ from unet_ray.config import UserError
 from unet_ray.data import imaging
 from unet_ray.data.imaging import Pixels
 from unet_ray.inference import backends
-from unet_ray.inference.tiles import SIGMA, Axis
+from unet_ray.inference.tiles import Band, Grid
 from unet_ray.models.checkpoint import ModelCard
 from unet_ray.models.device import check_gpu, check_precision, keep_freed_memory, run_network
-from unet_ray.models.tiles import mirrored
 
 IMAGES_AT_ONCE = {"cpu": 1, "cuda": 8}
 """On a CPU one image at a time keeps the activations in the caches, and was fastest."""
@@ -28,7 +27,7 @@ IMAGES_AT_ONCE = {"cpu": 1, "cuda": 8}
 
 @dataclass(frozen=True, slots=True)
 class Segmentation:
-    """What the network says of a batch."""
+    """What the network gives for a batch."""
 
     logits: np.ndarray
     """float16 [N,K,H,W]: half the bytes of float32 on the way to the stage that writes; signs are kept exactly."""
@@ -38,7 +37,7 @@ class Segmentation:
 
 @dataclass(frozen=True, slots=True)
 class WholeImage:
-    """What the network says of one image at its own size."""
+    """What the network gives for one image at its own size."""
 
     mask: np.ndarray
     """Class ids, uint8 [H,W]."""
@@ -78,11 +77,11 @@ class BatchSegmenter:
             check_gpu()
         self.device = torch.device(device)
         self.at_once = IMAGES_AT_ONCE[self.device.type]
-        how = backends.RuntimeOptions(self.device, precision, backend, images)
-        self.models = [backends.load(path, how, None if ensemble else quantized) for path in (location, *ensemble)]
+        options = backends.RuntimeOptions(self.device, precision, backend, images)
+        self.models = [backends.load(path, options, None if ensemble else quantized) for path in (location, *ensemble)]
         self.card = self.models[0][1]
         check_ensemble([card for _, card in self.models], [location, *ensemble])
-        # Axes of NCHW for each way that an image is looked at.
+        # Each view is an image flipped along some axes of NCHW.
         self.views: list[tuple[int, ...]] = [()]
         for axis in (3 * ("h" in flips), 2 * ("v" in flips)):
             self.views += [(*view, axis) for view in self.views if axis]
@@ -96,28 +95,29 @@ class BatchSegmenter:
         return Segmentation(np.concatenate(logits), np.concatenate(confidence))
 
     def _with_room(self, logits_of: Callable[[np.ndarray], Tensor], image_NHWC: np.ndarray) -> Iterator[Tensor]:
-        """Logits [n,K,h,w] of as many images at a time as the GPU has room for, which is tried: half as many from where
-        its memory ran out."""
+        """Yields logits [n,K,h,w] of as many images at a time as the GPU has room for: where its memory runs out, it
+        continues with half as many."""
         start = 0
         while start < len(image_NHWC):
             # Ray's batches are read-only views of shared memory, which torch must not be given: those are copied.
-            part = np.require(image_NHWC[start : start + self.at_once], requirements=["C", "W"])
+            images = np.require(image_NHWC[start : start + self.at_once], requirements=["C", "W"])
             try:
-                output = logits_of(part)
+                output = logits_of(images)
             except torch.OutOfMemoryError:
-                if len(part) == 1:
-                    height, width = part.shape[1:3]
+                if len(images) == 1:
+                    height, width = images.shape[1:3]
                     raise UserError(
                         f"the GPU has no room for one image of {width}x{height}: use a smaller --tile, fewer models in "
                         "--ensemble, or --device cpu"
                     ) from None
-                self.at_once = len(part) // 2
+                self.at_once = len(images) // 2
             else:
-                start += len(part)
+                start += len(images)
                 yield output
 
     def _logits(self, image_NHWC: np.ndarray) -> Tensor:
-        """float32 [N,K,H,W] on the device; of several models and views, the logits of their mean probability."""
+        """Returns logits float32 [N,K,H,W] on the device; of several models and views, those of their mean
+        probability."""
         image = torch.from_numpy(image_NHWC).to(self.device, non_blocking=True)
         outputs = []
         for model, card in self.models:
@@ -134,11 +134,11 @@ class BatchSegmenter:
 
     @torch.inference_mode()
     def by_tiles(self, pixels: Pixels, tile: int, overlap: float, *, probabilities: bool) -> WholeImage:
-        """One image at its own size, in tiles of `tile` pixels a side that have `overlap` of it in common.
+        """Segments one image at its own size, in tiles of `tile` pixels a side.
 
-        Mirrored at the edges; where tiles overlap, their logits are averaged with Gaussian weights (as nnU-Net does).
-        An unpadded network needs no overlap: its tiles are exact. Beside the image and its mask, one band of
-        tiles is in memory at a time.
+        `overlap`: the share of its side that a tile has in common with the next. Their logits are averaged with
+        Gaussian weights (as nnU-Net does). An unpadded network needs no overlap: its tiles are exact. The image is
+        mirrored at its edges. Beside the image and its mask, one band of tiles is in memory at a time.
         """
         height, width = pixels.size_hw
         classes, threshold = self.card.model.num_classes, self.card.threshold
@@ -155,56 +155,30 @@ class BatchSegmenter:
         return WholeImage(mask, certain / (height * width), maps)
 
     def _bands(self, pixels: Pixels, tile: int, overlap: float) -> Iterator[tuple[int, Tensor]]:
-        """(first row, logits float32 [K,h,W]) of the image's rows from top to bottom."""
-        height, width = pixels.size_hw
-        config = self.card.model
-        if config.padding == "valid":
-            # At multiples of 2 ** depth, so that pooling meets the same pixels as in the whole image.
-            step, beyond, weight = tile // 2**config.depth * 2**config.depth, 0, torch.ones(tile, device=self.device)
-        else:
-            # Far enough beyond the edges that its pixels, too, lie in the middle part of some tile.
-            step, weight = max(1, round(tile * (1 - overlap))), self._weights(tile)
-            beyond = (tile - step) // 2
-        rows, columns = (Axis.of(length, tile, step, beyond) for length in (height, width))
-        rows_total, columns_total = (axis.total(weight) for axis in (rows, columns))
-        at_once = self.at_once
-        # The rows that further tiles can still change: `tile` of them, from `rows.starts[n]` on.
-        band = torch.zeros((config.num_classes, tile, columns.padded), device=self.device)
-        for number, top in enumerate(rows.starts):
-            places = [mirrored(top - config.margin, tile + 2 * config.margin, height)]
-            for first in range(0, len(columns.starts), at_once):
-                lefts = columns.starts[first : first + at_once]
-                windows = [
-                    pixels.window(places[0], mirrored(left - config.margin, tile + 2 * config.margin, width))
-                    for left in lefts
-                ]
+        """Yields (first row, logits float32 [K,h,W]) of the image's rows from top to bottom."""
+        grid = Grid.of(self.card.model, pixels.size_hw, tile, overlap, self.device)
+        band = Band(grid, self.card.model.num_classes)
+        margin, at_once = self.card.model.margin, self.at_once
+        for number, top in enumerate(grid.rows.starts):
+            rows = grid.rows.window(top, margin)
+            for first in range(0, len(grid.columns.starts), at_once):
+                lefts = grid.columns.starts[first : first + at_once]
+                windows = [pixels.window(rows, grid.columns.window(left, margin)) for left in lefts]
                 tiles = chain.from_iterable(self._with_room(self._tile_logits, np.stack(windows)))
                 for left, logits in zip(lefts, tiles, strict=True):
-                    start = left - columns.starts[0]
-                    band[:, :, start : start + tile] += logits * weight[:, None] * weight
-            # Rows up to the next tile's first are finished; after the last tile, all.
-            finished = step if number + 1 < len(rows.starts) else tile
-            inside = slice(max(0, -top), min(finished, height - top))
-            if inside.start < inside.stop:
-                share = rows_total[top - rows.starts[0] :][inside, None] * columns_total
-                left = -columns.starts[0]
-                yield top + inside.start, (band[:, inside] / share)[..., left : left + width]
-            band = torch.cat([band[:, finished:], torch.zeros_like(band[:, :finished])], dim=1)
+                    band.add(left, logits)
+            yield from band.finished(number)
 
     def _tile_logits(self, image_NHWC: np.ndarray) -> Tensor:
-        """Logits [N,K,tile,tile] of windows that have the network's margin around them."""
+        """Returns logits [N,K,T,T] of windows that have the network's margin around their tile of T pixels a side."""
         if self.card.model.margin == 0:
             return self._logits(image_NHWC)
         image = torch.from_numpy(image_NHWC).to(self.device).permute(0, 3, 1, 2)
         return torch.stack([model(image) for model, _ in self.models]).mean(dim=0)
 
-    def _weights(self, tile: int) -> Tensor:
-        place = torch.arange(tile, device=self.device, dtype=torch.float32) - (tile - 1) / 2
-        return torch.exp(-(place**2) / (2 * (SIGMA * tile) ** 2)).clamp_min(1e-3)
-
 
 def _certainty(logits_NKHW: Tensor) -> Tensor:
-    """Probability of the class that is decided for, [N,H,W]."""
+    """Returns the probability of the decided class, [N,H,W]."""
     if logits_NKHW.shape[1] == 1:
         probability = logits_NKHW[:, 0].sigmoid()
         return torch.maximum(probability, 1 - probability)
@@ -212,7 +186,7 @@ def _certainty(logits_NKHW: Tensor) -> Tensor:
 
 
 def check_ensemble(cards: Sequence[ModelCard], names: Sequence[str]) -> None:
-    """Raises UserError unless all models take the same images and tell the same classes."""
+    """Raises UserError unless all models take the same images and have the same classes."""
     for card, name in zip(cards[1:], names[1:], strict=True):
         for what, one, other in (
             ("channels", card.model.in_channels, cards[0].model.in_channels),

@@ -10,12 +10,13 @@ from unet_ray.models.base import SegmentationModel
 
 
 def build(config: ModelConfig) -> SegmentationModel:
-    """A freshly initialised network: uint8 [N,C,H,W] in, float logits [N,num_classes,H',W'] out."""
+    """Builds a freshly initialised network: uint8 [N,C,H,W] in, float logits [N,num_classes,H',W'] out."""
     network: type[SegmentationModel] = registry.load(registry.NETWORKS, config.name)
     return network(config)
 
 
 def parameter_count(model: nn.Module) -> int:
+    """Returns the number of weights."""
     return sum(p.numel() for p in model.parameters())
 
 

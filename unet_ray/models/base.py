@@ -1,4 +1,4 @@
-"""What all networks share: pixels in, logits of the same size out, memory for time.
+"""The base class of all networks: pixels in, logits of the same size out, activation checkpointing.
 
 Legend: N images, C channels, H, W pixels.
 """
@@ -21,7 +21,7 @@ class SegmentationModel(nn.Module, ABC):
     """uint8 [N, in_channels, H, W] -> float [N, num_classes, H, W] logits with padding `same`, for any H and W;
     [N, num_classes, H - 2 * margin, W - 2 * margin] with `valid`, for sizes that `ModelConfig.check_size` accepts.
 
-    A subclass has `body`, from normalised pixels to logits, and `head`, its last convolution.
+    A subclass defines `body`, from normalised pixels to logits, and `head`, its last convolution.
     """
 
     pixel_scale: Tensor
@@ -29,11 +29,11 @@ class SegmentationModel(nn.Module, ABC):
     head: nn.Module
 
     def __init__(self, config: ModelConfig, *, multiple_of: int = 1) -> None:
-        """`multiple_of`: `body` gets sides that this divides (in units of `patch`)."""
+        """`multiple_of`: `body` gets sides that are multiples of this (in units of `patch`)."""
         super().__init__()
         self.config, self.multiple_of = config, multiple_of
         self.checkpoint_activations = False
-        """Set by training."""
+        """Training sets this."""
         mean, std = (torch.tensor(value).reshape(-1, 1, 1) for value in (config.pixel_mean, config.pixel_std))
         if config.patch > 1:  # pixel_unshuffle keeps a channel's pixels together
             mean, std = (v.repeat_interleave(config.patch**2, dim=0) if len(v) > 1 else v for v in (mean, std))
@@ -42,24 +42,24 @@ class SegmentationModel(nn.Module, ABC):
 
     @property
     def step(self) -> int:
-        """What sides of images are brought to a multiple of (with padding `same`), pixels."""
+        """With padding `same`, images are extended to sides that are multiples of this, in pixels."""
         return self.multiple_of * self.config.patch
 
     @property
     def out_channels(self) -> int:
-        """Of `head`."""
+        """Channels that `head` returns."""
         return self.config.num_classes * self.config.patch**2
 
     @abstractmethod
     def body(self, x: Tensor) -> Tensor:
-        """Normalised pixels, float [N,C,H,W] -> logits."""
+        """Computes logits from normalised pixels, float [N,C,H,W]."""
 
     def forward(self, image_NCHW: Tensor) -> Tensor:
         height, width = image_NCHW.shape[-2:]
         same, patch = self.config.padding == "same", self.config.patch
         x = continue_edge(image_NCHW, -height % self.step, -width % self.step) if same else image_NCHW
         if patch > 1:
-            # Still uint8, where moving pixels is cheapest.
+            # Pixels are still uint8 here, so moving them is cheap.
             x = F.pixel_unshuffle(x, patch).contiguous(memory_format=torch.channels_last)
         logits = self.body(x.float() * self.pixel_scale + self.pixel_shift)
         if patch > 1:
@@ -67,39 +67,39 @@ class SegmentationModel(nn.Module, ABC):
         return logits[..., :height, :width] if same else logits
 
     def contract(self, blocks: nn.ModuleList, x: Tensor) -> list[Tensor]:
-        """The blocks one after the other with 2x2 max pooling between them: what each returns."""
+        """Runs the blocks one after the other with 2x2 max pooling between them; returns each block's output."""
         levels: list[Tensor] = []
         for block in blocks:
-            levels.append(self.again(block, F.max_pool2d(levels[-1], 2) if levels else x))
+            levels.append(self.checkpointed(block, F.max_pool2d(levels[-1], 2) if levels else x))
         return levels
 
-    def again(self, block: nn.Module, x: Tensor) -> Tensor:
-        """`block(x)`; with `checkpoint_activations` computed again in the backward pass, and not kept until then."""
+    def checkpointed(self, block: nn.Module, x: Tensor) -> Tensor:
+        """Returns `block(x)`. With `checkpoint_activations`, the backward pass computes its activations again."""
         if not (self.checkpoint_activations and self.training):
             return block(x)
 
         def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
-            return nullcontext(), _statistics_held(block)
+            return nullcontext(), _frozen_statistics(block)
 
         return checkpoint(block, x, use_reentrant=False, context_fn=contexts)
 
 
 @contextmanager
-def _statistics_held(block: nn.Module) -> Iterator[None]:
-    """Batch norms that don't move their running statistics: they have done so in the first computation."""
+def _frozen_statistics(block: nn.Module) -> Iterator[None]:
+    """Keeps batch norms from updating their running statistics a second time."""
     norms = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    before = [norm.momentum for norm in norms]
+    momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.momentum = 0.0
     try:
         yield
     finally:
-        for norm, momentum in zip(norms, before, strict=True):
+        for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
 
 
 def continue_edge(image_NCHW: Tensor, rows: int, columns: int) -> Tensor:
-    """The image with its last row and column repeated; of any dtype (F.pad knows no uint8), uncopied where it fits."""
+    """Repeats an image's last row and column. Works on any dtype (F.pad has no uint8); copies only if it must."""
     if rows:
         image_NCHW = torch.cat([image_NCHW, image_NCHW[:, :, -1:].expand(-1, -1, rows, -1)], dim=2)
     if columns:

@@ -1,4 +1,4 @@
-"""What the U-Net is compared with, trained and scored by the same code.
+"""Networks to compare the U-Net with; the same code trains and scores them.
 
 Legend: N images, C channels, K classes (1: a single logit), H, W pixels.
 """
@@ -66,8 +66,11 @@ class Smp(SegmentationModel):
 
 
 class Otsu(SegmentationModel):
-    """Otsu's threshold of each image's gray levels (Otsu 1979, equation 17). All that is learnt is which side is which
-    class, and how sure that is: one straight line a class over the distance from the threshold."""
+    """Otsu's threshold of each image's gray levels (Otsu 1979, equation 17).
+
+    Training learns only which side of the threshold is which class, and how certain that is: for each class, logits
+    are a straight line over the distance from the threshold.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
@@ -80,12 +83,12 @@ class Otsu(SegmentationModel):
         low, high = x.amin(dim=(1, 2, 3), keepdim=True), x.amax(dim=(1, 2, 3), keepdim=True)
         level = ((x - low) / (high - low).clamp(min=1e-6) * (GRAY_LEVELS - 1)).round()
         threshold = torch.stack([otsu_threshold(one) for one in level]).reshape(-1, 1, 1, 1)
-        # The side first and foremost; the distance within it only says how sure.
+        # The side of the threshold dominates; the distance only adds how certain it is.
         return self.head(torch.where(level > threshold, 1.0, -1.0) + (level - threshold - 0.5) / GRAY_LEVELS)
 
 
 def otsu_threshold(levels: Tensor) -> Tensor:
-    """The gray level, of 0 to 255, that parts those up to it from those above with the largest variance between."""
+    """Returns the gray level, 0 to 255, that maximises the variance between the levels up to it and those above."""
     count = torch.bincount(levels.reshape(-1).long(), minlength=GRAY_LEVELS).double()
     share = count / count.sum()
     below = share.cumsum(0)

@@ -1,11 +1,10 @@
-"""The model directory, and what a stopped training needs to go on. No pickle: safetensors and JSON.
+"""Save and load a model directory: all that predict needs. No pickle: safetensors and JSON.
 
-model/model.safetensors  the weights, and in its header the card: one file, so the best model is whole or absent
-model/model.json         the card, all else that predict needs, for people and other programs
-model/cleanup.json       the clean-up of masks that validation has chosen, if it was asked
-model/int8-*.xml, .bin   the network in int8 for OpenVINO, if `unet-ray quantize` has made it
-model/int8.json          which that is, and its score beside the network's own; there only if that was good enough
-last/state.safetensors   weights, their average, optimizer, scaler and place of the last finished epoch, in one file
+model/model.safetensors  the weights; the card is in its header too, so one file holds a whole model
+model/model.json         the card, for people and other programs
+model/cleanup.json       the clean-up of masks that `evaluate --choose-cleanup` has chosen
+model/int8-*.xml, .bin   the network in int8 for OpenVINO, made by `unet-ray quantize`
+model/int8.json          which int8 network to use, and its score beside the network's own; only if that was good enough
 """
 
 from __future__ import annotations
@@ -17,9 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import safetensors.torch
-import torch
-from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 
 from unet_ray import __version__
 from unet_ray.config import DataConfig, ModelConfig, TrainConfig, UserError, ValueRange
@@ -28,14 +25,14 @@ from unet_ray.models import SegmentationModel, build
 from unet_ray.settings import from_mapping
 
 FORMAT = 1
-"""Raised when an older package could not read a newer directory."""
-WEIGHTS, CARD, STATE = "model.safetensors", "model.json", "state.safetensors"
+"""Version of the directory's layout. Raise it when an older package can no longer read a new directory."""
+WEIGHTS, CARD = "model.safetensors", "model.json"
 CLEANUP, INT8 = "cleanup.json", "int8.json"
 
 
 @dataclass(frozen=True, slots=True)
 class ModelCard:
-    """What `model.json` says: everything predict needs, so that no flag is repeated."""
+    """The contents of `model.json`: everything predict needs, so that no flag is repeated."""
 
     model: ModelConfig
     image_size: tuple[int, int]
@@ -47,17 +44,17 @@ class ModelCard:
     value_range: ValueRange
     classes: tuple[str, ...]
     flips: str
-    """What test-time flips may be used: `h`, `v` or both, as in training."""
+    """Flips that test-time augmentation may use: `h`, `v`, both or neither, as in training."""
     threshold: float
-    """Sigmoid above which a pixel is the foreground (one class only)."""
+    """A pixel is foreground where its sigmoid is above this (one class only)."""
     scores: dict[str, Any]
-    """The line of metrics.jsonl of the epoch these weights are from."""
+    """The line of metrics.jsonl of the epoch that these weights come from."""
     weights_sha256: str
-    """Of the data part of model.safetensors, all after the header."""
+    """SHA-256 of the data part of model.safetensors, which is everything after the header."""
 
     @property
     def data(self) -> DataConfig:
-        """How this model's images and masks are decoded."""
+        """Settings to decode this model's images and masks with."""
         return DataConfig(
             image_size=self.image_size,
             tile=self.tile,
@@ -75,7 +72,7 @@ def save_model(
     scores: dict[str, Any],
     threshold: float = 0.5,
 ) -> None:
-    """Writes a model directory; an older one there is replaced."""
+    """Writes a model directory and replaces an older one there."""
     data, augment = config.data, config.augment
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
     assert data.mask_values is not None
@@ -100,7 +97,10 @@ def save_model(
 
 
 def model_directory(location: str) -> str:
-    """The model directory that a MODEL argument names: itself, or the best model of a run directory."""
+    """Returns the model directory that a MODEL argument names: itself, or the best model of a run directory.
+
+    Raises UserError if there is none.
+    """
     for candidate in (location, storage.join(location, "model")):
         if storage.exists(storage.join(candidate, CARD)):
             return candidate
@@ -109,13 +109,13 @@ def model_directory(location: str) -> str:
 
 
 def read_card(location: str) -> ModelCard:
-    """The card of a model directory. Raises UserError if it is not one that this version reads."""
-    return _card(storage.read_bytes(storage.join(location, CARD)), storage.join(location, CARD))
+    """Reads the card of a model directory. Raises UserError if this version can't read it."""
+    return _parse_card(storage.read_bytes(storage.join(location, CARD)), storage.join(location, CARD))
 
 
-def _card(data: bytes | str, where: str) -> ModelCard:
+def _parse_card(data: bytes | str, where: str) -> ModelCard:
     try:
-        # Cards of before there were these say nothing of them.
+        # The oldest cards lack these two.
         values = {"value_range": None, "flips": "h", **json.loads(data)}
         if values["format"] > FORMAT:
             raise UserError(
@@ -139,18 +139,21 @@ def _card(data: bytes | str, where: str) -> ModelCard:
 
 
 def load_model(location: str) -> tuple[SegmentationModel, ModelCard]:
-    """The network of a model directory with its weights, on the CPU, and the card. Raises UserError."""
+    """Loads the network of a model directory with its weights, on the CPU, and its card.
+
+    Raises UserError if a file is damaged, or if the two files belong to different models.
+    """
     path = storage.join(location, WEIGHTS)
     data = storage.read_bytes(path)
     try:
-        card = _card(_metadata(data)["card"], path)
+        card = _parse_card(text_entries(data)["card"], path)
     except (KeyError, ValueError) as error:
         raise UserError(f"{path}: not a model's weights ({error!r}): copy the folder again, whole") from None
     if hashlib.sha256(_split(data)[1]).hexdigest() != card.weights_sha256:
         raise UserError(f"{path}: damaged (its checksum is another): copy the folder again, whole")
-    # A training that was killed between the two files leaves the older model.json, of the same network.
-    beside = read_card(location)
-    if dataclasses.replace(beside, scores=card.scores, weights_sha256=card.weights_sha256) != card:
+    # A training that was killed between its two writes leaves the older model.json, of the same network.
+    json_card = read_card(location)
+    if dataclasses.replace(json_card, scores=card.scores, weights_sha256=card.weights_sha256) != card:
         raise UserError(f"{location}: {CARD} and {WEIGHTS} are of different models: copy the folder again, whole")
     model = build(dataclasses.replace(card.model, pretrained=False))
     model.load_state_dict(safetensors.torch.load(data))
@@ -158,19 +161,21 @@ def load_model(location: str) -> tuple[SegmentationModel, ModelCard]:
 
 
 MAY_DIFFER = ("num_classes", "dropout", "pretrained")
-"""Of `model.`, what a network may have otherwise than the one whose weights it starts from."""
+"""`model.` settings in which a network may differ from the one whose weights it starts from."""
 
 
 def model_settings_of(location: str) -> list[tuple[str, Any]]:
-    """The `model.` settings, dotted names and values, of the network in a run or model directory, for
-    `load_train_config`. Raises UserError."""
+    """Returns the `model.` settings of the network in a run or model directory, for `load_train_config`.
+
+    Pairs of dotted name and value. Raises UserError if there is no model.
+    """
     card = read_card(model_directory(storage.absolute(location)))
     values = dataclasses.asdict(dataclasses.replace(card.model, pretrained=False))
     return [(f"model.{name}", value) for name, value in values.items()]
 
 
 def check_init(location: str, config: ModelConfig) -> str:
-    """The model directory of `train.init`. Raises UserError unless a network of this config can start from it."""
+    """Returns the model directory of `train.init`. Raises UserError if a network of `config` can't start from it."""
     location = model_directory(storage.absolute(location))
     theirs = read_card(location).model
     for field in dataclasses.fields(ModelConfig):
@@ -183,8 +188,10 @@ def check_init(location: str, config: ModelConfig) -> str:
 
 
 def start_from(location: str, network: SegmentationModel) -> None:
-    """Gives a network the weights of a run or model directory; its last layer stays as it is where that has another
-    number of classes. Raises UserError if they don't fit."""
+    """Loads the weights of a run or model directory into a network.
+
+    The last layer stays as it is if the number of classes differs. Raises UserError if the weights don't fit.
+    """
     given, card = load_model(check_init(location, network.config))
     tensors = given.state_dict()
     if card.model.num_classes != network.config.num_classes:
@@ -194,19 +201,19 @@ def start_from(location: str, network: SegmentationModel) -> None:
 
 
 def _of_head(network: SegmentationModel) -> set[str]:
-    """Names of the last layer's tensors."""
+    """Returns the names of the last layer's tensors."""
     mine = {id(tensor) for tensor in network.head.state_dict(keep_vars=True).values()}
     return {name for name, tensor in network.state_dict(keep_vars=True).items() if id(tensor) in mine}
 
 
 def read_cleanup(location: str, card: ModelCard) -> str:
-    """The clean-up that was chosen for the model in this directory; `none` if none was, or for other weights."""
+    """Returns the clean-up chosen for the model in this directory; `none` if there is none for these weights."""
     chosen = read_choice(location, CLEANUP, card)
     return "none" if chosen is None else chosen["cleanup"]
 
 
 def read_choice(location: str, name: str, card: ModelCard) -> dict[str, Any] | None:
-    """What validation has chosen for the model in this directory; None if nothing was, or for other weights."""
+    """Returns what validation has chosen for this model, from file `name`; None if nothing for these weights."""
     path = storage.join(location, name)
     if not storage.exists(path):
         return None
@@ -215,110 +222,17 @@ def read_choice(location: str, name: str, card: ModelCard) -> dict[str, Any] | N
 
 
 def save_choice(location: str, name: str, card: ModelCard, chosen: dict[str, Any]) -> None:
-    """Keeps a choice for `read_choice`."""
+    """Writes a choice that `read_choice` reads."""
     chosen = {**chosen, "weights_sha256": card.weights_sha256}
     storage.write_bytes(storage.join(location, name), (json.dumps(chosen, indent=2) + "\n").encode())
 
 
-@dataclass(slots=True)
-class TrainingState:
-    """Where a training stands after a finished epoch."""
-
-    epoch: int
-    """Epochs finished."""
-    best: float
-    """Highest validation Dice so far."""
-    settings: str
-    """config.yaml of the run it belongs to."""
-
-
-def save_state(
-    location: str,
-    state: TrainingState,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    ema: nn.Module | None,
-) -> None:
-    """Writes `last/`: one file, so a stop at any moment leaves the old state or the new one."""
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    if ema is not None:
-        tensors |= {f"ema.{name}": tensor for name, tensor in ema.state_dict().items()}
-    saved = optimizer.state_dict()
-    for index, values in saved["state"].items():
-        for name, value in values.items():
-            if value is not None:
-                tensors[f"optimizer.{index}.{name}"] = torch.as_tensor(value)
-    metadata = {
-        "state": json.dumps(dataclasses.asdict(state)),
-        "param_groups": json.dumps(saved["param_groups"]),
-        "scaler": json.dumps(scaler.state_dict()),
-    }
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    storage.write_bytes(storage.join(location, STATE), safetensors.torch.save(tensors, metadata), durable=True)
-
-
-def load_state(
-    location: str,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    ema: nn.Module | None,
-) -> TrainingState | None:
-    """Puts a saved state into all of these; None if there is none. Raises UserError if it does not fit."""
-    path = storage.join(location, STATE)
-    if not storage.exists(path):
-        return None
-    data = storage.read_bytes(path)
-    try:
-        metadata, tensors = _metadata(data), safetensors.torch.load(data)
-        state = TrainingState(**json.loads(metadata["state"]))
-        parts: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "optimizer": {}}
-        for name, tensor in tensors.items():
-            part, _, rest = name.partition(".")
-            parts[part][rest] = tensor
-        model.load_state_dict(parts["model"])
-        if ema is not None:
-            ema.load_state_dict(parts["ema"])
-        scaler.load_state_dict(json.loads(metadata["scaler"]))
-        by_parameter: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in parts["optimizer"].items():
-            index, _, key = name.partition(".")
-            by_parameter.setdefault(int(index), {})[key] = tensor
-        optimizer.load_state_dict({"state": by_parameter, "param_groups": json.loads(metadata["param_groups"])})
-        # Fused optimizers walk parameter and state in the order of memory: a channels_last weight needs its momentum
-        # in channels_last too, or the two are mixed up without a word.
-        for parameter, values in optimizer.state.items():
-            for name, value in values.items():
-                if value.shape == parameter.shape:
-                    values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path}: not the state of this training ({' '.join(str(error).split())[:200]})") from None
-    return state
-
-
-def has_state(location: str) -> bool:
-    """Whether a training has saved its state there."""
-    return storage.exists(storage.join(location, STATE))
-
-
-def read_state(location: str) -> TrainingState | None:
-    """Only the place of a saved state, without its tensors; None if there is none."""
-    path = storage.join(location, STATE)
-    if not storage.exists(path):
-        return None
-    return TrainingState(**json.loads(_metadata(storage.read_bytes(path))["state"]))
-
-
-def _metadata(data: bytes) -> dict[str, str]:
-    """The header's text entries."""
+def text_entries(data: bytes) -> dict[str, str]:
+    """Returns the text entries in the header of a safetensors file."""
     return json.loads(_split(data)[0])["__metadata__"]
 
 
 def _split(data: bytes) -> tuple[bytes, memoryview]:
-    """Header (JSON) and data part of a safetensors file; it begins with the header's length in 8 bytes."""
+    """Returns header (JSON) and data part of a safetensors file. It begins with the header's length in 8 bytes."""
     end = 8 + int.from_bytes(data[:8], "little")
     return data[8:end], memoryview(data)[end:]
-
-
-METRICS, CONFIG, MODEL, LAST = "metrics.jsonl", "config.yaml", "model", "last"

@@ -1,4 +1,4 @@
-"""torch.compile, where it pays: for prediction (`backends`) and training (`engine`)."""
+"""Compile a network with torch.compile, in prediction and training, if that saves time."""
 
 from __future__ import annotations
 
@@ -16,21 +16,20 @@ from unet_ray.models import SegmentationModel, build
 log = logging.getLogger("unet_ray")
 
 SECONDS = {"cpu": 30.0, "cuda": 60.0}
-"""What compiling costs, for each size of batch: for prediction 19 s measured for base 64 on two cores, 7 to 28 s on
-others; for training 28 s; CUDA is assumed, not measured."""
+"""Time that compiling takes for each size of batch. Measured for prediction: 19 s for base 64 on two cores, 7 to 28 s
+on others; for training: 28 s. CUDA is assumed, not measured."""
 GAIN = 0.05
-"""Share of the time that a compiled network saves: 5 % measured on AVX-512 cores in bf16, in training 0 to 7 %; 12 % on
-AMX cores."""
+"""Share of the time that a compiled network saves. Measured in bf16: 5 % on AVX-512 cores, 0 to 7 % in training there;
+12 % on AMX cores."""
 FLOPS = {"cpu": 0.2e12, "cuda": 200e12}
-"""Rate at which a CPU thread, or a GPU, gets through a network in bf16: two AVX-512 cores measured, a GPU assumed."""
+"""Operations per second of a CPU thread, or a GPU, in bf16: measured on two AVX-512 cores, assumed for a GPU."""
 
 
 def pays(operations: float, device: torch.device, *, bf16: bool, sizes: int = 1) -> bool:
-    """Whether a process that has so many floating-point operations before it saves twice what compiling for `sizes`
-    sizes of batch costs.
+    """Returns whether compiling saves twice the time it takes, in a process that will do this many operations.
 
-    Decided from the network's own operations and measured rates rather than a clock, so that what is stopped and goes
-    on decides alike.
+    `sizes`: how many sizes of batch it compiles for. The decision uses the network's operations and measured rates
+    instead of a clock, so that a run that is stopped and resumed decides the same.
     """
     kind = device.type
     if not (bf16 or kind == "cuda"):
@@ -40,13 +39,13 @@ def pays(operations: float, device: torch.device, *, bf16: bool, sizes: int = 1)
 
 
 def without_weights(config: ModelConfig) -> SegmentationModel:
-    """The network's form, which takes neither memory nor time."""
+    """Builds a network on torch's meta device, without weights: this takes no memory and no time."""
     with torch.device("meta"):
         return build(dataclasses.replace(config, pretrained=False))
 
 
 def floating_point_operations(config: ModelConfig, size_hw: tuple[int, int]) -> int:
-    """Of a network on one image of the size: a multiplication and an addition are two."""
+    """Counts a network's operations on one image of this size; a multiplication with an addition counts as two."""
     from torch.utils.flop_counter import FlopCounterMode
 
     height, width = size_hw
@@ -57,11 +56,11 @@ def floating_point_operations(config: ModelConfig, size_hw: tuple[int, int]) -> 
 
 
 class Compiled:
-    """A network as torch compiles it at its first call; where that fails, as it is."""
+    """A network that torch compiles at its first call. If compiling fails, it runs uncompiled."""
 
     def __init__(self, model: nn.Module, **options: Any) -> None:
         without_cuda_chatter()
-        # Inductor keeps what it has compiled in a folder of the machine, where other processes and later runs find it.
+        # Inductor keeps compiled code in a folder of the machine, where other processes and later runs find it.
         self.model = model
         self.run: Callable[[Tensor], Tensor] = torch.compile(model, dynamic=False, options=options)
 
@@ -71,14 +70,14 @@ class Compiled:
         except Exception as error:
             if self.run is self.model or isinstance(error, torch.OutOfMemoryError):
                 raise
-            # Most often there is no C++ compiler, or Python's headers are missing.
-            log.warning("this network can't be compiled here, it runs as it is: %s", first_line(error))
+            # The usual cause: there is no C++ compiler, or Python's headers are missing.
+            log.warning("this network can't be compiled here, it runs uncompiled: %s", first_line(error))
             self.run = self.model
             return self.run(image_NCHW)
 
 
 def without_cuda_chatter() -> None:
-    """Torch tells where it has found CUDA's compiler on a machine without a GPU, where nothing uses it."""
+    """Silences torch's message about CUDA's compiler, which it prints even on machines without a GPU."""
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 

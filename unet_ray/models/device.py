@@ -1,4 +1,4 @@
-"""The device a network runs on: precision, memory, running it, deciding classes."""
+"""Choose the device and precision of a network, run it on whole images, and decide classes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from unet_ray.models.tiles import by_tiles, mirror_margin
 
 
 def device_here(wanted: str, workers: int) -> torch.device:
-    """The device of a `--local` command; `auto` is CUDA where torch can use it. Raises UserError."""
+    """Returns the device of a `--local` command; `auto` is CUDA if torch can use it. Raises UserError."""
     if workers > 1:
         raise UserError(f"--workers {workers} with --local: one process has one worker; drop either")
     if wanted == "cuda" and not torch.cuda.is_available():
@@ -25,7 +25,7 @@ def device_here(wanted: str, workers: int) -> torch.device:
 
 
 def check_gpu() -> None:
-    """Raises UserError where torch can't use the GPU that Ray, which counts them without torch, has given."""
+    """Raises UserError if torch can't use the GPU that Ray has assigned. Ray counts GPUs without torch."""
     if not torch.cuda.is_available():
         raise UserError(
             f"torch can't use the GPU of {platform.node()}: install it for CUDA, with a driver that fits, or use "
@@ -34,27 +34,27 @@ def check_gpu() -> None:
 
 
 def bf16_is_fast(device: torch.device) -> bool:
-    """Whether the device multiplies in bfloat16, rather than emulating it."""
+    """Returns whether the device computes in bfloat16 instead of emulating it."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    able = torch.cpu.get_capabilities()
-    return bool(able.get("amx_bf16") or able.get("avx512_bf16") or able.get("sve_bf16") or able.get("arm_bf16"))
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16", "sve_bf16", "arm_bf16"))
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
-    """The arithmetic of a forward pass: `auto`, `fp32`, `bf16` or (on CUDA) `fp16`."""
+    """Returns the context for forward passes in `auto`, `fp32`, `bf16` or (on CUDA) `fp16`."""
     if precision == "fp16":
         return torch.autocast(device.type, torch.float16)
     return torch.autocast(device.type, torch.bfloat16) if in_bf16(device, precision) else contextlib.nullcontext()
 
 
 def in_bf16(device: torch.device, precision: str) -> bool:
-    """Whether `bf16`, or `auto` on a device that is good at it, was asked for."""
+    """Returns whether this precision means bf16: `bf16` itself, or `auto` on a device that computes in it."""
     return precision == "bf16" or (precision == "auto" and bf16_is_fast(device))
 
 
 def check_precision(precision: str, device: str) -> None:
-    """Raises UserError for what the device does not do."""
+    """Raises UserError for a precision that the device does not support."""
     if precision == "fp16" and device != "cuda":
         raise UserError("--precision fp16 is for CUDA: use bf16 or fp32 on CPUs")
     if precision == "int8" and device != "cpu":
@@ -62,13 +62,13 @@ def check_precision(precision: str, device: str) -> None:
 
 
 def keep_freed_memory(*, of_any_size: bool = False) -> None:
-    """Tells glibc to keep the memory of freed arrays instead of handing it back to the system.
+    """Makes glibc keep the memory of freed arrays instead of returning it to the system.
 
-    Taking it anew means a page fault for every 4 KiB: on two CPU cores decoding and writing was 27 % faster without,
-    a training step of U-Net base 64 on four images of 512² 14 %.
+    Returned memory costs a page fault for every 4 KiB when it is taken again. Without them, on two CPU cores, decoding
+    and writing was 27 % faster, and a training step of U-Net base 64 on four images of 512² 14 %.
 
-    `of_any_size`: blocks over 32 MiB, too, as a network takes at every step; not for what is of another size each time,
-    whose gaps would add up. Elsewhere (musl, macOS, Windows) it does nothing.
+    `of_any_size`: also keep blocks over 32 MiB, which a network takes at every step. Not for arrays whose size keeps
+    changing, since gaps would add up. Does nothing without glibc (musl, macOS, Windows).
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -82,15 +82,15 @@ def keep_freed_memory(*, of_any_size: bool = False) -> None:
 
 
 ONE_HEAP = {"MALLOC_ARENA_MAX": "1"}
-"""Environment of a process whose network does not run on the main thread, as in Ray's workers: glibc gives other
-threads heaps of 64 MiB, and takes larger blocks from the system whatever `keep_freed_memory` says."""
+"""Environment of a process whose network does not run on the main thread, as in Ray's workers. glibc gives other
+threads heaps of 64 MiB, and takes larger blocks from the system in spite of `keep_freed_memory`."""
 
 
 def run_network(
     model: Callable[[Tensor], Tensor], image_NHWC: Tensor, model_config: ModelConfig, data: DataConfig
 ) -> Tensor:
-    """Logits [N,K,H,W] of whole images, uint8 [N,H,W,C] on the model's device."""
-    # The permuted NHWC memory is channels_last already, so nothing is copied to get there.
+    """Computes logits [N,K,H,W] of whole images, uint8 [N,H,W,C] on the model's device."""
+    # The permuted NHWC memory is channels_last already: nothing is copied.
     image_NCHW = image_NHWC.permute(0, 3, 1, 2)
     if data.tile and model_config.padding == "valid":
         return by_tiles(model, image_NCHW, data.tile, model_config)
@@ -98,7 +98,7 @@ def run_network(
 
 
 def decide(logits_NKHW: Tensor, threshold: float = 0.5) -> Tensor:
-    """Class ids, uint8 [N,H,W]."""
+    """Decides class ids, uint8 [N,H,W], from logits. One class: 1 where the sigmoid is above `threshold`."""
     if logits_NKHW.shape[1] == 1:
         return (logits_NKHW[:, 0] > math.log(threshold / (1 - threshold))).to(torch.uint8)
     return logits_NKHW.argmax(dim=1).to(torch.uint8)

@@ -1,4 +1,4 @@
-"""Networks trained with other code as model directories of ours."""
+"""Import networks that were trained with milesial/Pytorch-UNet."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from unet_ray.models import checkpoint as checkpoints
 from unet_ray.models.checkpoint import ModelCard
 
 CONVOLUTIONS = {".0.bias": ".1.running_mean", ".3.bias": ".4.running_mean"}
-"""Of a double convolution: the bias that old checkpoints have, and the norm that takes it up."""
+"""Biases of a double convolution in old checkpoints -> the running mean of the norm that absorbs each."""
 
 
 def import_milesial(
@@ -30,19 +30,20 @@ def import_milesial(
     mask_values: Sequence[int] | None = None,
     classes: Sequence[str] | None = None,
 ) -> ModelCard:
-    """Writes the model directory `out` from a state dict of milesial/Pytorch-UNet (a .pth file, here or in a bucket).
+    """Writes the model directory `out` from a state dict of milesial/Pytorch-UNet (a .pth file, a path or a URI).
 
-    The same logits to rounding for sides that 16 divides (2 ** depth); milesial pads other sizes with zeros where we
-    continue the edge. Images are resized bilinearly, as everywhere here, not bicubically. Widths, depth, channels and
-    classes are read from the shapes.
+    Logits are the same to rounding if both sides are multiples of 2 ** depth (16). For other sizes milesial pads zeros,
+    and unet_ray repeats the edge. Images are resized bilinearly, as everywhere in unet_ray, not bicubically. Widths,
+    depth, channels and classes are read from the shapes.
 
-    `image_size`: side of a square, or (height, width), that images are resized to for the network: that of the images
-    times milesial's `--scale`. `mask_values`: stored value of each class, which only evaluation uses; None: what the
-    checkpoint says, else 0 and 255 for one or two classes and the class ids for more. `classes`: their names; None:
-    `background`, which mean scores leave out, as milesial's do, and `foreground`, or `class 1` and so on.
+    `image_size`: images are resized to this side of a square, or (height, width), for the network: their own size times
+    milesial's `--scale`. `mask_values`: stored value of each class, which only evaluation uses; None: those in the
+    checkpoint, otherwise 0 and 255 for one or two classes and the class ids for more. `classes`: their names; None:
+    `background`, which mean scores leave out as milesial's do, and `foreground`, or `class 1` and so on.
 
-    No code of the file is run. Raises UserError: a file that holds anything but weights, other networks, those trained
-    with `--bilinear`, and an `out` that is not empty.
+    Runs no code from the file. Raises UserError for a file that holds anything but weights, for another network or one
+    trained with `--bilinear`, and for an `out` that is not empty. `unet-ray import --help` lists what milesial's
+    commands, nnU-Net's and a notebook's cells become here.
 
         import_milesial("checkpoint_epoch5.pth", "MODEL", image_size=(640, 960))
     """
@@ -58,7 +59,7 @@ def import_milesial(
         data=DataConfig(image_size=image_size, mask_values=tuple(mask_values), classes=tuple(classes)),
         augment=AugmentConfig(hflip=0),  # milesial mirrors no image in training
     )
-    with torch.device("meta"):  # without memory: what a strange file makes of the widths may be far too much
+    with torch.device("meta"):  # without memory: the widths in a strange file may be far too large
         expected = build(model).state_dict()
     found = _matched(expected, tensors, model.depth, checkpoint)
     network = build(model)
@@ -71,16 +72,16 @@ def import_milesial(
 
 
 def _read(location: str) -> tuple[dict[str, Tensor], tuple[int, ...] | None]:
-    """Tensors by name and, where they are single numbers, the mask values of a checkpoint."""
+    """Reads a checkpoint's tensors by name, and its mask values if they are single numbers."""
     location = storage.absolute(location)
     try:
         data = storage.read_bytes(location)
     except OSError as error:
         raise UserError(f"{location}: {error.strerror or error}") from None
     try:
-        # weights_only: a pickle can run any code; this reads tensors, numbers and containers, and refuses the rest.
+        # weights_only reads tensors, numbers and containers, and refuses the rest: a pickle can run any code.
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what is then refused
+            warnings.simplefilter("ignore")  # about what is then refused
             state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         what = re.search(r"GLOBAL (\S+)", str(error))
@@ -100,7 +101,7 @@ def _read(location: str) -> tuple[dict[str, Tensor], tuple[int, ...] | None]:
 
 
 def _mask_values(stored: Any) -> tuple[int, ...] | None:
-    """None also for colours, which our masks don't have."""
+    """Returns the mask values that a checkpoint stores; None if it has none, or has colours, which we don't support."""
     if not isinstance(stored, (list, tuple)):
         return None
     if not all(isinstance(value, (int, float)) and float(value).is_integer() for value in stored):
@@ -109,7 +110,7 @@ def _mask_values(stored: Any) -> tuple[int, ...] | None:
 
 
 def _architecture(tensors: Mapping[str, Tensor], location: str) -> ModelConfig:
-    """Read from the shapes, as far as it takes to build a network that `_matched` compares. Raises UserError."""
+    """Reads the network's settings from the shapes; `_matched` then checks all tensors. Raises UserError."""
 
     def shape(name: str) -> tuple[int, ...]:
         if name not in tensors:
@@ -133,13 +134,13 @@ def _architecture(tensors: Mapping[str, Tensor], location: str) -> ModelConfig:
         depth=sum(f"down{level}.maxpool_conv.1.double_conv.0.weight" in tensors for level in levels),
         norm="batch",
         up="transpose",
-        pixel_mean=0.0,  # milesial divides by 255, and no more
+        pixel_mean=0.0,  # milesial only divides by 255
         pixel_std=1.0,
     )
 
 
 def _matched(ours: Mapping[str, Tensor], tensors: Mapping[str, Tensor], depth: int, location: str) -> dict[str, Tensor]:
-    """The tensors under our names. Raises UserError, naming the first that is missing, unknown or of another shape."""
+    """Returns the tensors under our names. Raises UserError for the first that is missing, unknown or misshapen."""
     prefixes = {"head.": "outc.conv.", "down.0.": "inc.double_conv."}
     for level in range(1, depth + 1):  # their first step up is from the deepest level
         prefixes[f"down.{level}."] = f"down{level}.maxpool_conv.1.double_conv."
@@ -156,7 +157,7 @@ def _matched(ours: Mapping[str, Tensor], tensors: Mapping[str, Tensor], depth: i
         found[name] = rest.pop(theirs)
         if found[name].shape != tensor.shape:
             raise UserError(f"{location}: {theirs} is {[*found[name].shape]}: {[*tensor.shape]} was expected")
-        # A norm subtracts the mean of what it sees, bias and all.
+        # The norm subtracts the mean, which includes the bias: subtracting the bias from the mean has the same effect.
         bias = next((theirs.removesuffix(mean) + b for b, mean in CONVOLUTIONS.items() if theirs.endswith(mean)), None)
         if bias in rest:
             found[name] = found[name].float() - rest.pop(bias).float()

@@ -1,7 +1,7 @@
-"""Parts of an image, and the whole from its parts: the overlap-tile strategy (Ronneberger et al. 2015, figure 2).
+"""Run an unpadded network on a whole image by tiles: the overlap-tile strategy (Ronneberger et al. 2015, figure 2).
 
-Legend: N images, C channels, K classes, H, W pixels. *Margin*: the pixels that unpadded convolutions take from each
-side (`ModelConfig.margin`); an image is continued by as many, mirrored at its edges.
+Legend: N images, C channels, K classes, H, W pixels. *Margin*: the pixels that unpadded convolutions remove at each
+side (`ModelConfig.margin`). An image is extended by as many pixels, mirrored at its edges.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from unet_ray.config import ModelConfig
 
 
 def mirror_margin(image_NCHW: Tensor, margin: int) -> Tensor:
-    """The image continued by `margin` mirrored pixels on each side. Any dtype; a margin larger than the image is
-    mirrored again and again."""
+    """Extends an image of any dtype by `margin` mirrored pixels on each side.
+
+    A margin larger than the image is mirrored repeatedly.
+    """
     if margin == 0:
         return image_NCHW
     height, width = image_NCHW.shape[-2:]
@@ -25,10 +27,10 @@ def mirror_margin(image_NCHW: Tensor, margin: int) -> Tensor:
 
 
 def by_tiles(network: Callable[[Tensor], Tensor], image_NCHW: Tensor, tile: int, config: ModelConfig) -> Tensor:
-    """Logits [N,K,H,W] of whole images [N,C,H,W] from an unpadded network that sees one tile at a time.
+    """Computes logits [N,K,H,W] of whole images [N,C,H,W] with an unpadded network that sees one tile at a time.
 
-    The same as from the whole image at once: tiles stand at multiples of 2 ** depth, so that pooling meets the same
-    pixels in either.
+    The result equals that of the whole image at once: tiles begin at multiples of 2 ** depth, so that pooling combines
+    the same pixels.
     """
     height, width = image_NCHW.shape[-2:]
     step = tile // 2**config.depth * 2**config.depth
@@ -45,7 +47,7 @@ def by_tiles(network: Callable[[Tensor], Tensor], image_NCHW: Tensor, tile: int,
 
 
 def _window(values: Tensor, dims: tuple[int, int], corner: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """A rectangle of two dimensions that may lie beyond the edges, where positions are mirrored."""
+    """Cuts a rectangle out of two dimensions; positions beyond the edges are mirrored."""
     for dim, start, length in zip(dims, corner, size, strict=True):
         position = torch.from_numpy(mirrored(start, length, values.shape[dim]))
         values = values.index_select(dim, position.to(values.device))
@@ -53,7 +55,7 @@ def _window(values: Tensor, dims: tuple[int, int], corner: tuple[int, int], size
 
 
 def mirrored(start: int, length: int, size: int) -> np.ndarray:
-    """Positions start .. start+length-1 of a side of `size` pixels that is mirrored at its ends, int64."""
+    """Returns positions start .. start+length-1 on a side of `size` pixels that is mirrored at its ends, int64."""
     period = max(1, 2 * (size - 1))
     position = np.arange(start, start + length) % period
     return np.where(position < size, position, period - position)

@@ -40,7 +40,7 @@ class UNet(SegmentationModel):
             skip = crop_centre(skips[level], up)
             if isinstance(self.gate[level], AttentionGate):
                 skip = self.gate[level](skip, x)
-            x = self.again(self.join[level], torch.cat([skip, up], dim=1))
+            x = self.checkpointed(self.join[level], torch.cat([skip, up], dim=1))
         return self.head(x)
 
 
@@ -69,19 +69,19 @@ class UNetPlusPlus(SegmentationModel):
         for j in range(1, self.config.depth + 1):
             for i in range(self.config.depth + 1 - j):
                 up = self.up[f"{i}_{j}"](levels[i + 1][j - 1])
-                levels[i].append(self.again(self.join[f"{i}_{j}"], torch.cat([*levels[i], up], dim=1)))
+                levels[i].append(self.checkpointed(self.join[f"{i}_{j}"], torch.cat([*levels[i], up], dim=1)))
         return self.head(levels[0][-1])
 
 
 def contracting_path(config: ModelConfig) -> nn.ModuleList:
-    """One DoubleConv a level, the finest first."""
+    """Builds one DoubleConv per level, the finest first."""
     widths = config.channels
     inputs = [config.in_channels * config.patch**2, *widths[:-1]]
     return nn.ModuleList(DoubleConv(i, o, config) for i, o in zip(inputs, widths, strict=True))
 
 
 class AttentionGate(nn.Module):
-    """Weighs each position of a skip by what the coarser level below makes of it (Oktay et al. 2018, figure 2,
+    """Weighs each position of a skip, using the coarser level below (Oktay et al. 2018, figure 2,
     https://arxiv.org/abs/1804.03999).
 
     Shape: skip [N,C,2H,2W], below [N,G,H,W] -> [N,C,2H,2W].
@@ -106,7 +106,7 @@ class DoubleConv(nn.Sequential):
         layers: list[nn.Module] = []
         for channels in (in_channels, out_channels):
             padding = 1 if config.padding == "same" else 0
-            # A norm subtracts the mean, and with it any bias before it.
+            # A norm subtracts the mean, so a bias before it has no effect.
             layers.append(nn.Conv2d(channels, out_channels, 3, padding=padding, bias=config.norm == "none"))
             if config.norm != "none":
                 layers.append(norm_layer(config.norm, out_channels))
@@ -115,12 +115,12 @@ class DoubleConv(nn.Sequential):
 
 
 class Up(nn.Module):
-    """Doubles the size and takes the level above's channels. Shape: [N,i,H,W] -> [N,o,2H,2W]."""
+    """Doubles the size and changes to the channels of the level above. Shape: [N,i,H,W] -> [N,o,2H,2W]."""
 
     def __init__(self, in_channels: int, out_channels: int, up: str) -> None:
         super().__init__()
         self.bilinear = up == "bilinear"
-        # Interpolation and a 1x1 convolution are both linear and commute: the convolution first costs a quarter.
+        # Interpolation and a 1x1 convolution commute, both being linear: the convolution first takes a quarter.
         self.conv: nn.Module = (
             nn.Conv2d(in_channels, out_channels, 1)
             if self.bilinear
@@ -133,15 +133,16 @@ class Up(nn.Module):
 
 
 def norm_layer(norm: str, channels: int) -> nn.Module:
+    """Builds the layer that `ModelConfig.norm` names (not `none`)."""
     if norm == "batch":
         return nn.BatchNorm2d(channels)
-    # Groups of at least 8 channels where they divide evenly: Wu & He 2018 found 16 best, and used at most 32 groups.
+    # Groups have 8 channels or more if these divide evenly: Wu & He 2018 found 16 best, and used at most 32 groups.
     groups = next(g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0 and (channels // g >= 8 or g == 1))
     return nn.GroupNorm(groups, channels) if norm == "group" else nn.InstanceNorm2d(channels, affine=True)
 
 
 def crop_centre(skip: Tensor, like: Tensor) -> Tensor:
-    """The middle of `skip`, as large as `like`: the copy-and-crop of figure 1. Equal sizes pass through."""
+    """Cuts the middle of `skip`, as large as `like`: the copy-and-crop of figure 1."""
     top, left = ((s - t) // 2 for s, t in zip(skip.shape[-2:], like.shape[-2:], strict=True))
     return skip[..., top : top + like.shape[-2], left : left + like.shape[-1]]
 
@@ -152,7 +153,7 @@ def initialise(model: nn.Module) -> None:
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
         elif isinstance(module, nn.ConvTranspose2d):
-            # Stride equals kernel: one output position sees each input channel once, so N is in_channels.
+            # Stride equals kernel, so one output position sees each input channel once: N is in_channels.
             nn.init.normal_(module.weight, std=(2 / module.in_channels) ** 0.5)
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)) and module.bias is not None:
             nn.init.zeros_(module.bias)

@@ -1,1 +1,1 @@
-"""All that knows Ray."""
+"""Everything that uses Ray."""

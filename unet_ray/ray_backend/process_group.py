@@ -1,4 +1,4 @@
-"""How training processes on several machines find one another."""
+"""How training processes on several machines find each other."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from unet_ray.models.device import check_gpu
 
 
 def choose_interface() -> None:
-    """Has gloo talk by the network that Ray knows this node by.
+    """Makes gloo use the network interface of this node's address in Ray, unless GLOO_SOCKET_IFNAME is set.
 
-    By itself it takes the address that the machine's own name stands for, which on Debian and Ubuntu is 127.0.1.1:
-    other machines then wait for it until they give up. NCCL leaves that network out.
+    By default gloo takes the address that the machine's own name stands for. On Debian and Ubuntu that is 127.0.1.1,
+    where other machines cannot reach it. NCCL leaves that network out by itself.
     """
     address = ray.util.get_node_ip_address()
     for name, addresses in psutil.net_if_addrs().items():
@@ -25,6 +25,7 @@ def choose_interface() -> None:
 
 
 def _prepare() -> None:
+    """Runs on each worker before there is a process group. Raises UserError where torch cannot use the GPU."""
     if ray.get_runtime_context().get_accelerator_ids()["GPU"]:
         check_gpu()
     choose_interface()
@@ -37,7 +38,7 @@ class _Backend(TorchConfig().backend_cls):  # type: ignore[misc]
 
 
 class OnRaysNetwork(TorchConfig):
-    """Ray's process group, after `choose_interface` on every worker."""
+    """Ray's process group, set up after `_prepare` on every worker."""
 
     @property
     def backend_cls(self) -> type[_Backend]:

@@ -1,4 +1,4 @@
-"""Training rows decoded by Ray Data."""
+"""Decodes training rows with Ray Data."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from unet_ray.data.rows import Batch, Decodes
 from unet_ray.ray_backend.data_context import configure
 
 ROWS_A_BLOCK = 16
-"""Decoded rows a block: 16 MB at 512²; small enough to spread over many CPUs, large enough to be worth a task."""
+"""Decoded rows per block: 16 MB at 512²; small enough to spread over many CPUs, large enough to be worth a task."""
 
 
 @dataclass(frozen=True, slots=True)
 class DecodePairs:
-    """Table of pairs -> rows; a pair that can't be used carries its reason in `error`."""
+    """Decodes a table of pairs. A pair that can't be used carries the reason in the column `error`."""
 
     decoder: Decodes
 
@@ -43,7 +43,7 @@ class DecodePairs:
 
 
 def _dataset_of(pairs: Sequence[Pair], groups: Sequence[np.ndarray], decoder: Decodes) -> ray.data.Dataset:
-    """Lazily decoded rows, one block for each group of row numbers, with columns index, image, mask, error."""
+    """Returns lazily decoded rows, one block per group of row numbers, with columns index, image, mask, error."""
     tables = [
         pa.table(
             {
@@ -63,10 +63,10 @@ def _errors_of(block: pa.Table) -> list[str]:
 
 
 class MaterialisedRows:
-    """Rows decoded once by Ray Data, held in the cluster's object store as uint8 and shared by all workers.
+    """Rows that Ray Data decodes once, kept as uint8 in the cluster's object store for all workers.
 
-    Any worker reads any row: on its own node without a copy, from another node once. That is what lets the batches of
-    an epoch be the same for every number of workers.
+    Any worker reads any row: on its own node without a copy, from another node once. So the batches of an epoch can be
+    the same for every number of workers.
     """
 
     def __init__(self, pairs: Sequence[Pair], decoder: Decodes) -> None:
@@ -74,7 +74,7 @@ class MaterialisedRows:
         groups = np.array_split(np.arange(self.count), -(-self.count // ROWS_A_BLOCK))
         dataset = _dataset_of(pairs, groups, decoder).materialize()
         self.blocks = dataset.to_arrow_refs()
-        # Asked where the blocks are, rather than brought here.
+        # Collected where the blocks are, so that the blocks stay there.
         for error in chain.from_iterable(ray.get([_errors_of.remote(block) for block in self.blocks])):
             raise UserError(error)
         self._place: np.ndarray | None = None
@@ -90,7 +90,7 @@ class MaterialisedRows:
         return self.count
 
     def _open(self) -> np.ndarray:
-        """Maps every block into this process; returns (block, offset) of each row, int64 [M,2]."""
+        """Maps every block into this process. Returns (block, offset) of each row, int64 [M,2]."""
         place = np.empty((self.count, 2), np.int64)
         for number, block in enumerate(ray.get(self.blocks)):
             # Views of shared memory, not copies.
@@ -114,7 +114,7 @@ class MaterialisedRows:
 
 
 class RayStreamedRows:
-    """Rows decoded anew in every epoch by Ray Data tasks anywhere on the cluster, streamed to this worker in order."""
+    """Rows that Ray Data tasks anywhere on the cluster decode in every epoch, streamed to this worker in order."""
 
     def __init__(self, pairs: Sequence[Pair], decoder: Decodes) -> None:
         self.pairs, self.decoder = pairs, decoder
@@ -132,25 +132,28 @@ class RayStreamedRows:
             for error in batch["error"]:
                 if error:
                     raise UserError(error)
-            # A copy: blocks are read-only views of shared memory, which torch must not be given.
+            # Copies: blocks are read-only views of shared memory, and torch needs writable arrays.
             yield {name: values.copy() for name, values in batch.items() if name != "error"}
 
 
 @ray.remote
-def _error_of_writing(write: cache.Write, part: cache.Pairs) -> str | None:
+def _error_of_writing(write: cache.Write, pairs: cache.Pairs) -> str | None:
     try:
-        write(part)
+        write(pairs)
     except UserError as error:
         return str(error)
     return None
 
 
-def fill_cache(write: cache.Write, parts: list[cache.Pairs]) -> Iterator[None]:
-    """For `cache.filled`: a task for each part, anywhere on the cluster."""
+def fill_cache(write: cache.Write, shards: list[cache.Pairs]) -> Iterator[None]:
+    """Writes the files of a cache (see `cache.filled`), each in a task anywhere on the cluster. Yields once per file.
+
+    Raises UserError if a pair can't be used.
+    """
     shared = ray.put(write)
-    waiting = [_error_of_writing.remote(shared, part) for part in parts]
-    while waiting:
-        done, waiting = ray.wait(waiting)
+    pending = [_error_of_writing.remote(shared, pairs) for pairs in shards]
+    while pending:
+        done, pending = ray.wait(pending)
         for error in ray.get(done):
             if error is not None:
                 raise UserError(error)

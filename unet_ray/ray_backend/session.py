@@ -1,4 +1,4 @@
-"""The Ray of a command or a notebook: found or started, and ended as quietly."""
+"""Connects a command or a notebook to Ray, or starts one for it; disconnects and cleans up afterwards."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
+from unet_ray.ray_backend import internals
+
+_own_ray = False
+
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
@@ -22,11 +26,11 @@ class Runtime:
     local: bool = False
     """In this process; Ray is neither started nor imported."""
     verbose: bool = False
-    """Show what Ray says."""
+    """Show Ray's messages."""
 
     @contextmanager
     def started(self) -> Iterator[None]:
-        """A block in which Ray is there, see `ray_session`; nothing with `local`."""
+        """Connects to Ray for a `with` block, see `ray_session`. Does nothing with `local`."""
         with nullcontext() if self.local else ray_session(self.verbose):
             yield
 
@@ -34,52 +38,78 @@ class Runtime:
 LOCAL = Runtime(local=True)
 
 
+def is_own_ray() -> bool:
+    """Returns whether `ray_session` started the Ray that is in use: it has this machine only and never grows."""
+    return _own_ray
+
+
 @contextmanager
 def ray_session(verbose: bool = False) -> Iterator[None]:
-    """A Ray: the one this process has, else the cluster that RAY_ADDRESS names (a job has it set), else
-    one of its own on this machine, ended and cleaned up after."""
-    # Ray Train repeats each worker's print on the driver; one voice is enough.
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    # An actor that only waits for a cloud's notice, which epochs that are kept in checkpoints do without; like every
-    # process of Ray's it wakes a hundred times a second.
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    # Never more nodes by Ray Data's own estimate, which is `nodes.asking_for_more`'s to ask: once it asks for parts of
-    # a CPU, it rounds down what each node has left, and on small nodes the next copy of a model does not fit any more.
-    for resource in ("CPU", "GPU", "MEMORY", "OBJECT_STORE_MEMORY"):
-        os.environ.setdefault(f"RAY_DATA_DEFAULT_CLUSTER_SCALING_UP_{resource}_UTIL_THRESHOLD", "1e9")
+    """Provides Ray for a `with` block.
+
+    Uses the connection that this process already has; else the cluster that RAY_ADDRESS names, which is set in a job;
+    else starts one on this machine, and stops it and deletes its files at the end.
+    """
+    for name, value in internals.ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     if not verbose:
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's C++ side writes warnings to stderr by itself
+        os.environ.setdefault(internals.BACKEND_LOG_VARIABLE, "fatal")
     import ray
 
-    if ray.is_initialized():  # a notebook or a test that has its own, and ends it
+    if ray.is_initialized():  # by a notebook or a test, which also ends it
         yield
         return
     options: dict[str, Any] = {} if verbose else {"log_to_driver": False, "logging_level": "ERROR"}
-    temporary = None
-    if not os.environ.get("RAY_ADDRESS"):
-        # Not just any Ray that runs on this machine: it may be somebody else's. With one CPU, a worker would hold it
-        # and no image could ever be decoded, so Ray is told of two.
-        temporary = tempfile.mkdtemp(prefix="unet-ray-")
-        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        options |= {"address": "local", "num_cpus": max(2, cpus), "include_dashboard": False}
-        options |= {"_temp_dir": temporary, "_node_ip_address": "127.0.0.1"}
-        # Processes take seconds to start, and the stages of Ray Data need a few more than there are CPUs: by default
-        # Ray ends those within a second, which made a short prediction take twice as long. But each also wakes a
-        # hundred times a second, so none is kept for good; in less than a minute, some ended while they were needed.
-        options |= {"_system_config": {"num_workers_soft_limit": 0, "idle_worker_killing_time_threshold_ms": 60_000}}
+    if os.environ.get("RAY_ADDRESS"):
+        with _connected(options, verbose):
+            yield
+        return
+    with _own_folder() as folder, _connected(options | _own_options(folder), verbose), _remembered_as_own():
+        yield
+
+
+@contextmanager
+def _connected(options: dict[str, Any], verbose: bool) -> Iterator[None]:
+    import ray
+
     with nullcontext() if verbose else _stderr_to_nowhere():
         ray.init(**options)
-    stop_like_ctrl_c()  # Ray has set its own way
+    stop_like_ctrl_c()  # `ray.init` has installed its own handler
     try:
         yield
     finally:
         ray.shutdown()
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _own_folder() -> Iterator[str]:
+    folder = tempfile.mkdtemp(prefix="unet-ray-")
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _own_options(folder: str) -> dict[str, Any]:
+    """Arguments of `ray.init` for a Ray of our own: never one that already runs here, which may be somebody else's."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # At least two: a worker would hold the only CPU, and no image could be decoded.
+    options = {"address": "local", "num_cpus": max(2, cpus), "include_dashboard": False}
+    return options | internals.own_ray_options(folder)
+
+
+@contextmanager
+def _remembered_as_own() -> Iterator[None]:
+    global _own_ray
+    _own_ray = True
+    try:
+        yield
+    finally:
+        _own_ray = False
 
 
 def stop_like_ctrl_c() -> None:
-    """Makes SIGTERM, which `ray job stop`, Kubernetes and others send, what Ctrl-C is."""
+    """Makes SIGTERM, which `ray job stop`, Kubernetes and others send, act like Ctrl-C."""
 
     def stop(_number: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -90,14 +120,14 @@ def stop_like_ctrl_c() -> None:
 
 @contextmanager
 def _stderr_to_nowhere() -> Iterator[None]:
-    """Hides what C++ code prints, which Python's own redirection does not reach. Exceptions are not hidden."""
+    """Hides what C++ code prints to stderr, which Python's own redirection does not catch. Exceptions pass through."""
     sys.stderr.flush()
-    kept = os.dup(2)
+    saved = os.dup(2)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nowhere, 2)
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        os.dup2(saved, 2)
+        os.close(saved)
         os.close(nowhere)

@@ -1,1 +1,1 @@
-"""report.html, and what a run shows while it goes."""
+"""report.html, and what a command shows while it works."""

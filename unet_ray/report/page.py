@@ -1,23 +1,19 @@
-"""report.html: one self-contained page that shows a training run or a prediction.
+"""Writes report.html: one page, complete in itself, that shows a training run or a prediction.
 
-Charts are SVG in the page's own text colour, so that they are right in light and dark; pictures are small JPEGs, a
-bounded number of them, so that the page stays small however large the run."""
+Charts are SVG in the page's own text colour, so that they are right in light and dark. Pictures are small JPEGs, a
+bounded number of them, so that the page stays small however large the run is.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from unet_ray.config import UserError
 from unet_ray.data import storage
-from unet_ray.inference.pipeline import OnProgress
-from unet_ray.inference.predict import REPORT, SUMMARY
-from unet_ray.models import checkpoint
+from unet_ray.data.progress import OnProgress
+from unet_ray.inference.output_folder import REPORT, SUMMARY
+from unet_ray.models import run_files
 from unet_ray.ray_backend.session import LOCAL, Runtime
 from unet_ray.report.of_prediction import of_prediction
 from unet_ray.report.of_run import of_run
-
-if TYPE_CHECKING:
-    pass
 
 
 def write(
@@ -26,13 +22,14 @@ def write(
     runtime: Runtime = LOCAL,
     on_progress: OnProgress = lambda _done, _failed, _all: None,
 ) -> str:
-    """Writes report.html into a run directory or a prediction's folder. Returns where it lies.
+    """Writes report.html into a run directory or a prediction's folder. Returns where it is.
 
-    Of a run, up to `SCORED` validation images are scored: in this process, or with `local=False` through Ray Data,
-    where `cluster` is as of `evaluate`. Raises UserError if it is neither.
+    Of a run, up to 128 validation images are scored at their own size: in this process, or through Ray Data with
+    `runtime=Runtime(local=False)`. `on_progress` receives (done, failed, all). Raises UserError if `location` is
+    neither.
     """
     location = storage.absolute(location)
-    if storage.exists(storage.join(location, checkpoint.METRICS)):
+    if storage.exists(storage.join(location, run_files.METRICS)):
         page = of_run(location, runtime, on_progress)
     elif storage.exists(storage.join(location, SUMMARY)):
         page = of_prediction(location)

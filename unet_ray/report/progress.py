@@ -1,4 +1,4 @@
-"""What a run shows while it goes: on a terminal one display that is kept up to date, elsewhere a line now and then."""
+"""Shows progress: on a terminal one line that is kept up to date, elsewhere a new line now and then."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ if TYPE_CHECKING:
     from rich.progress import Progress
     from typing_extensions import Self
 
-    from unet_ray.training.loop import EpochProgress
+    from unet_ray.training.progress import EpochProgress
 
 
 LOG_EVERY_SECONDS = 10.0
+"""Time between lines on images, where there is no terminal."""
 STEPS_EVERY_SECONDS = 60.0
-"""Of the lines between epochs, where there is no terminal."""
+"""Time between lines on training steps, where there is no terminal."""
 
 
 def say(text: str, *, err: bool = False) -> None:
-    """A message of one paragraph: on a terminal broken between words, elsewhere one line."""
+    """Prints a message of one paragraph: on a terminal wrapped between words, elsewhere as one line."""
     stream = sys.stderr if err else sys.stdout
     if stream.isatty():
         width = shutil.get_terminal_size().columns
@@ -34,13 +35,13 @@ def say(text: str, *, err: bool = False) -> None:
 
 
 def _filled(text: str, width: int) -> str:
-    # Names and paths stay whole, to be copied.
+    # Names and paths are not broken, so that they can be copied.
     options: Any = {"break_long_words": False, "break_on_hyphens": False, "drop_whitespace": True}
     return text if len(text) <= width else textwrap.fill(text, width, subsequent_indent="  ", **options)
 
 
 def duration(seconds: float) -> str:
-    """`4 s`, `3 min 20 s`, `2 h 5 min`."""
+    """Returns `4 s`, `3 min 20 s`, `2 h 5 min`."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -50,11 +51,12 @@ def duration(seconds: float) -> str:
 
 
 def speed(images_per_second: float) -> str:
+    """Returns `0.12 img/s`, `12.3 img/s`, `1234 img/s`."""
     return f"{images_per_second:.{2 if images_per_second < 10 else 1 if images_per_second < 100 else 0}f} img/s"
 
 
 class _Display:
-    """A line that is kept up to date, at the bottom of the terminal `bar` stands for; a context that clears up."""
+    """A line at the bottom of a terminal that is kept up to date; without a terminal `bar` is None. Used by `with`."""
 
     def __init__(self, bar: Progress | None) -> None:
         self.bar, self.task = bar, None if bar is None else bar.add_task("", details="", visible=False)
@@ -67,25 +69,26 @@ class _Display:
             self.bar.stop()
 
     def show(self, what: str, done: int, total: int | None, details: str) -> None:
-        """On a terminal only."""
+        """Updates the line, where there is a terminal."""
         if self.bar is not None and self.task is not None:
             self.bar.start()
             self.bar.update(self.task, description=what, completed=done, total=total, details=details, visible=True)
 
     def tell(self, text: str, *, err: bool = False) -> None:
-        """A message that stays, above the display where there is one."""
+        """Prints a message that stays, above the line where there is one."""
         if self.bar is not None and self.bar.live.is_started:
             self.bar.console.print(_filled(text, self.bar.console.width), markup=False, highlight=False, soft_wrap=True)
         else:
             say(text, err=err)
 
     def hide(self) -> None:
+        """Removes the line."""
         if self.bar is not None and self.task is not None:
             self.bar.update(self.task, visible=False)
 
 
 class TrainingDisplay(_Display):
-    """Epochs as lines; on a terminal the one that runs below them."""
+    """Prints a line for each epoch; on a terminal the running epoch is below them."""
 
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(_bar(err=False) if sys.stdout.isatty() and sys.stderr.isatty() else None)
@@ -94,14 +97,14 @@ class TrainingDisplay(_Display):
         self.first: int | None = None
 
     def start(self) -> None:
-        """A training begins, perhaps one of several; the first epoch may take a while to come."""
+        """A training begins, perhaps one of several."""
         self.first = None
         self.show("starting", 0, None, "")
 
     def epoch(self, line: dict[str, Any]) -> None:
-        """A line of metrics.jsonl."""
+        """Prints a finished epoch; `line`: of metrics.jsonl."""
         now, epoch = time.monotonic(), line["epoch"]
-        if self.first is None:  # of this run, which may go on from an earlier one
+        if self.first is None:  # the first epoch of this process, which may resume an earlier run
             self.first, self.begun = epoch, now
         text = (
             f"epoch {epoch:>3}/{self.epochs}  loss {line['train_loss']:.4f} val {line['val_loss']:.4f}  "
@@ -116,6 +119,7 @@ class TrainingDisplay(_Display):
             self.hide()
 
     def step(self, progress: EpochProgress) -> None:
+        """Shows the running epoch."""
         now = time.monotonic()
         what = f"loss {progress.loss:.4f}  {speed(progress.images_per_second)}"
         if self.bar is not None:
@@ -127,14 +131,14 @@ class TrainingDisplay(_Display):
             click.echo(f"epoch {progress.epoch:>3}/{self.epochs}  step {progress.step}/{progress.steps}  {what}")
 
     def _left(self, done: int, now: float) -> str:
-        """Of the whole training, from the epochs after the first that was seen here, whose start took longer."""
+        """Returns the time left. The first epoch seen here does not count: its start took longer."""
         if self.first is None or done <= self.first:
             return ""
         return f"{duration((self.epochs - done) * (now - self.begun) / (done - self.first))} left"
 
 
 class ImagesDisplay(_Display):
-    """For `on_progress` of prediction and evaluation, on stderr: stdout is for what they return."""
+    """Shows images done, as `on_progress` of prediction and evaluation; on stderr, since stdout is for results."""
 
     def __init__(self, verb: str) -> None:
         super().__init__(_bar(err=True) if sys.stderr.isatty() else None)

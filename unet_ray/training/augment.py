@@ -1,139 +1,275 @@
-"""What is done to a training batch, over image and mask together.
+"""What is done to the images of a training batch and their masks.
 
 The same (seed, epoch, image) gives the same picture, whatever the batch, the number of workers or the order.
+
+To add an augmentation, give `AugmentConfig` its setting and write one class here, of one of three kinds: `Exact`,
+`Geometric` or `Tonal`. Register it with `@_augmentation` below all others, so that their draws stay as they are.
 
 Legend: N images, C channels, H, W pixels. Grid positions are grid_sample's: -1 and 1 are the outer edges of an image.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.random import Generator
 from torch import Tensor
 
 from unet_ray.config import AugmentConfig
-from unet_ray.models.tiles import _window
-
-
-def random_tiles(
-    arrays: dict[str, Tensor], indices: Iterable[int], tile: int, *, margin: int, seed: int, epoch: int
-) -> dict[str, Tensor]:
-    """A square of `tile` pixels from each image and its mask, where (seed, epoch, index) says; images with the margin.
-
-    Shapes: `image` [N,H,W,C] -> [N,tile+2*margin,tile+2*margin,C], all others [N,H,W] -> [N,tile,tile].
-    """
-    height, width = arrays["mask"].shape[1:]
-    corners = []
-    for index in indices:
-        generator = np.random.default_rng([seed, epoch, int(index), 1])  # other numbers than augment's
-        corners.append((int(generator.integers(height - tile + 1)), int(generator.integers(width - tile + 1))))
-
-    def cut(name: str, values: Tensor) -> Tensor:
-        more = margin if name == "image" else 0
-        side = tile + 2 * more
-        return torch.stack(
-            [
-                _window(picture, (0, 1), (top - more, left - more), (side, side))
-                for picture, (top, left) in zip(values, corners, strict=True)
-            ]
-        )
-
-    return {name: cut(name, values) for name, values in arrays.items()}
-
-
-COARSE = 3
-"""Points a side of the grid that elastic displacements are drawn on (Ronneberger et al. 2015, section 3.1)."""
 
 Arrays = dict[str, Tensor]
 """`image` uint8 [N,H,W,C]; `mask` and whatever else goes with it, uint8 [N,H,W]; all on one device."""
 
 
 def augment(arrays: Arrays, indices: Iterable[int], *, config: AugmentConfig, seed: int, epoch: int) -> Arrays:
-    """The arrays, changed as `config` says; shapes and dtypes stay. `indices`: what each image's draws are derived
-    from, with `seed` and `epoch`."""
-    draws = [_Draw(config, np.random.default_rng([seed, epoch, int(index)])) for index in indices]
-    for dim, flipped in ((2, [draw.hflip for draw in draws]), (1, [draw.vflip for draw in draws])):
-        if any(flipped):
-            arrays = {name: _flip(values, dim, flipped) for name, values in arrays.items()}
-    if config.quarter_turns:
-        arrays = {
-            name: torch.stack([torch.rot90(v, draw.turns, (0, 1)) for v, draw in zip(values, draws, strict=True)])
-            for name, values in arrays.items()
-        }
-    if config.shift or config.rotation or config.scale or config.elastic:
+    """The arrays, changed as `config` says; shapes and dtypes stay. Random draws of each image depend on `seed`,
+    `epoch` and its number in `indices`."""
+    by_image = []
+    for index in indices:
+        generator = np.random.default_rng([seed, epoch, int(index)])
+        # All are drawn every time, so that one setting does not change another's draws.
+        by_image.append([each.draw(config, generator) for each in AUGMENTATIONS])
+    draws = dict(zip(AUGMENTATIONS, map(list, zip(*by_image, strict=True)), strict=True))
+    chosen = [each for each in AUGMENTATIONS if any(getattr(config, setting) for setting in each.settings)]
+    for each in chosen:
+        if isinstance(each, Exact):
+            arrays = {name: each.apply(values, draws[each]) for name, values in arrays.items()}
+    if any(isinstance(each, Geometric) for each in chosen):
         grid_NHWx = _grid(draws, arrays["mask"])
-        arrays = {name: _warp(values, grid_NHWx) for name, values in arrays.items()}
-    if config.brightness or config.contrast or config.gamma:
+        arrays = {name: _sample(values, grid_NHWx) for name, values in arrays.items()}
+    if any(isinstance(each, Tonal) for each in chosen):
         arrays = {**arrays, "image": _recolour(arrays["image"], draws)}
     return arrays
 
 
-class _Draw:
-    """What is done to one image. All is drawn every time, so that one setting does not change another's draws."""
+class Augmentation(ABC):
+    """One random change of an image."""
 
-    def __init__(self, config: AugmentConfig, generator: np.random.Generator) -> None:
-        def either_way(largest: float) -> float:
-            return generator.uniform(-largest, largest)
+    settings: tuple[str, ...]
+    """Names in `AugmentConfig`; 0 is off."""
 
-        def factor(largest: float) -> float:
-            return float(np.exp(either_way(np.log1p(largest))))
-
-        self.hflip = generator.random() < config.hflip
-        self.vflip = generator.random() < config.vflip
-        self.turns = int(generator.integers(4))
-        self.shift = either_way(config.shift), either_way(config.shift)
-        self.angle = np.radians(either_way(config.rotation))
-        self.scale = factor(config.scale)
-        self.brightness = either_way(config.brightness)
-        self.contrast = factor(config.contrast)
-        self.gamma = factor(config.gamma)
-        self.displacement = config.elastic * generator.standard_normal((2, COARSE, COARSE))
-        """x and y, pixels."""
+    @abstractmethod
+    def draw(self, config: AugmentConfig, generator: Generator) -> Any:
+        """What is random about one image."""
 
 
-def _flip(values: Tensor, dim: int, flipped: list[bool]) -> Tensor:
+class Exact(Augmentation):
+    """Moves pixels without interpolation. Applied first."""
+
+    @abstractmethod
+    def apply(self, values: Tensor, draws: Sequence[Any]) -> Tensor:
+        """Images [N,H,W,C] or masks [N,H,W], changed; `draws`: one per image."""
+
+
+class Geometric(Augmentation):
+    """Moves pixels to any place. All of this kind are applied together, by one interpolation, after `Exact`."""
+
+    @abstractmethod
+    def move(self, grid_NHWx: Tensor, draws: Sequence[Any]) -> Tensor:
+        """Where each output pixel comes from, float32 [N,H,W,2] (x, y), given where it came from so far."""
+
+
+class Tonal(Augmentation):
+    """Changes the brightness of an image's pixels. All of this kind are applied together, by one table, last."""
+
+    @abstractmethod
+    def tone(self, value: np.ndarray, draw: Any) -> np.ndarray:
+        """The new brightness of each of 256 values; both float64 [256], nominally 0 to 1."""
+
+
+AUGMENTATIONS: list[Augmentation] = []
+"""In the order of their draws. They are applied in this order too, but `Tonal` from the last to the first."""
+
+Draws = dict[Augmentation, list[Any]]
+"""What each augmentation has drawn, for every image of a batch."""
+
+
+def _augmentation(cls: type[Augmentation]) -> type[Augmentation]:
+    AUGMENTATIONS.append(cls())
+    return cls
+
+
+def _either_way(generator: Generator, largest: float) -> float:
+    return generator.uniform(-largest, largest)
+
+
+def _factor(generator: Generator, largest: float) -> float:
+    """From 1 / (1 + largest) to 1 + largest."""
+    return float(np.exp(_either_way(generator, np.log1p(largest))))
+
+
+def _flip(values: Tensor, dim: int, flipped: Sequence[bool]) -> Tensor:
     chosen = torch.tensor(flipped, device=values.device)
     return torch.where(chosen.view(-1, *[1] * (values.ndim - 1)), values.flip(dim), values)
 
 
-def _grid(draws: list[_Draw], like_NHW: Tensor) -> Tensor:
-    """Where each output pixel comes from, float [N,H,W,2] (x, y)."""
-    height, width = like_NHW.shape[1:]
-    affine = []
-    for draw in draws:
-        # In pixels it is a rotation and a scale; positions count from -1 to 1 on either side, whatever its length.
-        cos, sin = np.cos(draw.angle) / draw.scale, np.sin(draw.angle) / draw.scale
-        affine.append([[cos, -sin * height / width, 2 * draw.shift[0]], [sin * width / height, cos, 2 * draw.shift[1]]])
-    theta = torch.tensor(np.array(affine), dtype=torch.float32, device=like_NHW.device)
-    grid = F.affine_grid(theta, [len(draws), 1, height, width], align_corners=False)
-    coarse = np.stack([draw.displacement for draw in draws])
-    if coarse.any():
+@_augmentation
+class FlipLeftRight(Exact):
+    """Mirrors an image, left to right."""
+
+    settings = ("hflip",)
+
+    def draw(self, config: AugmentConfig, generator: Generator) -> bool:
+        return generator.random() < config.hflip
+
+    def apply(self, values: Tensor, draws: Sequence[bool]) -> Tensor:
+        return _flip(values, 2, draws)
+
+
+@_augmentation
+class FlipTopBottom(Exact):
+    """Mirrors an image, top to bottom."""
+
+    settings = ("vflip",)
+
+    def draw(self, config: AugmentConfig, generator: Generator) -> bool:
+        return generator.random() < config.vflip
+
+    def apply(self, values: Tensor, draws: Sequence[bool]) -> Tensor:
+        return _flip(values, 1, draws)
+
+
+@_augmentation
+class QuarterTurns(Exact):
+    """Turns a square image by 0, 90, 180 or 270 degrees."""
+
+    settings = ("quarter_turns",)
+
+    def draw(self, config: AugmentConfig, generator: Generator) -> int:  # noqa: ARG002
+        return int(generator.integers(4))
+
+    def apply(self, values: Tensor, draws: Sequence[int]) -> Tensor:
+        return torch.stack([torch.rot90(v, turns, (0, 1)) for v, turns in zip(values, draws, strict=True)])
+
+
+class _AffineDraw(NamedTuple):
+    shift: tuple[float, float]
+    """x and y, as fractions of the sides."""
+    angle: float
+    """Radians."""
+    scale: float
+
+
+@_augmentation
+class Affine(Geometric):
+    """Shifts, rotates and magnifies an image."""
+
+    settings = ("shift", "rotation", "scale")
+
+    def draw(self, config: AugmentConfig, generator: Generator) -> _AffineDraw:
+        return _AffineDraw(
+            shift=(_either_way(generator, config.shift), _either_way(generator, config.shift)),
+            angle=np.radians(_either_way(generator, config.rotation)),
+            scale=_factor(generator, config.scale),
+        )
+
+    def move(self, grid_NHWx: Tensor, draws: Sequence[_AffineDraw]) -> Tensor:
+        # The first of its kind, so the grid is still the identity.
+        count, height, width, _ = grid_NHWx.shape
+        affine = []
+        for draw in draws:
+            # A rotation and a scale in pixels; positions run from -1 to 1 along each side, whatever its length.
+            cos, sin = np.cos(draw.angle) / draw.scale, np.sin(draw.angle) / draw.scale
+            x, y = draw.shift
+            affine.append([[cos, -sin * height / width, 2 * x], [sin * width / height, cos, 2 * y]])
+        theta = torch.tensor(np.array(affine), dtype=torch.float32, device=grid_NHWx.device)
+        return F.affine_grid(theta, [count, 1, height, width], align_corners=False)
+
+
+@_augmentation
+class Brightness(Tonal):
+    """Adds to the brightness."""
+
+    settings = ("brightness",)
+
+    def draw(self, config: AugmentConfig, generator: Generator) -> float:
+        return _either_way(generator, config.brightness)
+
+    def tone(self, value: np.ndarray, draw: float) -> np.ndarray:
+        return value + draw
+
+
+@_augmentation
+class Contrast(Tonal):
+    """Multiplies the distance from middle gray."""
+
+    settings = ("contrast",)
+
+    def draw(self, config: AugmentConfig, generator: Generator) -> float:
+        return _factor(generator, config.contrast)
+
+    def tone(self, value: np.ndarray, draw: float) -> np.ndarray:
+        return (value - 0.5) * draw + 0.5
+
+
+@_augmentation
+class Gamma(Tonal):
+    """Raises the brightness to a power."""
+
+    settings = ("gamma",)
+
+    def draw(self, config: AugmentConfig, generator: Generator) -> float:
+        return _factor(generator, config.gamma)
+
+    def tone(self, value: np.ndarray, draw: float) -> np.ndarray:
+        return value**draw
+
+
+@_augmentation
+class Elastic(Geometric):
+    """Displaces pixels smoothly, by random vectors on a coarse grid (Ronneberger et al. 2015, section 3.1)."""
+
+    settings = ("elastic",)
+    side = 3
+    """Points on each side of the grid (the paper's)."""
+
+    def draw(self, config: AugmentConfig, generator: Generator) -> np.ndarray:
+        """Pixels, float64 [2,side,side]: x and y."""
+        return config.elastic * generator.standard_normal((2, self.side, self.side))
+
+    def move(self, grid_NHWx: Tensor, draws: Sequence[np.ndarray]) -> Tensor:
+        coarse = np.stack(draws)
+        if not coarse.any():
+            return grid_NHWx
+        height, width = grid_NHWx.shape[1:3]
         coarse *= np.array([2 / width, 2 / height])[:, None, None]
-        displacement = torch.tensor(coarse, dtype=torch.float32, device=like_NHW.device)
+        displacement = torch.tensor(coarse, dtype=torch.float32, device=grid_NHWx.device)
         fine = F.interpolate(displacement, (height, width), mode="bicubic", align_corners=True)
-        grid = grid + fine.permute(0, 2, 3, 1)
+        return grid_NHWx + fine.permute(0, 2, 3, 1)
+
+
+def _grid(draws: Draws, like_NHW: Tensor) -> Tensor:
+    """Where each output pixel comes from, float32 [N,H,W,2] (x, y)."""
+    count, height, width = like_NHW.shape
+    theta = torch.eye(2, 3, device=like_NHW.device)[None]
+    grid = F.affine_grid(theta, [1, 1, height, width], align_corners=False).expand(count, -1, -1, -1)
+    for each, of_images in draws.items():
+        if isinstance(each, Geometric):
+            grid = each.move(grid, of_images)
     return grid
 
 
-def _warp(values: Tensor, grid_NHWx: Tensor) -> Tensor:
+def _sample(values: Tensor, grid_NHWx: Tensor) -> Tensor:
     """Images [N,H,W,C] bilinearly, masks [N,H,W] by nearest neighbour; beyond the edge both are mirrored."""
     is_image = values.ndim == 4
     planes = (values.permute(0, 3, 1, 2) if is_image else values[:, None]).float()
     mode = "bilinear" if is_image else "nearest"
-    warped = F.grid_sample(planes, grid_NHWx, mode=mode, padding_mode="reflection", align_corners=False)
-    warped = warped.round_().to(torch.uint8)
-    return warped.permute(0, 2, 3, 1).contiguous() if is_image else warped[:, 0]
+    sampled = F.grid_sample(planes, grid_NHWx, mode=mode, padding_mode="reflection", align_corners=False)
+    sampled = sampled.round_().to(torch.uint8)
+    return sampled.permute(0, 2, 3, 1).contiguous() if is_image else sampled[:, 0]
 
 
-def _recolour(image_NHWC: Tensor, draws: list[_Draw]) -> Tensor:
-    """Gamma, contrast, brightness: one table of 256 values an image, so the cost is a look-up whatever is done."""
-    tables = []
-    for draw in draws:
-        value = np.linspace(0, 1, 256) ** draw.gamma
-        value = (value - 0.5) * draw.contrast + 0.5 + draw.brightness
-        tables.append(np.round(255 * value.clip(0, 1)).astype(np.uint8))
-    table_N256 = torch.from_numpy(np.stack(tables)).to(image_NHWC.device)
-    return torch.stack([table[image.int()] for table, image in zip(table_N256, image_NHWC, strict=True)])
+def _recolour(image_NHWC: Tensor, draws: Draws) -> Tensor:
+    """Images with their brightness changed: by one table of 256 values per image, so that it costs one look-up however
+    much is changed."""
+    table_N256 = np.tile(np.linspace(0, 1, 256), (len(image_NHWC), 1))
+    for each, of_images in reversed(draws.items()):
+        if isinstance(each, Tonal):
+            table_N256 = np.stack([each.tone(*pair) for pair in zip(table_N256, of_images, strict=True)])
+    tables = torch.from_numpy(np.round(255 * table_N256.clip(0, 1)).astype(np.uint8)).to(image_NHWC.device)
+    return torch.stack([table[image.int()] for table, image in zip(tables, image_NHWC, strict=True)])

@@ -12,11 +12,11 @@ from torch import Tensor
 class Muon(torch.optim.Optimizer):
     """Momentum whose steps are made orthogonal (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/).
 
-    A convolution's weight is taken as a matrix, one row an output channel (for a transposed convolution an input
-    channel); its step has all singular values near 1, so that rare directions move as fast as common ones. Groups
+    The weight of a convolution is a matrix with one row per output channel (of a transposed convolution: per input
+    channel). All singular values of its step are near 1, so that rare directions move as fast as common ones. Groups
     with `orthogonal=False` (biases, norms, the last layer) take AdamW's step (Loshchilov & Hutter 2019).
 
-    `lr`: for orthogonal groups the size of a singular value of a step; for the others AdamW's.
+    `lr`: for orthogonal groups the size of a singular value of a step; for the others that of AdamW.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], lr: float) -> None:
@@ -50,11 +50,11 @@ def orthogonal_step(parameter: Tensor, state: dict[str, Tensor], momentum: float
 
 
 def orthogonalise(matrix: Tensor) -> Tensor:
-    """The nearest matrix whose singular values are all about 1, by five Newton–Schulz steps with the source's
-    coefficients, which end between 0.7 and 1.2. Float32 [R,C].
+    """The nearest matrix whose singular values are all about 1; float32 [R,C].
 
-    Each step multiplies the matrix X from the left by a polynomial P of XXᵀ. Kept are XXᵀ, which becomes P·XXᵀ·P, and
-    the product of the P, all as small as the shorter side; X itself is multiplied once. For U-Net base 64 that takes
+    Five Newton–Schulz steps with the source's coefficients, which end between 0.7 and 1.2. Each step multiplies the
+    matrix X from the left by a polynomial P of XXᵀ. Only XXᵀ, which becomes P·XXᵀ·P, and the product of all P are
+    computed in each step, both as small as the shorter side; X itself is multiplied once. For U-Net base 64 that takes
     0.4 of the time.
     """
     wide = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix

@@ -1,4 +1,8 @@
-"""Optimizers, and the moving average of the weights."""
+"""Optimizers, and the moving average of the weights.
+
+To add one, write a function here and name it in `registry.OPTIMIZERS`. Weight decay is for weights only, the parameters
+of more than one dimension: not for biases and norms.
+"""
 
 from __future__ import annotations
 
@@ -10,28 +14,43 @@ from torch.optim.swa_utils import AveragedModel
 
 from unet_ray.config import OptimizationConfig
 from unet_ray.models import SegmentationModel
+from unet_ray.registry import OPTIMIZERS, load
 from unet_ray.training.muon import Muon
 
 MUON_SCALE = 7.0
 """Orthogonal steps are this much larger than AdamW's: 0.02, the source's, where those are 0.003."""
 
 
-def build_optimizer(config: OptimizationConfig, model: SegmentationModel) -> torch.optim.Optimizer:
-    """The optimizer; weight decay is for weights only (parameters of more than one dimension)."""
-    rate = config.learning_rate
-    weights = [p for p in model.parameters() if p.ndim > 1]
-    others: list[dict[str, Any]] = [{"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0}]
-    groups = [{"params": weights, "weight_decay": config.weight_decay}, *others]
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=rate, fused=True)
-    if config.optimizer == "adam":
-        return torch.optim.Adam(groups, lr=rate, fused=True)
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=rate, momentum=config.momentum, fused=True)
-    if config.optimizer == "rmsprop":
-        return torch.optim.RMSprop(groups, lr=rate)
-    # The last layer makes numbers, not features: its directions are not alike (Jordan et al.).
-    last = {id(p) for p in model.head.parameters()}
+def build_optimizer(config: OptimizationConfig, network: SegmentationModel) -> torch.optim.Optimizer:
+    """The optimizer that a training's settings name."""
+    return load(OPTIMIZERS, config.optimizer)(config, network)
+
+
+def adamw(config: OptimizationConfig, network: SegmentationModel) -> torch.optim.Optimizer:
+    """Loshchilov & Hutter 2019."""
+    return torch.optim.AdamW(_groups(config, network), lr=config.learning_rate, fused=True)
+
+
+def adam(config: OptimizationConfig, network: SegmentationModel) -> torch.optim.Optimizer:
+    """Kingma & Ba 2015."""
+    return torch.optim.Adam(_groups(config, network), lr=config.learning_rate, fused=True)
+
+
+def sgd(config: OptimizationConfig, network: SegmentationModel) -> torch.optim.Optimizer:
+    """Stochastic gradient descent with momentum, as in Ronneberger et al. 2015."""
+    return torch.optim.SGD(_groups(config, network), lr=config.learning_rate, momentum=config.momentum, fused=True)
+
+
+def rmsprop(config: OptimizationConfig, network: SegmentationModel) -> torch.optim.Optimizer:
+    """Hinton 2012."""
+    return torch.optim.RMSprop(_groups(config, network), lr=config.learning_rate)
+
+
+def muon(config: OptimizationConfig, network: SegmentationModel) -> torch.optim.Optimizer:
+    """Orthogonal steps for weights (Jordan et al. 2024); AdamW's for biases, norms and the last layer, whose outputs
+    are scores rather than features."""
+    weights, others = _weights_and_others(network)
+    last = {id(p) for p in network.head.parameters()}
     return Muon(
         [
             {
@@ -40,10 +59,21 @@ def build_optimizer(config: OptimizationConfig, model: SegmentationModel) -> tor
                 "scale": MUON_SCALE,
             },
             {"params": [p for p in weights if id(p) in last], "weight_decay": 0.0, "orthogonal": False},
-            {**others[0], "orthogonal": False},
+            {"params": others, "weight_decay": 0.0, "orthogonal": False},
         ],
-        lr=rate,
+        lr=config.learning_rate,
     )
+
+
+def _groups(config: OptimizationConfig, network: SegmentationModel) -> list[dict[str, Any]]:
+    weights, others = _weights_and_others(network)
+    return [{"params": weights, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def _weights_and_others(network: SegmentationModel) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Parameters of more than one dimension, and the rest."""
+    parameters = list(network.parameters())
+    return [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]
 
 
 def average_of(network: nn.Module, decay: float) -> AveragedModel:

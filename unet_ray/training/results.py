@@ -8,20 +8,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from unet_ray.data import storage
-from unet_ray.models.checkpoint import METRICS, MODEL
+from unet_ray.models import training_state
+from unet_ray.models.run_files import LAST, METRICS, MODEL
 
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
-    """What `train` returns."""
+    """A finished training, as `train` returns it."""
 
     out: str
     """The run directory."""
     epochs: int
     best: dict[str, Any]
-    """The line of metrics.jsonl of the best epoch, whose weights are in `model/`."""
+    """The line of metrics.jsonl of the epoch with the highest validation Dice, whose weights are in `model/`."""
     history: list[dict[str, Any]]
-    """All lines of metrics.jsonl."""
+    """All lines of metrics.jsonl, one per epoch."""
 
     def __repr__(self) -> str:
         out = storage.without_secrets(self.out)
@@ -35,7 +36,7 @@ class TrainResult:
 
 
 def read_metrics(out: str) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; none if there is no such file."""
+    """The lines of a run's metrics.jsonl; empty if there is no such file."""
     path = storage.join(out, METRICS)
     if not storage.exists(path):
         return []
@@ -43,12 +44,13 @@ def read_metrics(out: str) -> list[dict[str, Any]]:
 
 
 def write_metrics(out: str, history: Iterable[dict[str, Any]]) -> None:
-    """Writes metrics.jsonl anew: whole or absent also in a bucket, where nothing can be appended."""
+    """Writes the whole of metrics.jsonl: in a bucket nothing can be appended."""
     text = "".join(json.dumps(line) + "\n" for line in history)
     storage.write_bytes(storage.join(out, METRICS), text.encode(), durable=True)
 
 
 def rounded(line: dict[str, Any]) -> dict[str, Any]:
+    """The line with 8 significant digits."""
     return {key: float(f"{value:.8g}") if isinstance(value, float) else value for key, value in line.items()}
 
 
@@ -57,3 +59,9 @@ def result_of(out: str) -> TrainResult:
     history = read_metrics(out)
     best = max(history, key=lambda line: line["val_dice"])
     return TrainResult(out=out, epochs=len(history), best=best, history=history)
+
+
+def epochs_done(out: str) -> int:
+    """How many epochs a run has finished, as `last/` says; 0 where there is none."""
+    state = training_state.read_state(storage.join(out, LAST))
+    return state.epoch if state else 0

@@ -3,38 +3,101 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
+from unet_ray.config import OptimizationConfig
+from unet_ray.data.rows import Batch, Rows, TimedBatches, prefetched
+
 
 class MicroBatch(NamedTuple):
-    """What one rank passes through the network at once: its part of a batch, or a part of that."""
+    """The rows that one rank passes through the network at once: its share of a batch, or a part of that share."""
 
     indices: np.ndarray
-    """Row numbers; never empty."""
-    share: float
-    """What the mean loss of these rows is multiplied by, so that the sum over a step's parts and the mean over ranks is
-    the mean over the whole batch."""
+    """Row numbers, int64 [N]; never empty."""
+    weight: float
+    """Factor of these rows' mean loss: the sum over a step's micro-batches, averaged over ranks, is the mean over the
+    whole batch. 0: the rows do not count."""
+    ends_step: bool
+    """Whether the optimizer step follows."""
 
 
-Step = list[MicroBatch]
-"""One optimizer step of one rank."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampler:
+    """Draws the micro-batches of one rank.
 
-
-def batch_plan(
-    count: int, batch_size: int, *, seed: int, epoch: int, rank: int = 0, world: int = 1, accumulate: int = 1
-) -> list[Step]:
-    """This rank's steps of an epoch over `count` rows: all rows in an order drawn from (seed, epoch), in batches of
-    equal size give or take one row, each dealt out to the ranks and there cut into at most `accumulate` parts.
-
-    Batches do not depend on `world`, and every rank takes the same number of steps.
+    Batches do not depend on `world_size`, and every rank takes the same number of steps.
     """
-    order = np.random.default_rng([seed, epoch]).permutation(count)
-    steps = []
-    for batch in np.array_split(order, math.ceil(count / batch_size)):
-        own = batch[rank::world]
-        # A rank that a small batch leaves with nothing takes a row for nothing: the gradients' all-reduce needs it.
-        parts = np.array_split(own, min(accumulate, len(own))) if len(own) else [batch[:1]]
-        steps.append([MicroBatch(part, world * len(part) / len(batch) if len(own) else 0.0) for part in parts])
-    return steps
+
+    rows: int
+    batch_size: int
+    """Images per step, over all ranks."""
+    seed: int
+    rank: int = 0
+    world_size: int = 1
+    accumulate: int = 1
+    """Micro-batches per step, at most."""
+
+    @classmethod
+    def of(cls, config: OptimizationConfig, rows: int, *, rank: int = 0, world_size: int = 1) -> Sampler:
+        """The sampler of these settings."""
+        return cls(
+            rows=rows,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            rank=rank,
+            world_size=world_size,
+            accumulate=config.accumulate,
+        )
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps per epoch."""
+        return math.ceil(self.rows / self.batch_size)
+
+    def epoch(self, epoch: int) -> list[MicroBatch]:
+        """The micro-batches of an epoch: all rows in an order drawn from (seed, epoch), in batches of equal size give
+        or take one row. Each batch is dealt out to the ranks; each rank cuts its share into `accumulate` parts."""
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.rows)
+        return [micro for batch in np.array_split(order, self.steps) for micro in self._of_step(batch)]
+
+    def _of_step(self, batch: np.ndarray) -> Iterator[MicroBatch]:
+        own = batch[self.rank :: self.world_size]
+        if not len(own):
+            # The gradients' all-reduce needs every rank: one that a small batch leaves without rows takes one with
+            # weight 0.
+            yield MicroBatch(batch[:1], 0.0, True)
+            return
+        parts = np.array_split(own, min(self.accumulate, len(own)))
+        for number, indices in enumerate(parts, start=1):
+            yield MicroBatch(indices, self.world_size * len(indices) / len(batch), number == len(parts))
+
+
+class LoadedMicroBatch(NamedTuple):
+    """A micro-batch with its arrays."""
+
+    arrays: Batch
+    weight: float
+    """See `MicroBatch`."""
+    ends_step: bool
+
+
+class EpochBatches:
+    """The micro-batches of an epoch with their arrays, which a thread fetches ahead; can be iterated over once."""
+
+    def __init__(self, rows: Rows, micro_batches: list[MicroBatch]) -> None:
+        self.steps = sum(micro.ends_step for micro in micro_batches)
+        self._micro_batches = micro_batches
+        self._arrays = TimedBatches(prefetched(rows.batches([micro.indices for micro in micro_batches])))
+
+    def __iter__(self) -> Iterator[LoadedMicroBatch]:
+        for micro, arrays in zip(self._micro_batches, self._arrays, strict=True):
+            yield LoadedMicroBatch(arrays, micro.weight, micro.ends_step)
+
+    @property
+    def wait_seconds(self) -> float:
+        """How long the training has waited for arrays so far."""
+        return self._arrays.seconds

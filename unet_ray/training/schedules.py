@@ -10,12 +10,13 @@ import numpy as np
 from unet_ray.config import OptimizationConfig
 
 WARM_UP = 0.15
-"""Share of a one-cycle schedule that goes up."""
+"""Fraction of a one-cycle schedule in which the step size rises (Smith & Topin 2018)."""
 POLY_POWER = 0.9
+"""Chen et al. 2017, DeepLab."""
 
 
 def learning_rate_at(config: OptimizationConfig, progress: float, factor: float = 1.0) -> float:
-    """Step size at `progress`, the share of all steps that are done: 0 to 1. `factor`: see `plateau_factor`."""
+    """The step size at `progress`, the fraction of all steps that are done, 0 to 1. `factor`: see `plateau_factor`."""
     peak = config.learning_rate * factor
     warm_up = WARM_UP if config.schedule == "one_cycle" else config.warm_up
     if progress < warm_up:
@@ -30,13 +31,20 @@ def learning_rate_at(config: OptimizationConfig, progress: float, factor: float 
 
 
 def epochs_without_progress(val_dices: Sequence[float]) -> int:
-    """How many epochs have passed since the best one."""
+    """Epochs since the best one."""
     return len(val_dices) - 1 - int(np.argmax(val_dices)) if val_dices else 0
 
 
+def stops_early(config: OptimizationConfig, val_dices: Sequence[float]) -> bool:
+    """Whether `patience` epochs in a row have brought nothing better."""
+    return config.patience > 0 and epochs_without_progress(val_dices) >= config.patience
+
+
 def plateau_factor(config: OptimizationConfig, val_dices: Sequence[float]) -> float:
-    """What the schedule `plateau` multiplies the step size by after epochs with these scores: as torch's
-    ReduceLROnPlateau counts, `plateau_factor` each time `plateau_patience` epochs and one more brought nothing better.
+    """The factor of the schedule `plateau` after epochs with these scores; 1 for the other schedules.
+
+    As in torch's ReduceLROnPlateau it is multiplied by `plateau_factor` each time that `plateau_patience` + 1 epochs
+    brought nothing better.
     """
     if config.schedule != "plateau":
         return 1.0

@@ -1,6 +1,6 @@
 """Metrics for other programs: TensorBoard files beside the run, MLflow where it is asked for.
 
-What `metrics.jsonl` says is what they get, line by line; neither needs an account.
+They get what `metrics.jsonl` says, line by line. Neither needs an account.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ TENSORBOARD = "tensorboard"
 
 @contextmanager
 def trackers(config: TrainConfig, out: str, name: str) -> Iterator[Track]:
-    """Something to call with each line of metrics.jsonl. `name`: of the run."""
+    """Yields a function that takes each line of metrics.jsonl. `name`: that of the run."""
     with ExitStack() as stack:
         tracks: list[Track] = []
-        if not storage.is_uri(out):  # TensorBoard's writer appends, which a bucket can't
+        if not storage.is_uri(out):  # TensorBoard's writer appends, which is not possible in a bucket
             tracks.append(stack.enter_context(_tensorboard(storage.join(out, TENSORBOARD))))
         if config.compute.mlflow:
             tracks.append(stack.enter_context(_mlflow(config, name)))
@@ -34,7 +34,7 @@ def trackers(config: TrainConfig, out: str, name: str) -> Iterator[Track]:
 
 
 def scalars(line: dict[str, Any]) -> dict[str, float]:
-    """What of a line is a number to plot over epochs."""
+    """The numbers of a line that can be plotted over epochs."""
     return {key: float(value) for key, value in line.items() if key != "epoch" and isinstance(value, (int, float))}
 
 
@@ -46,11 +46,11 @@ def _tensorboard(folder: str) -> Iterator[Track]:
 
     def track(line: dict[str, Any]) -> None:
         if not writers:
-            # Not before the first line: and what a stopped run wrote of later epochs is no longer true.
+            # Only at the first line, whose epoch it needs: what an earlier run wrote of later epochs is void.
             writers.append(SummaryWriter(folder, purge_step=line["epoch"]))
         for key, value in scalars(line).items():
-            part, _, rest = key.partition("_")
-            writers[0].add_scalar(f"{part}/{rest}" if part in ("train", "val") else key, value, line["epoch"])
+            subset, _, rest = key.partition("_")
+            writers[0].add_scalar(f"{subset}/{rest}" if subset in ("train", "val") else key, value, line["epoch"])
         writers[0].flush()
 
     try:
@@ -70,5 +70,7 @@ def _mlflow(config: TrainConfig, name: str) -> Iterator[Track]:
     mlflow.set_experiment("unet_ray")
     with mlflow.start_run(run_name=name):
         settings = config.to_dict()
-        mlflow.log_params({f"{part}.{key}": value for part in settings for key, value in settings[part].items()})
+        mlflow.log_params(
+            {f"{section}.{key}": value for section in settings for key, value in settings[section].items()}
+        )
         yield lambda line: mlflow.log_metrics(scalars(line), step=line["epoch"])

@@ -21,9 +21,9 @@ from unet_ray.training.distributed import sum_over_ranks
 def validate(
     model: nn.Module, batches: Iterable[Batch], loss: losses.Loss, config: TrainConfig, device: torch.device
 ) -> dict[str, Any]:
-    """Scores over the batches of all ranks together, at the size of the rows.
+    """The `val_` figures of metrics.jsonl, over the batches of all ranks together, at the size of the rows.
 
-    Each rank brings any number of batches. Counts are summed over ranks and divided once.
+    Ranks may have different numbers of batches. Counts are summed over ranks and divided once.
     """
     model.eval()
     classes = config.model.num_classes

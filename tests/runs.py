@@ -1,0 +1,41 @@
+"""Trainings of discs, and what their run directories hold; shared by the tests of training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from conftest import TINY
+
+from unet_ray.config import TrainConfig
+from unet_ray.settings import load_train_config
+
+TIMES = {"seconds", "train_seconds", "wait_seconds", "images_per_second"}
+"""Fields of metrics.jsonl that differ between equal runs."""
+
+
+def config_for(discs: tuple[Path, Path], *settings: tuple[str, Any]) -> TrainConfig:
+    """A training of two seconds on these images and masks."""
+    images, masks = discs
+    return load_train_config(settings=[("data.images", str(images)), ("data.masks", str(masks)), *TINY, *settings])
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without the times."""
+    text = (run / "metrics.jsonl").read_text()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in text.splitlines()]
+
+
+def weights_sha256(run: Path) -> str:
+    """The checksum of the best model's weights."""
+    return json.loads((run / "model/model.json").read_text())["weights_sha256"]
+
+
+def assert_same_state(one: Path, other: Path) -> None:
+    """Weights, their average and the optimizer's state are equal to the last bit."""
+    ours, theirs = (safetensors.torch.load_file(run / "last/state.safetensors") for run in (one, other))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert any(name.startswith("optimizer.0.") for name in ours)

@@ -1,0 +1,85 @@
+"""The commands: the only code that prints.
+
+Torch and Ray are imported inside the commands that need them: `unet-ray --help` and a wrong flag answer at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from unet_ray import __version__
+from unet_ray.cli import (
+    demo,
+    doctor,
+    evaluate,
+    import_weights,
+    predict,
+    quantize,
+    recipes,
+    report,
+    slices,
+    train,
+)
+from unet_ray.config import UserError
+from unet_ray.ray_backend.session import stop_like_ctrl_c
+
+
+class Commands(click.Group):
+    """Turns errors into exit codes, and lists the commands in the order in which one meets them."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Runs a command. A UserError is one line on stderr and exit code 2; Ctrl-C and SIGTERM are exit code 130."""
+        stop_like_ctrl_c()
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            click.echo(f"Error: {error}", err=True)
+            ctx.exit(2)
+        except KeyboardInterrupt:
+            click.echo(
+                "Stopped. What is finished is kept: start again with --resume (train) or as before (predict).", err=True
+            )
+            ctx.exit(130)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        return list(self.commands)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(__version__, prog_name="unet-ray")
+def main() -> None:
+    """Train a U-Net on images and masks, segment whole folders, score the result: on one CPU or on a Ray cluster.
+
+    \b
+    A start:
+      unet-ray demo                                    data, training and masks in a few minutes
+      unet-ray doctor --images photos --masks masks    what is wrong with a data set
+      unet-ray COMMAND --help                          options, defaults, examples, files written
+
+    Exit codes: 0 done; 1 some images failed; 2 an error that you must fix, in one line on stderr; 130 stopped by Ctrl-C
+    or SIGTERM.
+    """
+
+
+for command in (
+    demo.demo,
+    doctor.doctor,
+    train.train,
+    predict.predict,
+    evaluate.evaluate,
+    report.report,
+    quantize.quantize,
+    recipes.recipes,
+    slices.slices,
+    import_weights.import_weights,
+):
+    main.add_command(command)
+
+
+def run_command(name: str, arguments: Sequence[str] | None = None) -> None:
+    """Runs the command `name` with `arguments`, or with those of this process, as jobs/<name>.py does."""
+    main([name, *(sys.argv[1:] if arguments is None else arguments)])

@@ -1,0 +1,53 @@
+"""unet-ray doctor."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import click
+
+from unet_ray.cli.options import Command, as_json, given, option, pairs
+from unet_ray.config import UserError
+from unet_ray.report.progress import ImagesDisplay
+
+EXAMINATION = "Examination"
+
+
+@click.command(cls=Command, short_help="Say what is wrong with a data set, and which settings fit.")
+@pairs
+@option(
+    EXAMINATION,
+    "--samples",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Pairs whose pixels are read, evenly spaced; names and headers are read of all.",
+    shown=200,
+)
+@option(EXAMINATION, "--no-timing", is_flag=True, help="Don't time a training step.")
+@as_json
+def doctor(images: str | None, masks: str | None, samples: int | None, no_timing: bool, as_json: bool) -> None:
+    """Say what is wrong with a data set, and which settings fit it, before hours are spent on it.
+
+    Finds images without a mask and masks without an image (and which suffix would pair them); files that are damaged,
+    empty or no image; masks of another size than their image, in colours, with the in-between values of a JPEG or with
+    other values than the rest; classes that are missing or rare; empty masks; duplicates; 16-bit and alpha channels;
+    images that belong together, and a --group-by for them.
+
+    Each finding says what to do. At the end stands the `unet-ray train` command that fits the data, how long an epoch
+    takes on this machine (one step is timed), and how much memory it needs.
+
+    \b
+    Example:
+      unet-ray doctor --images photos --masks photo_masks
+
+    Exit code 0: nothing but notes; 1: warnings; 2: errors, at which training would stop.
+    """
+    if images is None:
+        raise UserError("--images is missing: the folder of the images")
+    from unet_ray.doctor import examine, table
+
+    with ImagesDisplay("looked at") as display:
+        found = examine(images, masks, timing=not no_timing, on_progress=display, **given({"samples": samples}))
+    click.echo(json.dumps(found.to_json()) if as_json else table(found))
+    sys.exit(found.exit_code)

@@ -1,0 +1,177 @@
+"""unet-ray evaluate."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from unet_ray.cli.options import (
+    DATA,
+    OUTPUT,
+    Command,
+    as_json,
+    default_of,
+    given,
+    machine,
+    mask_options,
+    numbers,
+    option,
+    pairs,
+    runtime,
+    workers,
+)
+from unet_ray.config import EvaluateConfig, UserError
+from unet_ray.ray_backend.session import Runtime
+from unet_ray.report.progress import ImagesDisplay
+
+if TYPE_CHECKING:
+    from unet_ray.data.pairs import Pair
+    from unet_ray.metrics import Comparison, Scores
+
+SCORING = "Scoring"
+REASONS = 5
+"""Images that could not be scored, of which the path and reason are printed."""
+
+
+@click.command(cls=Command, short_help="Score a model on pairs of images and masks.")
+@click.argument("model")
+@pairs
+@option(
+    DATA,
+    "--mask-values",
+    metavar="LIST",
+    help="Stored value of each class in these masks, e.g. 0,255.",
+    shown="as in training",
+)
+@option(
+    SCORING,
+    "--tolerance",
+    type=float,
+    metavar="PX",
+    help="Of the surface Dice: how far apart, in pixels, two edges may lie and still agree.",
+    shown=default_of(EvaluateConfig, "tolerance"),
+)
+@option(
+    SCORING,
+    "--against",
+    metavar="OTHER",
+    help="Score OTHER on the same images too, and test the difference (Wilcoxon's signed-rank test).",
+)
+@option(SCORING, "--choose-cleanup", is_flag=True, help="Find the clean-up with the best Dice; predict then uses it.")
+@option(OUTPUT, "--table", metavar="FILE", help="Also write the scores of each image and class, as Parquet.")
+@as_json
+@mask_options
+@workers
+@machine
+@runtime
+def evaluate(
+    model: str,
+    mask_values: str | None,
+    table: str | None,
+    against: str | None,
+    choose_cleanup: bool,
+    as_json: bool,
+    runtime: Runtime,
+    **options: Any,
+) -> None:
+    """Score a model on pairs of images and masks, at each mask's own size.
+
+    Without --images and --masks: on the pairs that the run held out for validation. Says so where a model was trained
+    on some of the images.
+
+    \b
+    Example:
+      unet-ray evaluate RUN --images train --masks train_masks --against OTHER_RUN
+
+    \b
+    Prints, as mean over images with a bootstrap 95 % interval, and from the counts of all pixels:
+      Dice, IoU, pixel accuracy, precision, recall
+      surface Dice  counts edge pixels, as MONAI does (DeepMind: their lengths)
+      hd95          Hausdorff distance: the larger of both directions' 95th percentiles (MONAI, DeepMind)
+      hd95_pooled   --json and --table: the percentile of both directions together (medpy)
+
+    The distances leave out images where a region is empty. An image whose mask is empty and predicted empty has Dice 1.
+    Exit code 1: some images could not be scored.
+    """
+    if choose_cleanup and (against is not None or table is not None):
+        raise UserError("--choose-cleanup goes without --against and --table")
+    values = None if mask_values is None else numbers(mask_values, "--mask-values", "0,255")
+    config = EvaluateConfig(model=model, mask_values=values, **given(options))
+    from unet_ray.evaluation.run_pairs import pairs_of, trained_on
+
+    scored_pairs = pairs_of(config)
+    for name in filter(None, (model, against)):
+        known = trained_on(name, scored_pairs)
+        if known:
+            click.echo(f"warning: {name} was trained on {known} of these {len(scored_pairs)} images", err=True)
+    if choose_cleanup:
+        _choose_cleanup(config, scored_pairs, runtime, as_json)
+        return
+    scores, other = _scores(config, against, scored_pairs, runtime)
+    from unet_ray import metrics
+
+    comparison = None if other is None else metrics.compare(scores.each, other.each)
+    if table is not None:
+        from unet_ray.evaluation.evaluate import write_table
+
+        write_table(scores, table)
+    if as_json:
+        result = scores.to_json()
+        if other is not None and comparison is not None:
+            result["against"] = {"model": against, **other.to_json(), "comparison": comparison.to_json()}
+        click.echo(json.dumps(result))
+    else:
+        _print_scores(scores)
+        if other is not None and comparison is not None:
+            _print_comparison(str(against), other, comparison)
+    if scores.failures:
+        sys.exit(1)
+
+
+def _scores(
+    config: EvaluateConfig, against: str | None, scored_pairs: list[Pair], runtime: Runtime
+) -> tuple[Scores, Scores | None]:
+    """Scores the model and, if there is one, the other model; Ray is started once for both."""
+    from unet_ray.evaluation.evaluate import evaluate as run
+
+    with nullcontext() if against is None else runtime.started():
+        with ImagesDisplay("scored") as display:
+            scores = run(config, pairs=scored_pairs, runtime=runtime, on_progress=display)
+        if against is None:
+            return scores, None
+        with ImagesDisplay("scored") as display:
+            other_config = dataclasses.replace(config, model=against)
+            return scores, run(other_config, pairs=scored_pairs, runtime=runtime, on_progress=display)
+
+
+def _choose_cleanup(config: EvaluateConfig, scored_pairs: list[Pair], runtime: Runtime, as_json: bool) -> None:
+    from unet_ray.evaluation.choose_cleanup import choose_cleanup
+
+    with ImagesDisplay("scored") as display:
+        choice = choose_cleanup(config, pairs=scored_pairs, runtime=runtime, on_progress=display)
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(choice)))
+        return
+    click.echo(f"{choice.images} images       mean Dice")
+    for name, dice in choice.dice.items():
+        click.echo(f"{name:<20} {dice:.4f}" + ("  <- kept for predict" if name == choice.chosen else ""))
+
+
+def _print_scores(scores: Scores) -> None:
+    click.echo(scores.table())
+    for path, reason in scores.failures[:REASONS]:
+        click.echo(f"  not scored: {path}: {reason}", err=True)
+
+
+def _print_comparison(against: str, other: Scores, comparison: Comparison) -> None:
+    low, high = comparison.ci95
+    click.echo(
+        f"against {against} (Dice {other.dice.mean:.4f}): {comparison.difference:+.4f} "
+        f"(95 % {low:+.4f} – {high:+.4f}), better on {comparison.better} and worse on {comparison.worse} of "
+        f"{comparison.images} images, p = {comparison.p_value:.2g} (Wilcoxon)"
+    )

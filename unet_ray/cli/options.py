@@ -1,0 +1,170 @@
+"""Options in groups: how --help lists them, and those that several commands share."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from unet_ray.config import EvaluateConfig, PredictConfig, UserError
+from unet_ray.ray_backend.session import Runtime
+
+F = TypeVar("F", bound=Callable[..., Any])
+DATA, MASKS, WHERE, OUTPUT = "Data", "How masks are made", "Where it runs", "Output"
+"""Headings that several commands share."""
+
+
+class Command(click.Command):
+    """A command whose --help lists its options under headings."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        rest: list[tuple[str, str]] = []
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None and isinstance(parameter, click.Option):
+                records = groups.setdefault(parameter.group, []) if isinstance(parameter, Option) else rest
+                records.append(record)
+        for title, records in [*groups.items(), ("Other", rest)]:
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+
+class Option(click.Option):
+    """An option with a heading."""
+
+    def __init__(self, *arguments: Any, group: str, **attributes: Any) -> None:
+        super().__init__(*arguments, **attributes)
+        self.group = group
+
+
+def option(group: str, *names: str, shown: object = None, **attributes: Any) -> Callable[[F], F]:
+    """click.option below the heading `group`; `shown` is a default that is applied elsewhere, for --help only."""
+    if shown is not None:
+        attributes["help"] += f"  [default: {shown}]"
+    return click.option(*names, cls=Option, group=group, **attributes)
+
+
+def options(*several: Callable[[F], F]) -> Callable[[F], F]:
+    """Several options as one decorator."""
+
+    def decorate(function: F) -> F:
+        for one in reversed(several):
+            function = one(function)
+        return function
+
+    return decorate
+
+
+def default_of(config: type, name: str) -> Any:
+    """Returns the default of a field of a settings class."""
+    return next(field.default for field in dataclasses.fields(config) if field.name == name)
+
+
+def given(values: dict[str, Any]) -> dict[str, Any]:
+    """Returns the options that were given on the command line."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def numbers(text: str, flag: str, example: str) -> tuple[int, ...]:
+    """Parses whole numbers with commas between them. Raises UserError."""
+    try:
+        return tuple(int(value) for value in text.split(","))
+    except ValueError:
+        raise UserError(f"{flag} {text!r}: numbers with commas, e.g. {example}") from None
+
+
+pairs = options(
+    option(DATA, "--images", metavar="DIR", help="Folder (or s3://, gs:// URI) of the images."),
+    option(DATA, "--masks", metavar="DIR", help="Folder of the masks: same relative path and stem, or stem_mask."),
+)
+workers = option(
+    WHERE,
+    "--workers",
+    type=int,
+    metavar="N",
+    help="Processes that hold the network, each on a GPU or on CPUs.",
+    shown="one for each GPU, or for every 8 CPUs",
+)
+PRECISIONS = click.Choice(["auto", "fp32", "bf16", "fp16", "int8"])
+device = option(
+    WHERE,
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    help="auto: CUDA where there is one.",
+    shown="auto",
+)
+machine = options(
+    device,
+    option(
+        WHERE,
+        "--precision",
+        type=PRECISIONS,
+        help="auto: int8 if `quantize` made it, else bf16 where the device is good at it. fp16: CUDA only; int8: CPUs "
+        "only.",
+        shown="auto",
+    ),
+)
+no_report = option(OUTPUT, "--no-report", is_flag=True, help="Don't write report.html.")
+as_json = option(OUTPUT, "--json", "as_json", is_flag=True, help="Print one JSON object on stdout, nothing else.")
+verbose = option(WHERE, "--verbose", is_flag=True, help="Also show Ray's own messages.")
+
+
+def runtime(command: Callable[..., None]) -> Callable[..., None]:
+    """Adds --local and --verbose, which the command receives as `runtime`."""
+
+    @option(WHERE, "--local", is_flag=True, help="Work in this process, without Ray.")
+    @verbose
+    @functools.wraps(command)
+    def with_runtime(*arguments: Any, local: bool, verbose: bool, **rest: Any) -> None:
+        command(*arguments, runtime=Runtime(local, verbose), **rest)
+
+    return with_runtime
+
+
+mask_options = options(
+    option(
+        MASKS,
+        "--tile",
+        type=int,
+        metavar="N",
+        help="Segment each image at its own size, in squares of N pixels.",
+        shown="resize the whole image, as in training",
+    ),
+    option(
+        MASKS,
+        "--overlap",
+        type=float,
+        metavar="X",
+        help="Share of a tile that it has in common with the next.",
+        shown=default_of(PredictConfig, "overlap"),
+    ),
+    option(MASKS, "--tta", is_flag=True, help="Average over the flips that the network was trained with."),
+    option(MASKS, "--ensemble", multiple=True, metavar="MODEL", help="Average with another model; may be repeated."),
+    option(
+        MASKS,
+        "--cleanup",
+        metavar="RULE",
+        help="Remove small regions (area=64 pixels, area=0.1% of the image), keep the largest region of each class "
+        "(largest), fill holes (holes), several joined by +; none: do nothing.",
+        shown="what `evaluate --choose-cleanup` chose, or none",
+    ),
+    option(
+        MASKS,
+        "--backend",
+        type=click.Choice(["auto", "torch", "compiled", "openvino"]),
+        help="What runs the network. auto: OpenVINO on CPUs where it is installed (the extra `cpu`).",
+        shown="auto",
+    ),
+    option(
+        MASKS,
+        "--max-pixels",
+        type=int,
+        metavar="N",
+        help="Don't decode larger images: they fail.",
+        shown=default_of(EvaluateConfig, "max_pixels"),
+    ),
+)

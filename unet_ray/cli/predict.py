@@ -1,0 +1,168 @@
+"""unet-ray predict."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from unet_ray.cli.messages import print_next, print_places, written_report
+from unet_ray.cli.options import (
+    OUTPUT,
+    Command,
+    as_json,
+    default_of,
+    given,
+    machine,
+    mask_options,
+    no_report,
+    option,
+    runtime,
+    workers,
+)
+from unet_ray.config import PredictConfig, UserError
+from unet_ray.data import storage
+from unet_ray.ray_backend.session import Runtime
+from unet_ray.registry import FORMATS
+from unet_ray.report.progress import ImagesDisplay, duration, say, speed
+
+if TYPE_CHECKING:
+    from unet_ray.inference.predict import PredictSummary
+
+RUNS = "Starting again, and failures"
+REASONS = 5
+"""Reasons of failure that are printed; summary.json has all."""
+
+
+@click.command(cls=Command)
+@click.argument("model")
+@click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
+@option(OUTPUT, "--out", required=True, metavar="OUT", help="Folder to write; on a cluster, where all nodes see it.")
+@option(
+    OUTPUT,
+    "--format",
+    "formats",
+    default="png",
+    show_default=True,
+    metavar="LIST",
+    help=f"What to write: {', '.join(FORMATS)}; several with commas.",
+)
+@option(OUTPUT, "--overlay", is_flag=True, help="The same as adding overlay to --format.")
+@option(
+    OUTPUT,
+    "--name",
+    metavar="PATH",
+    help="Path of a mask below OUT/masks, from {relpath}, {stem}, {name}, {ext}.",
+    shown=default_of(PredictConfig, "name"),
+)
+@no_report
+@as_json
+@option(RUNS, "--overwrite", is_flag=True, help="Remove an earlier prediction in OUT first.")
+@option(RUNS, "--retry-failed", is_flag=True, help="Try images again that failed in an earlier run.")
+@option(
+    RUNS,
+    "--allow-failures",
+    metavar="N|P%",
+    default="0",
+    show_default=True,
+    help="How many images may fail with exit code 0.",
+)
+@mask_options
+@workers
+@machine
+@runtime
+def predict(
+    model: str,
+    inputs: tuple[str, ...],
+    out: str,
+    formats: str,
+    overlay: bool,
+    allow_failures: str,
+    no_report: bool,
+    as_json: bool,
+    runtime: Runtime,
+    **options: Any,
+) -> None:
+    """Segment every image of folders, files, globs, lists or buckets.
+
+    MODEL is a run directory (then its best model) or a model directory. INPUT is a folder (searched through all
+    levels), an image, a glob, a .txt with a path on each line, or a .parquet with a column `path` or with the encoded
+    images themselves, each on a disk or on s3://, gs://. Images are JPEG, PNG, GIF, TIFF, BMP, WebP or NPY, of any mode
+    and size.
+
+    \b
+    Example:
+      unet-ray predict RUN photos --out MASKS --format png,parquet
+      unet-ray predict RUN photos --out TILED --tile 64 --tta --cleanup largest+holes
+
+    \b
+    Writes:
+      OUT/masks/<path below the input>.png  --format png: 1 bit for one class, else a palette of class ids
+      OUT/masks.parquet/                    --format parquet: path, height, width, pixels, confidence, PNG bytes
+      OUT/rle.parquet/                      --format rle: COCO's run lengths, area and box of each class
+      OUT/submission.csv                    --format kaggle: img,rle_mask as the Carvana challenge took them
+      OUT/coco.json                         --format coco: images, annotations, categories
+      OUT/probabilities/<path>.png          --format prob: 8 bits; of several classes <path>.<class id>.png
+      OUT/overlays/<path>.jpg               --format overlay: at most 1024 pixels, with the mask drawn in
+      OUT/manifest.parquet/                 one row for each image: path, status, error, height, width, output,
+                                            pixels of each class, mean confidence, milliseconds
+      OUT/summary.json                      counts, failures by reason, images/s, seconds by stage
+      OUT/report.html                       what failed and why, masks to look at, how they are distributed
+
+    Masks are at each image's own size. Where two images would have the same name (a.jpg, a.png), the later keeps its
+    extension (a.png.png).
+
+    Stopped and started again with the same command, it does only what is missing; images that are new or have changed
+    are done. Other settings into the same OUT are an error, as is a second run at the same time.
+
+    An image that can't be read is a row of the manifest with the reason, and disturbs nothing: truncated, empty,
+    mislabelled, gone since it was listed, not a regular file, too many pixels, other channels than the model's. With
+    DuckDB: select * from 'OUT/manifest.parquet/*.parquet' where status = 'failed'. Exit code 1: more images failed than
+    --allow-failures allows.
+
+    By default an image is resized whole, as in training. --tile segments it at its own size, mirrored at the edges and
+    blended with Gaussian weights where tiles overlap: for images of any size, and networks whose judgement is local.
+    """
+    names = [name.strip() for name in formats.split(",") if name.strip()] + ["overlay"] * overlay
+    config = PredictConfig(model=model, inputs=inputs, out=out, formats=tuple(dict.fromkeys(names)), **given(options))
+    allowed = _allowance(allow_failures)
+    from unet_ray.inference.predict import predict as run
+
+    with ImagesDisplay("segmented") as display:
+        summary = run(config, runtime=runtime, on_progress=display)
+    report = written_report(out, no_report)
+    if as_json:
+        click.echo(json.dumps(summary.to_json()))
+    else:
+        _print_summary(summary)
+        masks = {"masks": storage.join(out, "masks")} if "png" in config.formats else {"output": out}
+        print_places(**masks, table=storage.join(out, "manifest.parquet"), **report)
+        if summary.failed:
+            print_next("fix the files and give the same command again (others: --retry-failed)")
+    if summary.failed > allowed(summary.images):
+        sys.exit(1)
+
+
+def _print_summary(summary: PredictSummary) -> None:
+    new = summary.images - summary.already_done
+    click.echo(f"{summary.ok} of {summary.images} images segmented, {summary.failed} failed")
+    if summary.already_done:
+        click.echo(f"{summary.already_done} of them by an earlier run")
+    if new:
+        click.echo(f"{new} in {duration(summary.seconds)}, {speed(summary.images_per_second)}, start included")
+    for reason, count in list(summary.failures.items())[:REASONS]:
+        say(f"  {count} x {reason}")
+    if summary.cleanup != "none":
+        click.echo(f"masks were cleaned up: {summary.cleanup}")
+
+
+def _allowance(text: str) -> Callable[[int], float]:
+    """Returns how many of n images may fail, from `7` or `2%`. Raises UserError."""
+    try:
+        value = float(text.removesuffix("%"))
+    except ValueError:
+        raise UserError(f"--allow-failures {text!r}: a number, or a percentage such as 2%") from None
+    return (lambda count: count * value / 100) if text.endswith("%") else (lambda _count: value)

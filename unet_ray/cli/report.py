@@ -1,0 +1,33 @@
+"""unet-ray report."""
+
+from __future__ import annotations
+
+import click
+
+from unet_ray.cli.options import WHERE, Command, option, verbose
+from unet_ray.data import storage
+from unet_ray.ray_backend.session import Runtime
+from unet_ray.report.progress import ImagesDisplay
+
+
+@click.command(cls=Command, short_help="Write report.html anew, for a run or a prediction.")
+@click.argument("location", metavar="RUN|OUT")
+@option(WHERE, "--cluster", "on_cluster", is_flag=True, help="Score the validation images through Ray.")
+@verbose
+def report(location: str, on_cluster: bool, verbose: bool) -> None:
+    """Write report.html anew, for a run or a prediction: one page to look at and to send.
+
+    RUN is what train wrote, OUT what predict wrote. Of a run, up to 128 validation images, evenly spaced, are scored at
+    their own size. The page is one file that needs no network.
+
+    \b
+    Example:
+      unet-ray report RUN
+
+    Writes RUN/report.html and prints where it is.
+    """
+    from unet_ray.report.page import write
+
+    with ImagesDisplay("scored") as display:
+        place = write(location, runtime=Runtime(not on_cluster, verbose), on_progress=display)
+    click.echo(storage.without_secrets(place))

@@ -1,0 +1,249 @@
+"""unet-ray train."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from typing import Any
+
+import click
+
+from unet_ray.cli.messages import print_next, print_places, training_callbacks, written_report
+from unet_ray.cli.options import DATA, OUTPUT, PRECISIONS, WHERE, Command, device, no_report, option, pairs, runtime
+from unet_ray.config import AugmentConfig, TrainConfig, UserError
+from unet_ray.data import storage
+from unet_ray.ray_backend.session import Runtime
+from unet_ray.registry import LOSSES, NETWORKS, OPTIMIZERS
+from unet_ray.report.progress import TrainingDisplay
+from unet_ray.settings import load_train_config
+
+SETTINGS, TRAINING = "Settings", "Training"
+DEFAULTS = TrainConfig()
+FLAGS = {
+    "images": "data.images",
+    "masks": "data.masks",
+    "epochs": "train.epochs",
+    "batch_size": "train.batch_size",
+    "image_size": "data.image_size",
+    "lr": "train.learning_rate",
+    "cache": "compute.cache",
+    "seed": "train.seed",
+    "group_by": "data.group_by",
+    "init": "train.init",
+    "workers": "compute.workers",
+    "device": "compute.device",
+    "precision": "train.precision",
+}
+"""Option -> the setting that it stands for."""
+CHOICES = f"""\b
+Some settings for --set (all, with their meaning and source, are the fields of
+unet_ray/config.py; a misspelt name is answered with the nearest):
+  model.name             {", ".join(NETWORKS)}
+  model.num_classes      1: one class and background; K: ids 0 to K-1
+  train.loss             {", ".join(LOSSES)} or a sum: ce+dice
+  train.optimizer        {", ".join(OPTIMIZERS)}
+  train.schedule         constant, plateau, cosine, poly, one_cycle
+  train.                 ema, clip_norm, accumulate, patience, warm_up,
+                         class_weights, border_weight, checkpoint_activations
+  data.mask_values       [0, 255]: the stored value of each class
+  data.ignore_index      255: pixels that neither train nor score
+  augment.               {", ".join(list(AugmentConfig.__dataclass_fields__)[:5])},
+                         {", ".join(list(AugmentConfig.__dataclass_fields__)[5:])}
+  compute.               compile, mlflow, retries, memory_fraction"""
+
+
+class Workers(click.ParamType):
+    """`4`, or `1-4`."""
+
+    name = "N"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | tuple[int, int]:
+        try:
+            counts = [int(number) for number in str(value).split("-")]
+        except ValueError:
+            counts = []
+        if len(counts) == 1:
+            return counts[0]
+        if len(counts) == 2:
+            return counts[0], counts[1]
+        return self.fail(f"{value!r}: a number such as 4, or two such as 1-4", param, ctx)
+
+
+@click.command(cls=Command, epilog=CHOICES)
+@pairs
+@option(DATA, "--group-by", metavar="REGEX", help="Keep images whose names share this match on one side of the split.")
+@option(DATA, "--cache", metavar="DIR", help="Keep the resized images there: later runs don't decode them again.")
+@option(SETTINGS, "--recipe", metavar="NAME", help="Settings that are known to work: see `unet-ray recipes`.")
+@option(SETTINGS, "--config", "config_file", metavar="FILE", help="YAML of settings, such as a run's config.yaml.")
+@option(
+    SETTINGS,
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="One setting, e.g. model.base_channels=32; may be repeated. It wins over --recipe and --config; other "
+    "flags win over it.",
+)
+@option(TRAINING, "--epochs", type=int, metavar="N", help="Passes over the images.", shown=DEFAULTS.train.epochs)
+@option(
+    TRAINING,
+    "--batch-size",
+    type=int,
+    metavar="N",
+    help="Images per step, over all workers together.",
+    shown=DEFAULTS.train.batch_size,
+)
+@option(
+    TRAINING,
+    "--image-size",
+    type=int,
+    metavar="N",
+    help="Side in pixels that images are resized to; a rectangle: --set data.image_size='[HEIGHT, WIDTH]'.",
+    shown=DEFAULTS.data.image_size,
+)
+@option(TRAINING, "--lr", type=float, metavar="X", help="Learning rate.", shown=DEFAULTS.train.learning_rate)
+@option(TRAINING, "--seed", type=int, metavar="N", help="Seed of every random draw.", shown=DEFAULTS.train.seed)
+@option(TRAINING, "--init", metavar="MODEL", help="Start from the weights of this run or model, and take its network.")
+@option(
+    TRAINING,
+    "--folds",
+    type=int,
+    metavar="K",
+    help="Cross-validation: K runs in RUN/fold-1 …, each part held out once.",
+)
+@option(TRAINING, "--resume", is_flag=True, help="Go on from the last finished epoch in RUN.")
+@option(
+    OUTPUT, "--out", required=True, metavar="RUN", help="Run directory to write; on a cluster, where all nodes see it."
+)
+@no_report
+@option(
+    WHERE,
+    "--workers",
+    type=Workers(),
+    metavar="N|FEWEST-MOST",
+    help="Processes that train, each on a GPU or on CPUs; 1-4: as many as there is room for.",
+    shown=DEFAULTS.compute.workers,
+)
+@device
+@option(
+    WHERE,
+    "--precision",
+    type=PRECISIONS,
+    metavar="[auto|fp32|bf16|fp16]",
+    help="auto: bf16 where the device is good at it. fp16: CUDA only.",
+    shown="auto",
+)
+@runtime
+def train(
+    out: str,
+    recipe: str | None,
+    config_file: str | None,
+    settings: tuple[str, ...],
+    folds: int | None,
+    resume: bool,
+    no_report: bool,
+    runtime: Runtime,
+    **flags: Any,
+) -> None:
+    """Train a U-Net on pairs of images and masks.
+
+    A mask belongs to the image of the same relative path and stem, with or without _mask: a/car.jpg and a/car.png or
+    a/car_mask.gif. Names match exactly. Images without a mask, masks without an image and images with two masks are an
+    error that lists them. The defaults shown below are those without --recipe or --config.
+
+    \b
+    Example:
+      unet-ray train --images train --masks train_masks --out RUN --recipe carvana-fast --group-by '^[^_]+'
+      unet-ray train --config RUN/config.yaml --out AGAIN --seed 1
+
+    \b
+    Writes:
+      RUN/model/         the epoch with the best validation Dice: predict's MODEL
+      RUN/last/          the last finished epoch: what --resume goes on from
+      RUN/config.yaml    every setting: --config RUN/config.yaml repeats the run
+      RUN/split.csv      which images it trains and validates on
+      RUN/metrics.jsonl  one line for each epoch: losses, scores, counts, speed
+      RUN/tensorboard/   the same for TensorBoard
+      RUN/report.html    curves, scores, pictures
+
+    Mask values: what they mean is decided once, from a sample of the masks, and written into config.yaml and the model.
+    0 and one other value are background and foreground; with model.num_classes=K, the ids 0 to K-1. A value that is no
+    class is an error. Masks are resized by nearest neighbour only.
+
+    Workers: --batch-size is the number of images in a step over all workers together, and the batches of an epoch
+    depend on the seed and the epoch only. So one worker and several take the same steps, and their losses agree to
+    rounding. With AdamW the weights drift apart a little more: batch norm sees each CPU worker's part of the batch (on
+    GPUs it is synchronised). The same command gives the same figures.
+
+    Memory: resized images stay in the object store as uint8 when they fit, and are streamed in each epoch otherwise.
+    --cache also keeps them as Parquet, keyed by what the files contain and by every setting that affects a row; any
+    file of it may be deleted.
+
+    When something breaks: if a worker or a node is lost, training starts again from the last finished epoch, with the
+    same batches. If the command is stopped, give it again with --resume; it ends with the figures of a run that was
+    left alone. If the disk is full, the last checkpoint is whole: files appear under their names only when they are
+    complete.
+    """
+    if recipe and config_file:
+        raise UserError("--recipe and --config both say all settings: give one of them")
+    network: list[tuple[str, Any]] = []
+    if flags["init"] is not None:
+        from unet_ray.models.checkpoint import model_settings_of
+
+        network = model_settings_of(flags["init"])
+    config = load_train_config(
+        recipe=recipe,
+        config_file=_read_text(config_file, "--config") if config_file else None,
+        settings=[*network, *map(_setting, settings), *_flag_settings(flags)],
+    )
+    if folds is not None:
+        _cross_validate(config, out, folds, runtime, resume)
+        return
+    from unet_ray.training.run import train as run
+
+    with TrainingDisplay(config) as display:
+        result = run(config, out, runtime=runtime, resume=resume, callbacks=training_callbacks(config, display))
+    best = result.best
+    click.echo(f"best: epoch {best['epoch']}, validation Dice {best['val_dice']:.4f}")
+    print_places(model=storage.join(out, "model"), **written_report(out, no_report))
+    print_next(f"unet-ray evaluate {shlex.quote(out)}", f"unet-ray predict {shlex.quote(out)} FOLDER --out MASKS")
+
+
+def _cross_validate(config: TrainConfig, out: str, folds: int, runtime: Runtime, resume: bool) -> None:
+    from unet_ray.evaluation.cross_validation import cross_validate
+
+    with TrainingDisplay(config) as display, runtime.started():
+        summary = cross_validate(
+            config,
+            out,
+            folds,
+            runtime=runtime,
+            resume=resume,
+            callbacks=training_callbacks(config, display),
+            on_fold=display.tell,
+            on_scores=lambda fold, dice: display.tell(f"{fold}: Dice {dice:.4f} on the images held out"),
+        )
+    for label, name in (("Dice", "dice"), ("IoU", "iou"), ("pixel accuracy", "pixel_accuracy")):
+        mean, sd = summary.mean_and_sd(name)
+        click.echo(f"{label:<16} {mean:.4f} ± {sd:.4f} (mean and sd of {folds} folds)")
+
+
+def _setting(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise UserError(f"--set {text!r}: write KEY=VALUE, e.g. --set model.base_channels=32")
+    return name.strip(), value
+
+
+def _flag_settings(flags: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Returns the flags that were given as dotted settings."""
+    # Settings that are text are read as YAML, which would change `data #1` or `[a-z]+`. Quotes keep them as they are.
+    quoted = {flag: json.dumps(value) if isinstance(value, str) else value for flag, value in flags.items()}
+    return [(FLAGS[flag], value) for flag, value in quoted.items() if value is not None]
+
+
+def _read_text(location: str, flag: str) -> str:
+    try:
+        return storage.read_bytes(storage.absolute(location)).decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{flag} {location}: {getattr(error, 'strerror', None) or error}") from None

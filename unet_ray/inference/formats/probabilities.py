@@ -1,0 +1,30 @@
+"""`prob`: what the network is sure of, pixel by pixel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from unet_ray.data import pictures
+from unet_ray.inference.formats.base import ImageResult, OutputFormat
+
+FOLDER = "probabilities"
+
+
+class Probabilities(OutputFormat):
+    """`probabilities/…png`: 8-bit gray, 255 being certain; of one class the foreground's, else a file for each class
+    (`….0.png`, `….1.png`)."""
+
+    owned_names = (FOLDER,)
+    wants_probabilities = True
+
+    def write(self, result: ImageResult) -> dict[str, Any]:
+        assert result.image.probabilities is not None
+        for name, values in zip(self.files(result.output), result.image.probabilities, strict=True):
+            result.write_file(name, pictures.encode_gray(values))
+        return {}
+
+    def files(self, output: str) -> list[str]:
+        classes = self.card.model.num_classes
+        stem = output.rpartition(".")[0]
+        names = [output] if classes == 1 else [f"{stem}.{class_id}.png" for class_id in range(classes)]
+        return [f"{FOLDER}/{name}" for name in names]

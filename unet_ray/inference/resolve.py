@@ -1,0 +1,51 @@
+"""From a model directory and the options for its masks to the pipeline that makes them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from unet_ray.config import Cleanup, MaskOptions, UserError
+from unet_ray.data import storage
+from unet_ray.inference.pipeline import Pipeline, TilePipeline, WholeImagePipeline
+from unet_ray.inference.segmenter import check_ensemble
+from unet_ray.models import checkpoint
+from unet_ray.models.checkpoint import ModelCard
+
+
+def pipeline_of(model: str, options: MaskOptions) -> Pipeline:
+    """Returns the pipeline of a run or model directory. Raises UserError if there is none or the options don't fit."""
+    model = checkpoint.model_directory(storage.absolute(model))
+    card = checkpoint.read_card(model)
+    ensemble = tuple(checkpoint.model_directory(storage.absolute(other)) for other in options.ensemble)
+    check_ensemble([card, *map(checkpoint.read_card, ensemble)], [model, *ensemble])
+    options = dataclasses.replace(options, ensemble=ensemble)
+    _check_tile(card, options)
+    if options.tta and not card.flips:
+        raise UserError(f"--tta: {model} was trained without flips, so it does not know mirrored images")
+    text = checkpoint.read_cleanup(model, card) if options.cleanup is None else options.cleanup
+    pipeline = TilePipeline if options.tile else WholeImagePipeline
+    return pipeline(model, card, Cleanup.parse(text), text, options, _quantized(model, card, options))
+
+
+def _check_tile(card: ModelCard, options: MaskOptions) -> None:
+    """Raises UserError if the model can't be used with this --tile."""
+    if not options.tile:
+        return
+    card.model.check_size(options.tile, "--tile")
+    if options.tile < 2**card.model.depth:
+        raise UserError(f"--tile {options.tile}: at least {2**card.model.depth} for this model")
+    if options.tta and card.model.padding == "valid":
+        raise UserError("--tta with --tile is for networks with padding=same")
+
+
+def _quantized(model: str, card: ModelCard, options: MaskOptions) -> str | None:
+    """Returns the stem of the files of the network in int8, if it is to be used. Raises UserError if it can't be."""
+    accepted = checkpoint.read_choice(model, checkpoint.INT8, card)
+    if options.precision == "int8":
+        if options.ensemble:
+            raise UserError("--precision int8 is for one model: leave --ensemble out")
+        if accepted is None:
+            raise UserError(f"--precision int8: {model} has no network in int8: see `unet-ray quantize`")
+    if accepted is None or options.ensemble or options.precision not in ("auto", "int8"):
+        return None
+    return storage.join(model, accepted["network"])

@@ -1,0 +1,180 @@
+"""Writes down the images of the inputs, in shards, with the place of each one's mask: the first step of the ledger."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+
+import numpy as np
+import pyarrow as pa
+
+from unet_ray.data import storage
+from unet_ray.data.chunks import to_parquet
+from unet_ray.data.inputs import ImageFile
+from unet_ray.inference.chunk_size import RowCost, chunk_rows
+from unet_ray.inference.digests import DigestMap, digests_of
+from unet_ray.inference.ledger import SHARD_ROWS, Ledger
+
+INPUTS_SCHEMA = pa.schema(
+    # Names are bytes: a file system's need not be UTF-8.
+    [
+        ("path", pa.binary()),
+        ("name", pa.binary()),
+        ("output", pa.binary()),
+        ("size", pa.int64()),
+        ("mtime_ns", pa.int64()),
+        ("source", pa.binary()),
+        ("source_row", pa.int64()),
+    ]
+)
+
+
+def survey(
+    ledger: Ledger,
+    images: Iterable[ImageFile],
+    outputs_of: Callable[[ImageFile], Iterator[str]],
+    cost: RowCost,
+    on_listed: Callable[[int], None] = lambda _count: None,
+) -> int:
+    """Writes down the images that are not known yet, and the new size and time of those that have changed.
+
+    `outputs_of` proposes paths for an image's mask; the first that no other image has is taken. Returns how many
+    different images there are. Memory grows by about 60 bytes per image.
+    """
+    listing = _Listing(ledger, outputs_of, cost)
+    images = iter(images)
+    while batch := list(islice(images, SHARD_ROWS)):
+        listing.add(batch)
+        on_listed(listing.count)
+    listing.close()
+    return listing.count
+
+
+class _Listing:
+    """The images found so far, beside those that earlier runs wrote down."""
+
+    def __init__(self, ledger: Ledger, outputs_of: Callable[[ImageFile], Iterator[str]], cost: RowCost) -> None:
+        self.ledger, self.outputs_of = ledger, outputs_of
+        self.known, self.taken = DigestMap(), DigestMap()
+        """Paths of the images and of their masks -> row, counted over all shards."""
+        self._read_earlier()
+        self.rows = self.earlier = len(self.sizes)
+        self.seen = np.zeros(self.earlier, bool)
+        """Which of the earlier images this listing has."""
+        self.changed: dict[int, tuple[int, int]] = {}
+        """Row of an earlier image -> its new size and time."""
+        self.count = 0
+        """Different images in this listing."""
+        self.writer = _ShardWriter(ledger, len(ledger.shards()), cost)
+
+    def _read_earlier(self) -> None:
+        sizes, times, count = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], 0
+        for shard in self.ledger.shards():
+            table = self.ledger.inputs(shard, ["path", "output", "size", "mtime_ns"])
+            rows = np.arange(count, count + len(table))
+            self.known.add(digests_of(table["path"].to_pylist()), rows)
+            self.taken.add(digests_of(table["output"].to_pylist()), rows)
+            sizes.append(table["size"].to_numpy())
+            times.append(table["mtime_ns"].to_numpy())
+            count += len(table)
+        self.sizes, self.times = np.concatenate(sizes), np.concatenate(times)
+
+    def add(self, batch: list[ImageFile]) -> None:
+        digests = digests_of([os.fsencode(image.path) for image in batch])
+        new = self._new(batch, digests)
+        if not new:
+            return
+        images = [batch[place] for place in new]
+        outputs, output_digests = self._free_outputs(images)
+        for image, output in zip(images, outputs, strict=True):
+            self.writer.add(image, output)
+        self.known.add(digests[new], np.arange(self.rows, self.rows + len(new)))
+        self.taken.add(output_digests, np.zeros(len(new), np.int64))
+        self.rows += len(new)
+        self.count += len(new)
+
+    def _new(self, batch: list[ImageFile], digests: np.ndarray) -> list[int]:
+        """Returns the places in the batch of images that are in no shard yet; notes which others are there."""
+        new = []
+        in_batch: set[bytes] = set()
+        for place, row in enumerate(self.known.find(digests).tolist()):
+            digest = digests[place].tobytes()
+            if row >= self.earlier or digest in in_batch:
+                continue  # named twice in this listing
+            in_batch.add(digest)
+            if row >= 0:
+                self._note_earlier(row, batch[place])
+            else:
+                new.append(place)
+        return new
+
+    def _note_earlier(self, row: int, image: ImageFile) -> None:
+        self.count += not self.seen[row]
+        self.seen[row] = True
+        if (image.size, image.mtime_ns) != (self.sizes[row], self.times[row]):
+            self.changed[row] = (image.size, image.mtime_ns)
+
+    def _free_outputs(self, images: list[ImageFile]) -> tuple[list[bytes], np.ndarray]:
+        """Returns a path for each image's mask that no other has, and the digests of the paths."""
+        proposals = [self.outputs_of(image) for image in images]
+        outputs = [os.fsencode(next(proposal)) for proposal in proposals]
+        digests = digests_of(outputs).copy()
+        in_batch: set[bytes] = set()
+        for place, used in enumerate(self.taken.find(digests) >= 0):
+            while used or digests[place].tobytes() in in_batch:
+                outputs[place] = os.fsencode(next(proposals[place]))
+                digests[place] = digests_of([outputs[place]])[0]
+                used = self.taken.find(digests[place][None])[0] >= 0
+            in_batch.add(digests[place].tobytes())
+        return outputs, digests
+
+    def close(self) -> None:
+        self.writer.close()
+        _renew(self.ledger, self.changed)
+
+
+def _renew(ledger: Ledger, changed: dict[int, tuple[int, int]]) -> None:
+    """Writes the new sizes and times of images that have changed into their shards."""
+    if not changed:
+        return
+    first = 0
+    for shard in ledger.shards():
+        file = ledger.open_inputs(shard)
+        table = file.read()
+        mine = {row - first: new for row, new in changed.items() if first <= row < first + len(table)}
+        first += len(table)
+        if mine:
+            sizes, times = table["size"].to_numpy().copy(), table["mtime_ns"].to_numpy().copy()
+            for row, (size, mtime_ns) in mine.items():
+                sizes[row], times[row] = size, mtime_ns
+            table = table.set_column(3, "size", pa.array(sizes)).set_column(4, "mtime_ns", pa.array(times))
+            _write_inputs(ledger, shard, table, file.metadata.row_group(0).num_rows)
+
+
+def _write_inputs(ledger: Ledger, shard: int, table: pa.Table, rows_per_chunk: int) -> None:
+    """Writes the inputs of a shard; a row group is a chunk."""
+    storage.write_bytes(ledger.inputs_file(shard), to_parquet(table, row_group_size=rows_per_chunk))
+
+
+class _ShardWriter:
+    """Collects inputs and writes them, a shard at a time."""
+
+    def __init__(self, ledger: Ledger, shard: int, cost: RowCost) -> None:
+        self.ledger, self.shard, self.cost = ledger, shard, cost
+        self.rows: list[tuple] = []
+
+    def add(self, image: ImageFile, output: bytes) -> None:
+        names = (os.fsencode(image.path), os.fsencode(image.name), output)
+        self.rows.append((*names, image.size, image.mtime_ns, os.fsencode(image.source), image.row))
+        if len(self.rows) == SHARD_ROWS:
+            self.close()
+
+    def close(self) -> None:
+        if not self.rows:
+            return
+        columns = zip(*self.rows, strict=True)
+        table = pa.table([pa.array(c, f.type) for c, f in zip(columns, INPUTS_SCHEMA, strict=True)], INPUTS_SCHEMA)
+        _write_inputs(self.ledger, self.shard, table, chunk_rows(len(table), self.cost))
+        self.shard += 1
+        self.rows = []

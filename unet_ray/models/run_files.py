@@ -1,0 +1,10 @@
+"""The names of the files in a run directory (`unet-ray train --out`); data.splits names split.csv."""
+
+CONFIG = "config.yaml"
+"""All settings of the run; it runs again as `--config`."""
+METRICS = "metrics.jsonl"
+"""One line for each epoch."""
+MODEL = "model"
+"""The model directory of the best epoch."""
+LAST = "last"
+"""The state after the last finished epoch, from which `--resume` continues."""

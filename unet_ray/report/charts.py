@@ -1,0 +1,115 @@
+"""Charts as SVG inside the page: text and axes have the page's own colour, the background is transparent."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from unet_ray.report.sections import Chart
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+INK = "#010203"
+"""What matplotlib draws text and axes in; `currentColor` takes its place."""
+TRAINED, VALIDATED, SECOND = "#d9822b", "#2f80d0", "#8a63d2"
+STYLE: dict[str, Any] = {
+    "svg.fonttype": "none",
+    "font.size": 9,
+    "text.color": INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+
+
+def svg(name: str, draw: Callable[[Axes], None], xlabel: str) -> str:
+    """Returns a chart as SVG. `name` makes its ids unique in the page; `draw` draws on the axes.
+
+    The same drawing gives the same text.
+    """
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    settings: Any = {**STYLE, "svg.hashsalt": name}
+    with rc_context(settings):
+        figure = Figure(figsize=(4.6, 2.6), layout="constrained")
+        FigureCanvasSVG(figure)
+        axes = figure.add_subplot()
+        draw(axes)
+        axes.set_xlabel(xlabel)
+        axes.grid(True, color="#888888", alpha=0.25, linewidth=0.6)
+        if xlabel == "epoch":
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        stream = io.StringIO()
+        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
+    text = stream.getvalue()
+    text = text[text.index("<svg") :].replace(INK, "currentColor")
+    return re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{name}-", text)
+
+
+def curves(history: Sequence[dict[str, Any]], best_epoch: int) -> list[Chart]:
+    """Returns loss, validation scores and learning rate over the epochs; `history`: lines of metrics.jsonl."""
+    epochs = [line["epoch"] for line in history]
+
+    def plot(axes: Axes, column: str, color: str, label: str | None = None) -> None:
+        axes.plot(epochs, [line[column] for line in history], ".-", color=color, label=label)
+
+    def loss(axes: Axes) -> None:
+        plot(axes, "train_loss", TRAINED, "training")
+        plot(axes, "val_loss", VALIDATED, "validation")
+        axes.legend(frameon=False)
+
+    def dice(axes: Axes) -> None:
+        plot(axes, "val_dice", VALIDATED, "Dice")
+        plot(axes, "val_iou", SECOND, "IoU")
+        axes.axvline(best_epoch, color=INK, linewidth=0.8, linestyle=":")
+        axes.legend(frameon=False, loc="lower right")
+
+    def learning_rate(axes: Axes) -> None:
+        plot(axes, "learning_rate", TRAINED)
+        axes.set_ylim(bottom=0)
+
+    return [
+        Chart(svg("loss", loss, "epoch"), "Loss."),
+        Chart(svg("dice", dice, "epoch"), f"Validation scores at the network's size; best at epoch {best_epoch}."),
+        Chart(svg("rate", learning_rate, "epoch"), "Learning rate at the end of each epoch."),
+    ]
+
+
+def dice_histogram(dice: np.ndarray) -> Chart:
+    """Returns the images by their Dice."""
+
+    def histogram(axes: Axes) -> None:
+        from matplotlib.ticker import MaxNLocator
+
+        low = np.floor(min(dice.min(), 0.95) * 20) / 20
+        axes.hist(dice, bins=np.linspace(low, 1, 25).tolist(), color=VALIDATED)
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+
+    return Chart(svg("histogram", histogram, "Dice"), "Images by their Dice.")
+
+
+def mask_histograms(foreground: np.ndarray, confidence: np.ndarray) -> list[Chart]:
+    """Returns the images by share of foreground (0 to 1) and by mean confidence."""
+
+    def areas(axes: Axes) -> None:
+        axes.hist(100 * foreground, bins=np.linspace(0, 100, 41).tolist(), color=VALIDATED)
+
+    def confidences(axes: Axes) -> None:
+        low = min(0.95, float(confidence.min()))
+        axes.hist(confidence, bins=np.linspace(low, 1, 41).tolist(), color=VALIDATED)
+
+    return [
+        Chart(svg("areas", areas, "% of the pixels"), "Images by how much of them is not background."),
+        Chart(svg("sure", confidences, "confidence"), "Images by their mean confidence."),
+    ]

@@ -1,0 +1,66 @@
+"""The pictures on the page of a prediction: each image with its mask drawn in."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from unet_ray.config import MAX_PIXELS, UserError
+from unet_ray.data import imaging, pictures, storage
+from unet_ray.data.imaging import ImageError
+from unet_ray.inference.reader import Reader
+from unet_ray.report.pictures import SIDE, data_uri
+from unet_ray.report.sections import short
+
+
+@dataclass(frozen=True, slots=True)
+class PredictionPictures:
+    """Draws masks into their pictures; reads masks from PNG files or from masks.parquet, whichever there is."""
+
+    out: str
+    classes: int
+    """2 or more: background counts."""
+
+    def draw(self, rows: Iterable[dict[str, Any]]) -> Iterator[tuple[str, str]]:
+        """Yields (data URI, caption) for the manifest's rows whose mask can be read."""
+        for row in rows:
+            ids = self._mask(row)
+            if ids is None:
+                continue
+            share = 1 - row["pixels"][0] / max(1, sum(row["pixels"]))
+            caption = f"{short(row['path'])}: confidence {row['confidence']:.3f}, {share:.1%} foreground"
+            num_classes = 1 if self.classes == 2 else self.classes
+            yield data_uri(pictures.overlay(self._picture(row), ids, num_classes)), caption
+
+    def _mask(self, row: dict[str, Any]) -> np.ndarray | None:
+        try:
+            if row["output"]:
+                return imaging.stored_values(storage.read_bytes(storage.join(self.out, *row["output"].split("/"))))
+            data = _from_parquet(storage.join(self.out, "masks.parquet"), row["path"])
+            return None if data is None else imaging.stored_values(data)
+        except (OSError, ImageError):
+            return None
+
+    def _picture(self, row: dict[str, Any]) -> np.ndarray:
+        """Returns the picture, or gray where it can't be read: moved, inside a Parquet file, or of many channels."""
+        size_hw = row["height"], row["width"]
+        try:
+            data = storage.read_bytes(os.fsdecode(row["location"]))
+            return Reader(3, None, 2 * MAX_PIXELS).picture(data, size_hw, SIDE)
+        except (OSError, ImageError, UserError):
+            return np.full((*imaging.fitted(size_hw, SIDE), 3), 128, np.uint8)
+
+
+def _from_parquet(folder: str, path: str) -> bytes | None:
+    """Returns the mask, PNG bytes, that masks.parquet holds for an image."""
+    import pyarrow.parquet as pq
+
+    if not storage.exists(folder):
+        return None
+    filesystem, inner = storage.resolve(folder)
+    found = pq.read_table(inner, filesystem=filesystem, columns=["mask"], filters=[("path", "=", path)])
+    return found["mask"][0].as_py() if len(found) else None

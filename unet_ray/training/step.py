@@ -1,0 +1,120 @@
+"""One training step: what is trained, the gradients of a micro-batch, the update of the weights.
+
+Legend: N images, C channels, H, W pixels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+
+from unet_ray.config import TrainConfig
+from unet_ray.data.rows import Batch
+from unet_ray.models import SegmentationModel, build, checkpoint
+from unet_ray.models.device import autocast, check_precision
+from unet_ray.models.tiles import mirror_margin
+from unet_ray.training import losses
+from unet_ray.training.augment import augment
+from unet_ray.training.crops import random_tiles
+from unet_ray.training.optimizers import average_of, build_optimizer
+
+
+@dataclass(slots=True)
+class Training:
+    """What is trained, and with what."""
+
+    network: SegmentationModel
+    model: nn.Module
+    """The network itself, or DistributedDataParallel around it."""
+    forward: Callable[[Tensor], Tensor]
+    """`model`, perhaps compiled."""
+    optimizer: torch.optim.Optimizer
+    loss: losses.Loss
+    scaler: torch.amp.GradScaler
+    """Changes something with fp16 only."""
+    ema: AveragedModel | None
+    config: TrainConfig
+    device: torch.device
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """The network and, where there is one, its average; in the same order on every rank."""
+        return [self.network] if self.ema is None else [self.network, self.ema.module]
+
+    @property
+    def scored(self) -> nn.Module:
+        """The network that is validated and saved."""
+        return self.networks[-1]
+
+    def inputs(self, arrays: Batch, epoch: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The augmented batch on the device: image uint8 [N,C,H,W] as the network takes it, mask and border [N,H,W]."""
+        data, model, seed = self.config.data, self.config.model, self.config.train.seed
+        tensors = {
+            name: torch.from_numpy(values).to(self.device, non_blocking=True)
+            for name, values in arrays.items()
+            if name != "index"
+        }
+        tensors = augment(tensors, arrays["index"], config=self.config.augment, seed=seed, epoch=epoch)
+        if data.tile:
+            tensors = random_tiles(tensors, arrays["index"], data.tile, margin=model.margin, seed=seed, epoch=epoch)
+        image = tensors["image"].permute(0, 3, 1, 2)
+        return image if data.tile else mirror_margin(image, model.margin), tensors["mask"], tensors.get("border")
+
+    def backward(self, arrays: Batch, weight: float, *, epoch: int, ends_step: bool = True) -> Tensor:
+        """Adds the gradients of a micro-batch to those of the step; returns its mean loss times `weight`."""
+        image, mask, border = self.inputs(arrays, epoch)
+        # Ranks exchange gradients once per step, with those of its last micro-batch.
+        local = isinstance(self.model, DistributedDataParallel) and not ends_step
+        with self.model.no_sync() if local else contextlib.nullcontext():  # type: ignore[operator]
+            with autocast(self.device, self.config.train.precision):
+                logits = self.forward(image)
+            loss = self.loss(logits, mask, border).mean() * weight
+            self.scaler.scale(loss).backward()
+        return loss.detach()
+
+    def update(self) -> None:
+        """Changes the weights by the step's gradients, and clears these."""
+        if self.config.train.clip_norm:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.config.train.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.update_parameters(self.network)
+
+
+def prepare(config: TrainConfig, device: torch.device, *, resumes: bool = False) -> Training:
+    """A fresh training: network, optimizer and the rest, for this process alone.
+
+    `resumes`: weights are loaded later, so those of `train.init` and those that libraries download are not needed.
+    """
+    settings = config.train
+    check_precision(settings.precision, device.type)
+    torch.manual_seed(settings.seed)
+    weights_follow = resumes or settings.init is not None
+    network = build(dataclasses.replace(config.model, pretrained=False) if weights_follow else config.model)
+    if settings.init is not None and not resumes:
+        checkpoint.start_from(settings.init, network)
+    network = network.to(device)
+    network.checkpoint_activations = settings.checkpoint_activations
+    if settings.channels_last:
+        network = network.to(memory_format=torch.channels_last)
+    return Training(
+        network=network,
+        model=network,
+        forward=network,
+        optimizer=build_optimizer(settings, network),
+        loss=losses.build(settings, config.model.num_classes),
+        scaler=torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16"),
+        ema=average_of(network, settings.ema) if settings.ema else None,
+        config=config,
+        device=device,
+    )
