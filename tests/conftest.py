@@ -44,7 +44,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def disc(size: int, centre: tuple[float, float], radius: float) -> np.ndarray:
-    """Class ids, uint8 [size,size]: 1 inside the disc."""
+    """Returns class ids, uint8 [size,size]: 1 inside the disc, 0 outside."""
     y, x = np.mgrid[:size, :size]
     return ((y - centre[0]) ** 2 + (x - centre[1]) ** 2 <= radius**2).astype(np.uint8)
 
@@ -94,7 +94,7 @@ SLOW = [
     ("train.epochs", 24),
     ("data.val_fraction", 0.33),
 ]
-"""Settings of a training whose epochs take some tenths of a second, so that it can be caught at work."""
+"""Settings of a training that a test can interrupt: its epochs take some tenths of a second."""
 
 
 def flags(settings: Iterable[tuple[str, object]]) -> list[str]:
@@ -110,12 +110,12 @@ RUN_FILES = [
     "model/model.safetensors",
     "split.csv",
 ]
-"""What a run directory holds, but for TensorBoard's files."""
+"""Files of a run directory, without TensorBoard's."""
 
 
 @pytest.fixture(scope="session")
 def ray_cluster():
-    """One Ray with 4 CPUs for all tests that need one (started where the first of them runs, ended at the end)."""
+    """One Ray with 4 CPUs for all tests that need one. It starts with the first of them and ends with the session."""
     import ray
 
     with tempfile.TemporaryDirectory(prefix="ur-", ignore_cleanup_errors=True) as temporary:
@@ -180,7 +180,7 @@ class Machines:
         self.temporary.cleanup()
 
     def _choose_address(self) -> None:
-        """Of a head that is started next."""
+        """Chooses ports and an address for the next head."""
         self.port, self.dashboard_port = free_port(), free_port()
         self.address = f"127.0.0.{2 + self.started}:{self.port}"
         self.dashboard = f"http://127.0.0.1:{self.dashboard_port}"
@@ -263,11 +263,11 @@ class Machines:
             self.kill(machine)
 
     def working(self, kind: str) -> dict[psutil.Process, list[psutil.Process]]:
-        """Returns machine -> its processes at such work, of those that have any; the head is left out."""
+        """Returns node -> its processes whose name has `kind` in it. The head and nodes without any are left out."""
         return {machine: found for machine in self.running[1:] if (found := processes_at_work(machine, kind))}
 
     def command(self, *arguments: object) -> subprocess.Popen[str]:
-        """Starts `unet-ray` with these arguments on this cluster; stdout has stderr too."""
+        """Starts `unet-ray` on this cluster. Its stdout includes stderr."""
         return subprocess.Popen(
             [sys.executable, "-m", "unet_ray", *map(str, arguments)],
             env=environment(RAY_ADDRESS=self.address),
@@ -340,7 +340,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make_model(folder: Path, *settings: tuple[str, object], seed: int = 0) -> Path:
-    """A model directory of a small network with random weights."""
+    """Writes a model directory of a small network with random weights."""
     import torch
 
     from unet_ray.models import build, checkpoint
@@ -355,7 +355,7 @@ def make_model(folder: Path, *settings: tuple[str, object], seed: int = 0) -> Pa
 
 
 def epochs_done(run: Path) -> int:
-    """Of a training, as its last checkpoint says."""
+    """Returns how many epochs a training has finished, according to its last checkpoint."""
     from unet_ray.models import training_state
 
     state = training_state.read_state(str(run / "last"))
@@ -363,22 +363,22 @@ def epochs_done(run: Path) -> int:
 
 
 def recorded(out: Path) -> dict[Path, int]:
-    """Each mask that a prediction's ledger says is done -> when it was written."""
+    """Returns mask -> modification time, ns, for each mask that a prediction's ledger calls done."""
     import pyarrow.parquet as pq
 
     found = {}
     for folder in (out / "manifest.parquet", out / ".work/done"):
-        for part in folder.rglob("[!.]*.parquet"):
+        for shard in folder.rglob("[!.]*.parquet"):
             try:
-                outputs = pq.read_table(part, columns=["output"])["output"].to_pylist()
-            except FileNotFoundError:  # made a part of the manifest meanwhile
+                outputs = pq.read_table(shard, columns=["output"])["output"].to_pylist()
+            except FileNotFoundError:  # merged into the manifest meanwhile
                 continue
             found |= {out / name: (out / name).stat().st_mtime_ns for name in outputs if name}
     return found
 
 
 def make_photos(folder: Path, count: int, *, seed: int = 0) -> Path:
-    """Smooth noise of many sizes, JPEG and PNG by turns, in three subfolders."""
+    """Writes smooth noise of many sizes, JPEG and PNG by turns, in three subfolders."""
     generator = np.random.default_rng(seed)
     for number in range(count):
         below = folder / f"sub {number % 3}"
@@ -390,7 +390,7 @@ def make_photos(folder: Path, count: int, *, seed: int = 0) -> Path:
 
 
 def make_bad(folder: Path) -> dict[Path, str]:
-    """Ten kinds of files that are no usable RGB image -> what must be said of each."""
+    """Writes ten files that are no usable RGB image. Returns file -> what its error must contain."""
     folder.mkdir(parents=True, exist_ok=True)
     picture = Image.fromarray(np.random.default_rng(1).integers(0, 255, (64, 64, 3)).astype(np.uint8))
     for kind in ("jpg", "png", "gif", "tif"):

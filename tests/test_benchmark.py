@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import TINY, make_discs, make_model
+from conftest import TINY, flags, make_discs, make_model
 
 BENCHMARK = Path(__file__).resolve().parents[1] / "jobs" / "benchmark.py"
 
@@ -18,7 +18,7 @@ def test_it_decodes_predicts_and_trains_in_every_way_there_is(tmp_path):
     command = [sys.executable, str(BENCHMARK), "--images", str(images), "--masks", str(masks), "--model", str(model)]
     sections = ["--section", "decode", "--section", "model", "--section", "train", "--rounds", "1", "--device", "cpu"]
     sections += ["--price", "spot=0.36"]
-    sections += [part for name, value in (*TINY, ("train.batch_size", 2)) for part in ("--set", f"{name}={value}")]
+    sections += flags([*TINY, ("train.batch_size", 2)])
     ran = subprocess.run(
         [*command, *sections, "--json", str(tmp_path / "lines.json")],
         # Compiling takes a minute here and proves nothing more: test_backends.py and the tests of training do it.

@@ -1,4 +1,4 @@
-"""Rows from the cache are the rows of the files; what is there is not decoded again."""
+"""Rows from the cache equal rows from the files, and are not decoded again."""
 
 import shutil
 from pathlib import Path
@@ -20,11 +20,11 @@ def decoder_of(*settings: tuple[str, object]) -> Decoder:
     return Decoder.of(load_train_config(settings=[*SETTINGS, *settings]))
 
 
-def here(write: cache.Write, parts: list[cache.Pairs]):
-    """Runs the parts, counting their pairs."""
-    for part in parts:
-        here.pairs += len(part)
-        write(part)
+def here(write: cache.Write, files: list[cache.Pairs]):
+    """Writes the files in this thread and counts their pairs."""
+    for pairs in files:
+        here.pairs += len(pairs)
+        write(pairs)
         yield
 
 
@@ -35,7 +35,7 @@ def _count_anew():
 
 @pytest.mark.parametrize("border", [0, 10])
 def test_rows_of_the_cache_are_the_rows_of_the_files(tmp_path, discs, border, monkeypatch):
-    monkeypatch.setattr(cache, "FILE_BYTES", 5 * 24 * 24 * 4)  # parts of 5
+    monkeypatch.setattr(cache, "FILE_BYTES", 5 * 24 * 24 * 4)  # files of 5
     pairs, decoder = find_pairs(*map(str, discs)), decoder_of(("train.border_weight", border))
     cached = cache.filled(pairs, decoder, str(tmp_path / "cache"), here)
     assert here.pairs == len(cached.places) == 12
@@ -53,7 +53,7 @@ def test_rows_of_the_cache_are_the_rows_of_the_files(tmp_path, discs, border, mo
                 assert np.array_equal(found[name], values), name
 
 
-def test_only_what_is_new_is_decoded(tmp_path, discs):
+def test_only_new_pairs_are_decoded(tmp_path, discs):
     images, masks = discs
     folder = str(tmp_path / "cache")
 
@@ -81,8 +81,8 @@ def test_only_what_is_new_is_decoded(tmp_path, discs):
     assert here.pairs == 12
 
 
-def test_a_damaged_or_deleted_part_is_decoded_again(tmp_path, discs, monkeypatch):
-    monkeypatch.setattr(cache, "FILE_BYTES", 6 * 24 * 24 * 4)  # two parts
+def test_a_damaged_or_deleted_cache_file_is_decoded_again(tmp_path, discs, monkeypatch):
+    monkeypatch.setattr(cache, "FILE_BYTES", 6 * 24 * 24 * 4)  # two files
     pairs, folder = find_pairs(*map(str, discs)), tmp_path / "cache"
     cached = cache.filled(pairs, decoder_of(), str(folder), here)
     expected = [decoder_of()(pair.image, pair.mask) for pair in pairs]

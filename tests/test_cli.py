@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
-from conftest import TINY, make_discs
+from conftest import TINY, flags, make_discs
 from PIL import Image
 
 from unet_ray.cli import main
@@ -20,7 +20,7 @@ from unet_ray.evaluation.choose_cleanup import CLEANUPS
 from unet_ray.models import training_state
 from unet_ray.settings import load_train_config, recipe_names, recipe_text
 
-QUICK = [argument for name, value in TINY for argument in ("--set", f"{name}={value}")]
+QUICK = flags(TINY)
 
 
 def run(*arguments: object, code: int = 0):
@@ -437,6 +437,6 @@ def test_every_recipe_prints_names_its_source_and_trains(discs, tmp_path, name):
         small["data.tile"] = next(s for s in range(40, 96) if ModelConfig(padding="valid", depth=2).fits(s))
     if config.data.group_by:
         small["data.group_by"] = "^[^_]+"
-    settings = [part for key, value in small.items() for part in ("--set", f"{key}={value}")]
+    settings = flags(small.items())
     output = train(discs, tmp_path / "r", "--config", tmp_path / "c.yaml", settings=settings).output
     assert "best: epoch 1" in output

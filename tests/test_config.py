@@ -31,10 +31,11 @@ def test_later_settings_win_over_the_recipe():
 def test_every_recipe_is_valid_and_has_a_summary_and_a_source(name):
     text = recipe_text(name)
     assert text.startswith("# ")
+    assert "\n# Source: " in text
     assert isinstance(load_train_config(recipe=name), TrainConfig)
 
 
-def test_the_guides_recipe_is_the_guides():
+def test_the_carvana_recipe_has_the_settings_of_the_guide():
     config = load_train_config(recipe="carvana")
     assert (config.model.base_channels, config.model.depth, config.model.norm) == (64, 4, "none")
     assert (config.data.image_size, config.data.val_fraction, config.data.group_by) == (512, 0.2, None)
@@ -50,6 +51,10 @@ def test_the_guides_recipe_is_the_guides():
         ([("train.image_size", "8")], "did you mean 'data.image_size'?"),
         ([("train.epochs", "many")], "setting train.epochs is 'many': int is needed"),
         ([("train.epochs", "0")], "train.epochs is 0: must be 1 or more"),
+        (
+            [("model.name", "unett")],
+            "model.name is 'unett': one of unet, attention_unet, unet++, fcn, deeplabv3, smp, otsu",
+        ),
         ([("model.norm", "layer")], "model.norm is 'layer': one of none, batch, group, instance"),
         ([("train.loss", "bce+dise")], "'dise' is not a loss: did you mean 'dice'?"),
         ([("train.loss", "ce")], "needs model.num_classes of 2 or more"),

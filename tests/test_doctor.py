@@ -1,4 +1,4 @@
-"""Every trouble planted alone in a small data set, and the clean sets that must pass."""
+"""Problems planted one at a time in a small data set, and clean sets without findings."""
 
 import json
 import shlex
@@ -358,7 +358,7 @@ PLANTED = [
 
 
 @pytest.mark.parametrize(("plant", "code", "name"), PLANTED, ids=lambda value: getattr(value, "__name__", None))
-def test_a_trouble_planted_alone_is_all_that_is_found(discs, plant, code, name):
+def test_a_single_planted_problem_is_the_only_finding(discs, plant, code, name):
     images, masks = discs
     plant(images, masks)
     report = examine(images, masks)
@@ -381,7 +381,7 @@ def test_a_clean_set_has_neither_errors_nor_warnings(discs):
     assert shares[255] == pytest.approx(exact) and sum(shares.values()) == pytest.approx(1)
 
 
-def test_the_rule_for_wrong_names_is_said(discs):
+def test_the_remedy_gives_the_rule_for_wrong_names(discs):
     images, masks = discs
     wrong_suffix(images, masks)
     report = examine(images, masks)
@@ -398,7 +398,7 @@ def test_names_that_have_only_a_number_in_common_are_matched_by_it(tmp_path):
     assert set(troubles(report)) == {"masks-named-otherwise"} and report.pairs == 9
 
 
-def test_swapped_folders_are_said_and_examined_the_right_way_round(discs, tmp_path):
+def test_swapped_folders_are_reported_and_examined_the_right_way_round(discs, tmp_path):
     images, masks = discs
     report = examine(masks, images)
     assert set(troubles(report)) == {"folders-swapped"}
@@ -442,7 +442,7 @@ def test_a_folder_without_images_and_one_that_is_not_there(discs, tmp_path):
 
 
 @pytest.mark.parametrize(("count", "level"), [(1, "error"), (4, "note"), (10, None)])
-def test_few_pairs_are_said(tmp_path, count, level):
+def test_few_pairs_are_reported(tmp_path, count, level):
     report = examine(*make_discs(tmp_path / "d", count))
     few = [finding.level for finding in report.findings if finding.code in ("few-pairs", "too-few-pairs")]
     assert few == ([] if level is None else [level])
@@ -521,7 +521,7 @@ def large_range(images, masks):
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
-def test_what_is_handled_is_a_note(discs, plant, codes):
+def test_what_needs_no_action_is_a_note(discs, plant, codes):
     plant(*discs)
     report = examine(*discs)
     assert not troubles(report)
@@ -592,7 +592,7 @@ def many_channels(images, masks):
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
-def test_the_suggested_command_trains_what_was_seen(discs, plant, recipe, expected):
+def test_the_suggested_command_fits_the_data(discs, plant, recipe, expected):
     from unet_ray.data.masks import infer_values
     from unet_ray.data.rows import Decoder
 

@@ -1,4 +1,4 @@
-"""The real sets are clean, and every trouble planted alone in a copy of one is all that is found."""
+"""The real sets are clean, and a single problem planted in a copy of one is the only finding."""
 
 import shutil
 from collections.abc import Callable
@@ -262,7 +262,7 @@ PLANTED: list[tuple[str, Plant, str]] = [
 
 
 @pytest.mark.parametrize(("name", "plant", "code"), PLANTED, ids=lambda value: getattr(value, "__name__", None))
-def test_a_trouble_planted_in_a_copy_is_all_that_is_found(real_data, tmp_path, name, plant, code):
+def test_a_problem_planted_in_a_copy_is_the_only_finding(real_data, tmp_path, name, plant, code):
     images, masks = copied(name, tmp_path)
     file = plant(images, masks)
     found = troubles(examine(images, masks))

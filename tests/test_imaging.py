@@ -1,4 +1,4 @@
-"""Decoding and resizing: formats, modes, orientation, masks that keep their values."""
+"""Decoding and resizing: formats, modes, orientation; masks keep their values."""
 
 import io
 
@@ -62,7 +62,7 @@ def test_modes_are_converted(image, format, expected):
     assert np.array_equal(decode_image(encoded(image, format), 3, None)[0], expected)
 
 
-def test_channels_are_as_asked():
+def test_images_have_the_requested_number_of_channels():
     for channels in (1, 2, 3, 4):
         assert decode_image(encoded(RGB, "PNG"), channels, (4, 6))[0].shape == (4, 6, channels)
 
@@ -103,12 +103,12 @@ def test_a_large_jpeg_is_decoded_small_and_looks_the_same():
     ],
     ids=["empty", "text", "jpeg", "png", "float"],
 )
-def test_what_cannot_be_read_says_why(data, reason):
+def test_an_unreadable_file_says_why(data, reason):
     with pytest.raises(ImageError, match=reason):
         decode_image(data, 3, (8, 8))
 
 
-def test_a_resized_mask_has_no_value_that_the_file_did_not():
+def test_a_resized_mask_has_no_new_values():
     for size in (5, 13, 64):
         mask, own = decode_mask(encoded(disc(32, (16, 16), 9) * np.uint8(255), "PNG"), BINARY, (size, size))
         assert own == (32, 32)
@@ -137,7 +137,7 @@ def test_a_gifs_palette_indices_are_the_values_whatever_their_colours():
     assert set(np.unique(stored_values(encoded(image, "GIF")))) == {0, 1}
 
 
-def test_255_is_ignored_only_when_asked():
+def test_255_is_ignored_only_if_ignore_index_says_so():
     values = np.array([[0, 1], [2, 255]], np.uint8)
     config = DataConfig(mask_values=(0, 1, 2), ignore_index=255)
     assert decode_mask(encoded(values, "PNG"), config, None)[0].tolist() == [[0, 1], [2, IGNORE]]
@@ -176,7 +176,7 @@ def test_of_several_classes_the_highest_wins_after_interpolation():
 
 @pytest.mark.parametrize("size", [(640, 959), (3, 5), (1, 1), (300, 3), (64, 64), (700, 900)])
 @pytest.mark.parametrize("mode", ["L", "RGB"])
-def test_resizing_is_pillows_but_for_rounding(size, mode):
+def test_resizing_equals_pillows_except_for_rounding(size, mode):
     shape = (*size, 3) if mode == "RGB" else size
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, shape).astype(np.uint8))
     expected = np.asarray(image.resize((64, 64), Image.Resampling.BILINEAR, reducing_gap=2.0))

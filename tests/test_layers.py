@@ -53,7 +53,7 @@ def imports(package: Path) -> dict[str, set[str]]:
 
 
 def folder(module: str) -> str:
-    """Returns the part that stands in ORDER."""
+    """Returns the folder or file of the package, as ORDER names it."""
     return module.split(".")[0]
 
 

@@ -1,17 +1,11 @@
-"""Mask values read from a sample; masks as PNG."""
-
-import io
+"""Class values, class weights, border maps, clean-up and pixel counts of masks."""
 
 import numpy as np
 import pytest
 from PIL import Image
-from pycocotools import mask as coco_mask
 
 from unet_ray.config import Cleanup, DataConfig, UserError
-from unet_ray.data.imaging import stored_values
 from unet_ray.data.masks import border_map, clean, infer_values, inverse_frequencies, pixel_counts
-from unet_ray.data.pictures import encode_png, overlay
-from unet_ray.data.run_lengths import box, coco_runs, row_runs
 
 
 def stored(folder, *arrays):
@@ -37,7 +31,7 @@ def test_values_become_classes_by_a_rule_for_the_whole_set(tmp_path, values, cla
     assert infer_values(stored(tmp_path, values, [[0, 0]]), classes, DataConfig()) == expected
 
 
-def test_the_ignored_value_is_no_class(tmp_path):
+def test_the_ignored_value_is_not_a_class(tmp_path):
     assert infer_values(stored(tmp_path, [[0, 1, 255]]), 1, DataConfig(ignore_index=255)) == (0, 1)
 
 
@@ -45,21 +39,6 @@ def test_the_ignored_value_is_no_class(tmp_path):
 def test_values_that_fit_no_rule_are_listed_with_the_remedy(tmp_path, values):
     with pytest.raises(UserError, match=r"--set data.mask_values='\[0, 255\]'"):
         infer_values(stored(tmp_path, values), 1, DataConfig())
-
-
-def test_a_binary_mask_is_a_one_bit_png():
-    mask = np.random.default_rng(0).integers(0, 2, (13, 21)).astype(np.uint8)
-    with Image.open(io.BytesIO(encode_png(mask, 1))) as image:
-        assert image.mode == "1"
-        assert np.array_equal(np.asarray(image), mask.astype(bool))
-
-
-def test_a_mask_of_classes_is_a_palette_png_whose_indices_are_the_ids():
-    mask = np.random.default_rng(0).integers(0, 12, (13, 21)).astype(np.uint8)
-    with Image.open(io.BytesIO(encode_png(mask, 12))) as image:
-        assert image.mode == "P"
-        assert np.array_equal(np.asarray(image), mask)
-        assert len({image.convert("RGB").getpixel((int(x), int(y))) for y, x in np.argwhere(mask >= 0)}) == 12
 
 
 def test_the_border_map_by_hand():
@@ -74,7 +53,7 @@ def test_the_border_map_by_hand():
     assert not border_map(np.where(np.arange(11) < 4, mask, 0).astype(np.uint8), sigma=5).any()  # one object: no gap
 
 
-def test_the_border_map_is_that_of_distances_to_every_object():
+def test_the_border_map_equals_that_from_distances_to_every_object():
     """Against the plain way: a distance transform of the whole image for each object."""
     from scipy import ndimage
 
@@ -100,47 +79,6 @@ def test_inverse_frequencies_by_hand(tmp_path):
     )
     with pytest.raises(UserError, match="class 2 does not occur in a sample of 2 masks"):
         inverse_frequencies(paths, DataConfig(mask_values=(0, 255, 7)))
-
-
-def random_masks():
-    generator = np.random.default_rng(0)
-    for number in range(60):
-        height, width = generator.integers(1, 60, 2)
-        mask = (generator.random((height, width)) < generator.choice([0, 0.02, 0.5, 0.98, 1])).astype(np.uint8)
-        # Long runs, too: their differences take several characters.
-        yield np.repeat(np.repeat(mask, generator.integers(1, 30), 0), 40, 1) if number % 3 == 0 else mask
-
-
-def decoded_rows(text: str, shape: tuple[int, int]) -> np.ndarray:
-    flat = np.zeros(shape[0] * shape[1], np.uint8)
-    numbers = [int(word) for word in text.split()]
-    for start, length in zip(numbers[::2], numbers[1::2], strict=True):
-        assert start >= 1 and length >= 1
-        flat[start - 1 : start - 1 + length] = 1
-    return flat.reshape(shape)
-
-
-def test_run_lengths_of_kaggle_are_decoded_to_the_mask():
-    for mask in random_masks():
-        assert (decoded_rows(row_runs(mask), mask.shape) == mask).all()
-    assert row_runs(np.zeros((2, 3), np.uint8)) == ""
-    assert row_runs(np.ones((2, 3), np.uint8)) == "1 6"
-    assert row_runs(np.array([[0, 1, 1], [1, 0, 1]], np.uint8)) == "2 3 6 1"
-
-
-def test_run_lengths_of_coco_are_those_of_pycocotools():
-    for mask in random_masks():
-        theirs = coco_mask.encode(np.asfortranarray(mask))
-        assert coco_runs(mask) == theirs["counts"].decode()
-        if mask.any():
-            assert box(mask == 1) == coco_mask.toBbox(theirs).tolist()
-
-
-def test_run_lengths_of_the_real_masks_come_back(real_data):
-    for path in sorted((real_data / "carvana/train_masks").iterdir())[::10]:
-        mask = stored_values(path.read_bytes())
-        assert (decoded_rows(row_runs(mask), mask.shape) == mask).all()
-        assert coco_runs(mask) == coco_mask.encode(np.asfortranarray(mask))["counts"].decode()
 
 
 def test_clean_up_removes_small_regions_keeps_the_largest_and_fills_holes():
@@ -170,20 +108,9 @@ def test_clean_up_of_several_classes_gives_what_it_removes_to_class_0():
 
 
 @pytest.mark.parametrize("rule", ["", "area", "area=x", "area=-1", "biggest", "none+holes", "holes+"])
-def test_a_clean_up_that_is_none_is_refused(rule):
+def test_an_invalid_clean_up_is_refused(rule):
     with pytest.raises(UserError, match="--cleanup"):
         Cleanup.parse(rule)
-
-
-def test_an_overlay_shows_the_mask_in_colour_and_leaves_the_rest():
-    picture = np.full((40, 60, 3), 200, np.uint8)
-    mask = np.zeros((80, 120), np.uint8)
-    mask[20:60, 30:90] = 1
-    with Image.open(io.BytesIO(overlay(picture, mask, 1))) as image:
-        drawn = np.asarray(image).astype(int)
-    assert drawn.shape == (40, 60, 3)
-    assert np.abs(drawn[2:6, 2:6] - 200).max() < 8
-    assert np.abs(drawn[18:22, 28:32] - 200).max() > 40
 
 
 @pytest.mark.parametrize("classes", [2, 3, 255])

@@ -53,7 +53,7 @@ def test_an_empty_mask_predicted_empty_is_right_and_one_wrong_pixel_is_all_wrong
     assert metrics.image_mean(metrics.dice(counts_of([[0, 1], [0, 0]], empty))).item() == 0
 
 
-def test_a_class_that_is_nowhere_does_not_count_and_a_named_background_neither():
+def test_absent_classes_and_a_named_background_do_not_count():
     counts = counts_of([[0, 1]], [[0, 0]], 3)  # class 0: 1 hit, 1 miss; class 1: 1 false; class 2: nowhere
     ratios = metrics.dice(counts)
     assert math.isnan(ratios[0, 2])
@@ -83,7 +83,7 @@ def test_scores_by_class_are_named_and_json_has_no_nan():
     assert set(scores.to_json()["dice"]) == {"mean", "ci95", "global"}
 
 
-def test_the_interval_is_the_same_every_time_and_holds_the_mean():
+def test_the_interval_is_the_same_every_time_and_contains_the_mean():
     generator = np.random.default_rng(0)
     counts = generator.integers(1, 50, (40, 1, 3))
     first, second = (score(counts, [500] * 40) for _ in range(2))
@@ -132,7 +132,7 @@ MASKS = {
 
 @pytest.mark.parametrize("predicted", MASKS)
 @pytest.mark.parametrize("ground_truth", MASKS)
-def test_scores_are_monais(predicted, ground_truth):
+def test_scores_equal_monais(predicted, ground_truth):
     from monai import metrics as monai
 
     generator = np.random.default_rng(0)
@@ -151,7 +151,7 @@ def test_scores_are_monais(predicted, ground_truth):
     assert surface_dice == pytest.approx(monai.compute_surface_dice(*one_hot, [1.5]).item(), abs=1e-6)
 
 
-def test_the_largest_distance_is_scipys_directed_hausdorff():
+def test_the_largest_distance_equals_scipys_directed_hausdorff():
     from scipy.spatial.distance import directed_hausdorff
 
     generator = np.random.default_rng(1)

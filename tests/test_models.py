@@ -1,4 +1,4 @@
-"""The family's other members, and what they are compared with."""
+"""All networks of the registry, and the baselines."""
 
 import numpy as np
 import pytest
@@ -7,6 +7,7 @@ import torch
 from unet_ray.config import ModelConfig, UserError
 from unet_ray.models import build, parameter_count
 from unet_ray.models.baselines import otsu_threshold
+from unet_ray.registry import NETWORKS
 
 SMALL = {"base_channels": 4, "depth": 2}
 
@@ -16,9 +17,9 @@ def image(*size: int, channels: int = 3) -> torch.Tensor:
     return torch.randint(0, 256, (1, channels, *size), generator=generator, dtype=torch.uint8)
 
 
-@pytest.mark.parametrize("name", ["attention_unet", "unet++", "fcn", "deeplabv3", "smp", "otsu"])
+@pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("patch", [1, 2])
-def test_every_network_takes_any_size_and_channels_and_learns(name, patch):
+def test_every_network_takes_any_size_and_channels_and_gives_each_weight_a_gradient(name, patch):
     if name == "smp":
         pytest.importorskip("segmentation_models_pytorch")
     model = build(ModelConfig(name=name, in_channels=4, num_classes=3, patch=patch, **SMALL))
@@ -50,7 +51,7 @@ def test_unet_plus_plus_has_a_node_for_each_pair_of_figure_1():
 
 
 @pytest.mark.parametrize("name", ["unet", "unet++"])
-def test_activations_computed_again_give_the_same_slopes_and_statistics(name):
+def test_checkpointed_activations_give_the_same_gradients_and_statistics(name):
     torch.manual_seed(0)
     plain, again = (build(ModelConfig(name=name, norm="batch", dropout=0.3, **SMALL)).train() for _ in range(2))
     again.load_state_dict(plain.state_dict())
@@ -64,7 +65,7 @@ def test_activations_computed_again_give_the_same_slopes_and_statistics(name):
         assert key.endswith("num_batches_tracked") or torch.equal(one, other), key
 
 
-def test_otsu_parts_where_the_variance_between_is_largest():
+def test_otsu_splits_where_the_variance_between_classes_is_largest():
     generator = np.random.default_rng(0)
     levels = np.concatenate([generator.normal(60, 10, 500), generator.normal(170, 20, 300)]).clip(0, 255).round()
     threshold = int(otsu_threshold(torch.from_numpy(levels)))
@@ -98,6 +99,6 @@ def test_pixels_are_normalised_channel_by_channel():
         ({"pretrained": True}, "pretrained is for"),
     ],
 )
-def test_settings_that_do_not_go_together_are_errors(settings, message):
+def test_contradicting_settings_are_errors(settings, message):
     with pytest.raises(UserError, match=message):
         ModelConfig(**settings)

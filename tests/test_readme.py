@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import ROOT, TINY, make_discs, make_model
-from test_imports import StandIn
+from conftest import ROOT, TINY, flags, make_discs, make_model
+from test_milesial import StandIn
 
 from unet_ray.cli import main
 
@@ -45,7 +45,7 @@ def examples(command: str) -> list[str]:
     return [line.strip() for line in text.split("\n\n")[0].splitlines() if line.strip()]
 
 
-SMALL = ["--local", "--no-report", *(part for name, value in TINY for part in ("--set", f"{name}={value}"))]
+SMALL = ["--local", "--no-report", *flags(TINY)]
 MORE = {
     "train": SMALL,
     "predict": ["--local", "--no-report"],

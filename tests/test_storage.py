@@ -1,4 +1,4 @@
-"""Files whole or absent."""
+"""Files are whole or absent; locations are joined and told apart."""
 
 import pytest
 
@@ -35,7 +35,7 @@ def test_uris_and_paths_are_joined_and_told_apart():
     assert storage.absolute("file:///tmp/with%20space") == "/tmp/with space"
 
 
-def test_what_is_not_there_is_not_there(tmp_path):
+def test_missing_files_and_folders_are_reported_as_missing(tmp_path):
     assert storage.info(str(tmp_path / "no")) is None
     assert storage.names_in(str(tmp_path / "no")) == []
     storage.delete_folder(str(tmp_path / "no"))

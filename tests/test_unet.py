@@ -1,4 +1,4 @@
-"""The U-Net family: shapes, size, what a pixel sees."""
+"""The U-Net: shapes, number of weights, receptive field, normalisation."""
 
 import itertools
 
@@ -23,7 +23,7 @@ def test_without_norm_it_has_the_31_million_parameters_of_the_annotated_guide():
     assert parameter_count(build(ModelConfig(norm="batch", num_classes=2))) == 31_037_698
 
 
-def test_the_2015_network_makes_388_of_572():
+def test_the_2015_network_turns_572_pixels_into_388():
     with torch.inference_mode():
         assert build(ModelConfig(padding="valid", base_channels=2)).eval()(image(572, 572)).shape[-2:] == (388, 388)
 
@@ -35,7 +35,7 @@ def test_the_2015_network_makes_388_of_572():
         ("batch", "transpose", 2, 1.5),
     ],
 )
-def test_same_takes_any_size_and_gives_a_mask_of_that_size(norm, up, patch, growth):
+def test_same_padding_takes_any_size_and_gives_a_mask_of_that_size(norm, up, patch, growth):
     model = build(ModelConfig(norm=norm, up=up, patch=patch, growth=growth, num_classes=3, **SMALL))
     for size in [(32, 32), (33, 47), (5, 64)]:
         logits = model(image(*size))
@@ -43,7 +43,7 @@ def test_same_takes_any_size_and_gives_a_mask_of_that_size(norm, up, patch, grow
         assert torch.isfinite(logits).all()
 
 
-def test_valid_loses_its_margin_and_the_mirrored_margin_gives_it_back():
+def test_valid_padding_removes_a_margin_that_mirroring_restores():
     config = ModelConfig(padding="valid", **SMALL)
     size = next(s for s in range(20, 60) if config.fits(s))
     model = build(config).eval()
@@ -87,7 +87,7 @@ def test_initialisation_keeps_the_size_of_activations():
     assert 0.05 < spread < 20
 
 
-def test_dropout_is_only_in_training():
+def test_dropout_acts_only_in_training():
     model = build(ModelConfig(dropout=0.5, norm="none", **SMALL))
     model.eval()
     assert torch.equal(model(image(16, 16)), model(image(16, 16)))

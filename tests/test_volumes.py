@@ -1,4 +1,4 @@
-"""Slices of NIfTI volumes: made, trained on, split by patient."""
+"""Slices of NIfTI volumes: written, trained on, split by patient."""
 
 import numpy as np
 import pytest
@@ -35,7 +35,7 @@ def brats(folder, patients=5, shape=(24, 20, 6)):
     return folder
 
 
-def test_a_slice_is_its_volumes_numbers(tmp_path):
+def test_a_slice_has_the_values_of_its_volume(tmp_path):
     source = brats(tmp_path / "brats", patients=1)
     summary = write_slices(str(source), str(tmp_path / "out"), CHANNELS, "seg")
     assert (summary.volumes, summary.slices, summary.labels) == (1, 5, (0, 1, 2, 4))  # the empty slice is left out
@@ -51,7 +51,7 @@ def test_a_slice_is_its_volumes_numbers(tmp_path):
     assert np.array_equal(mask, np.asarray(nibabel.load(source / name / f"{name}_seg.nii.gz").dataobj)[:, :, 2])
 
 
-def test_a_fourth_channel_is_no_transparency(tmp_path):
+def test_a_fourth_channel_is_not_transparency(tmp_path):
     """Resized channel by channel: where the fourth is 0, the others keep their values."""
     pixels = np.full((8, 8, 4), 200, np.uint8)
     pixels[:, 4:, 3] = 0

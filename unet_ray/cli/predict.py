@@ -91,7 +91,7 @@ def predict(
     MODEL is a run directory (then its best model) or a model directory. INPUT is a folder (searched through all
     levels), an image, a glob, a .txt with a path on each line, or a .parquet with a column `path` or with the encoded
     images themselves, each on a disk or on s3://, gs://. Images are JPEG, PNG, GIF, TIFF, BMP, WebP or NPY, of any mode
-    and size.
+    and size; for models of many channels or 16 bits, TIFF (the extra `tiff`) and NPY.
 
     \b
     Example:
@@ -115,8 +115,9 @@ def predict(
     Masks are at each image's own size. Where two images would have the same name (a.jpg, a.png), the later keeps its
     extension (a.png.png).
 
-    Stopped and started again with the same command, it does only what is missing; images that are new or have changed
-    are done. Other settings into the same OUT are an error, as is a second run at the same time.
+    Stopped and started again with the same command, it does only what is missing, and ends with the same bytes. Images
+    that are new or have changed (their size or modification time) are done, the others are not. Other settings into the
+    same OUT are an error, as is a second run at the same time.
 
     An image that can't be read is a row of the manifest with the reason, and disturbs nothing: truncated, empty,
     mislabelled, gone since it was listed, not a regular file, too many pixels, other channels than the model's. With

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import textwrap
 from typing import Any
 
 import click
@@ -35,11 +36,14 @@ FLAGS = {
     "precision": "train.precision",
 }
 """Option -> the setting that it stands for."""
+AUGMENTATIONS = textwrap.indent(textwrap.fill(", ".join(AugmentConfig.__dataclass_fields__), 52), 25 * " ")
 CHOICES = f"""\b
 Some settings for --set (all, with their meaning and source, are the fields of
 unet_ray/config.py; a misspelt name is answered with the nearest):
   model.name             {", ".join(NETWORKS)}
   model.num_classes      1: one class and background; K: ids 0 to K-1
+  model.padding          same; valid with data.tile: the 2015 paper's network,
+                         which then predicts by overlap-tiles
   train.loss             {", ".join(LOSSES)} or a sum: ce+dice
   train.optimizer        {", ".join(OPTIMIZERS)}
   train.schedule         constant, plateau, cosine, poly, one_cycle
@@ -47,8 +51,9 @@ unet_ray/config.py; a misspelt name is answered with the nearest):
                          class_weights, border_weight, checkpoint_activations
   data.mask_values       [0, 255]: the stored value of each class
   data.ignore_index      255: pixels that neither train nor score
-  augment.               {", ".join(list(AugmentConfig.__dataclass_fields__)[:5])},
-                         {", ".join(list(AugmentConfig.__dataclass_fields__)[5:])}
+  augment. (image and mask together; the same for the same seed, epoch and
+           image, whatever the number of workers)
+{AUGMENTATIONS}
   compute.               compile, mlflow, retries, memory_fraction"""
 
 
@@ -71,7 +76,13 @@ class Workers(click.ParamType):
 
 @click.command(cls=Command, epilog=CHOICES)
 @pairs
-@option(DATA, "--group-by", metavar="REGEX", help="Keep images whose names share this match on one side of the split.")
+@option(
+    DATA,
+    "--group-by",
+    metavar="REGEX",
+    help="Keep images whose names share this match on one side of the split. Training says so where names look like "
+    "groups that are on both sides.",
+)
 @option(DATA, "--cache", metavar="DIR", help="Keep the resized images there: later runs don't decode them again.")
 @option(SETTINGS, "--recipe", metavar="NAME", help="Settings that are known to work: see `unet-ray recipes`.")
 @option(SETTINGS, "--config", "config_file", metavar="FILE", help="YAML of settings, such as a run's config.yaml.")
@@ -103,7 +114,13 @@ class Workers(click.ParamType):
 )
 @option(TRAINING, "--lr", type=float, metavar="X", help="Learning rate.", shown=DEFAULTS.train.learning_rate)
 @option(TRAINING, "--seed", type=int, metavar="N", help="Seed of every random draw.", shown=DEFAULTS.train.seed)
-@option(TRAINING, "--init", metavar="MODEL", help="Start from the weights of this run or model, and take its network.")
+@option(
+    TRAINING,
+    "--init",
+    metavar="MODEL",
+    help="Start from the weights of this run or model, and take its network; with another model.num_classes the "
+    "last layer starts anew.",
+)
 @option(
     TRAINING,
     "--folds",
@@ -162,8 +179,8 @@ def train(
       RUN/last/          the last finished epoch: what --resume goes on from
       RUN/config.yaml    every setting: --config RUN/config.yaml repeats the run
       RUN/split.csv      which images it trains and validates on
-      RUN/metrics.jsonl  one line for each epoch: losses, scores, counts, speed
-      RUN/tensorboard/   the same for TensorBoard
+      RUN/metrics.jsonl  one line for each epoch: losses, scores, counts, speed, seconds of waiting for images
+      RUN/tensorboard/   the same for TensorBoard (for MLflow: --set compute.mlflow=URI and the extra `mlflow`)
       RUN/report.html    curves, scores, pictures
 
     Mask values: what they mean is decided once, from a sample of the masks, and written into config.yaml and the model.

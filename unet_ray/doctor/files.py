@@ -1,4 +1,4 @@
-"""What files say of themselves without their pixels, and which of them are damaged."""
+"""Read the headers of files, and find damaged files, without decoding pixels."""
 
 from __future__ import annotations
 
@@ -22,58 +22,59 @@ from unet_ray.doctor.words import number
 THREADS = 8
 AT_ONCE = 32
 LOOK = 128
-"""Side that images are looked at in."""
+"""Images are examined at this side, in pixels."""
 END = 16
-"""Bytes in which the mark at a file's end is looked for."""
+"""Last bytes of a file, in which its end mark is searched."""
 END_MARKS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND", "GIF": b";"}
 
 _AGAIN = "copy it again, or remove it with its partner: a training stops at it"
 DAMAGE = {
-    "file-not-there": ("can't be opened", "a link that leads nowhere, or no permission: mend or remove it"),
+    "file-not-there": ("can't be opened", "a broken link, or no permission: repair or remove it"),
     "empty-file": ("empty", _AGAIN),
     "not-an-image": ("no image", "remove or convert it: a training stops at it"),
     "truncated-file": ("cut off", _AGAIN),
-    "cannot-be-decoded": ("damaged", "mend or remove it with its partner: a training stops at it"),
+    "cannot-be-decoded": ("damaged", "repair it, or remove it with its partner: a training stops at it"),
     "too-many-pixels": ("too large", "cut it into parts, or make it smaller"),
 }
-"""Code -> what is said of the files, and the remedy."""
+"""Code -> text and remedy."""
 
 
 @dataclass(slots=True)
 class Header:
-    """What a file says of itself."""
+    """The header of a file."""
 
     name: str
     """Relative path."""
     format: str = ""
     mode: str = ""
     channels: int = 0
-    """As it is stored: 1, 2, 3 or 4 of Pillow's modes, any number of an array's."""
+    """Stored channels: 1 to 4 for an image, any number for an array."""
     depth: Literal["8", "more", "float"] = "8"
     """Bits of a channel: at most 8, more, or floating point."""
     array: bool = False
-    """.npy, or TIFF of many channels: its channels must be the model's."""
+    """.npy, or TIFF of many channels: the model must have exactly its channels."""
     size: tuple[int, int] = (0, 0)
-    """(width, height) in pixels as it is meant to be seen."""
+    """(width, height) in pixels, after EXIF orientation."""
     stored: tuple[int, int] = (0, 0)
-    """The same before EXIF orientation."""
+    """(width, height) in pixels, before EXIF orientation."""
     orientation: int = 1
+    """EXIF orientation."""
     frames: int = 1
     code: str = ""
-    """Of `DAMAGE`; empty: nothing is known against it."""
+    """A key of `DAMAGE`; empty: no damage is known."""
     trouble: str = ""
-    """More about it, or nothing."""
+    """Details of the damage, or empty."""
 
     def damaged(self, reason: Exception) -> None:
-        """What reading raised is its damage."""
+        """Records the error that reading raised as the file's damage."""
         text = " ".join(str(reason).split())[:100]
         self.code, self.trouble = "truncated-file" if "truncated" in text else "cannot-be-decoded", text
 
 
 def read_headers(files: Sequence[ImageFile], max_pixels: int, on_read: Callable[[Header], None]) -> dict[str, Header]:
-    """Path -> header."""
+    """Reads path -> header, in threads. `on_read` gets each header."""
     headers = {}
-    # Some at a time: handing a file to a thread takes as long as reading its header.
+    # In batches, because handing one file to a thread takes as long as reading its header.
     batches = [files[start : start + AT_ONCE] for start in range(0, len(files), AT_ONCE)]
     with ThreadPoolExecutor(THREADS) as threads:
         read = threads.map(lambda batch: [_header(file, max_pixels) for file in batch], batches)
@@ -84,6 +85,7 @@ def read_headers(files: Sequence[ImageFile], max_pixels: int, on_read: Callable[
 
 
 def damage(headers: Iterable[Header]) -> Iterator[Finding]:
+    """Reports the damaged files."""
     bad = [header for header in headers if header.code]
     for code, (what, remedy) in DAMAGE.items():
         some = [header for header in bad if header.code == code]
@@ -116,7 +118,7 @@ def _read(header: Header, stream: IO[bytes], size: int, max_pixels: int) -> None
         header.code = "not-an-image"
         if magic.startswith(imaging.TIFF_MAGIC):
             _read_tiff(header, stream)
-    except Exception as reason:  # of as many kinds as there are plugins
+    except Exception as reason:  # Pillow's plugins raise many types
         header.damaged(reason)
     pixels = header.size[0] * header.size[1]
     if not header.code and pixels > max_pixels:
@@ -134,7 +136,7 @@ def _read_image(header: Header, stream: IO[bytes], size: int, max_pixels: int) -
     if header.orientation in imaging.ROTATED:
         header.size = (image.size[1], image.size[0])
     if _ends_early(image, stream, size):
-        # It may be whole all the same: decoding tells.
+        # The file may be complete in spite of that; decoding tells.
         stream.seek(0)
         value_range: ValueRange = None if header.depth == "8" else "percentiles"
         try:
@@ -143,12 +145,12 @@ def _read_image(header: Header, stream: IO[bytes], size: int, max_pixels: int) -
             header.damaged(reason)
             header.code = "truncated-file"
             return
-    if image.format != "MPO":  # a photograph with its preview
+    if image.format != "MPO":  # the frames of an MPO are a photograph and its preview
         header.frames = getattr(image, "n_frames", 1)
 
 
 def _ends_early(image: Image.Image, stream: IO[bytes], size: int) -> bool:
-    """Whether a file lacks the mark of its end, or (TIFF) is shorter than its header says."""
+    """Returns whether a file lacks its end mark, or (TIFF) is shorter than its header says."""
     if image.format == "TIFF":
         tags = image.tag_v2  # type: ignore[attr-defined]
         parts = ((273, 279), (324, 325))  # offsets and lengths of strips, of tiles
@@ -175,7 +177,7 @@ def _read_array(header: Header, stream: IO[bytes], size: int) -> None:
 
 
 def _read_tiff(header: Header, stream: IO[bytes]) -> None:
-    """Of a TIFF that Pillow doesn't know, such as one of many channels."""
+    """Reads the header of a TIFF that Pillow doesn't know, such as one of many channels."""
     try:
         import tifffile
 

@@ -1,4 +1,4 @@
-"""Findings about images that belong together: groups, slices and frames, copies; and whether there are enough."""
+"""Find images that belong together (groups, slices, frames, copies), and data sets with too few pairs."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from unet_ray.doctor.report import Finding, error, note, warning
 from unet_ray.doctor.words import number
 
 ALIKE = 0.8
-"""Neighbours that differ by less than this share of what others differ by are taken for slices or frames: 0.67
-measured for the slices of ISBI 2012, 1.02 for the unrelated images of DSB 2018."""
+"""Neighbours by name are taken for slices or frames if they differ by less than this share of the difference between
+other images. Measured: 0.67 for the slices of ISBI 2012, 1.02 for the unrelated images of DSB 2018."""
 MIDDLE = 4096
-"""Bytes in the middle of files of one size that are compared before the whole."""
+"""Bytes in the middle of files of equal size, which are compared before the whole files."""
 
 COPIES = {
     "duplicates-with-different-masks": ("with different masks", "keep the right one: contrary labels can't be learned"),
@@ -39,10 +39,11 @@ COPIES = {
         "remove the copies, or keep them on one side of the split with --group-by: validation sees what was trained on",
     ),
 }
-"""Code -> what is said, and the remedy."""
+"""Code -> text and remedy."""
 
 
 def too_few(count: int) -> list[Finding]:
+    """Judges the number of pairs."""
     if count < 2:
         text = f"{count or 'no'} pair of an image and a mask: one is needed to train on and one to validate on"
         return error("too-few-pairs", text, "add pairs; some tens are a start where images are alike")
@@ -52,6 +53,7 @@ def too_few(count: int) -> list[Finding]:
 
 
 def named_groups(pairs: Sequence[Pair], pattern: str) -> list[Finding]:
+    """Reports the groups that `pattern` finds in the names."""
     groups = Counter(group_of(pair.key, pattern) for pair in pairs)
     largest, count = groups.most_common(1)[0]
     text = f"the names look like {len(groups)} groups, such as {largest!r} with {count} images"
@@ -60,7 +62,7 @@ def named_groups(pairs: Sequence[Pair], pattern: str) -> list[Finding]:
 
 
 def neighbours(looks: Sequence[Look]) -> list[Finding]:
-    """Whether images that follow each other by name are alike."""
+    """Finds out whether images that follow each other by name are alike."""
     thumbs = [look.thumb for look in looks]
     if len(thumbs) < 8:
         return []
@@ -69,15 +71,19 @@ def neighbours(looks: Sequence[Look]) -> list[Finding]:
         np.mean([np.abs(one - other).mean() for one, other in some])
         for some in (itertools.pairwise(thumbs), zip(thumbs, thumbs[half:] + thumbs[:half], strict=True))
     )
-    text = f"neighbours by name differ by {near / far:.0%} of what others do, as slices of a volume or frames of a film"
-    remedy = "--set data.split_order=name holds out one end of them, not some between those that were trained on"
+    text = (
+        f"neighbours by name differ by {near / far:.0%} of what others do, like slices of a volume or frames of a film"
+    )
+    remedy = (
+        "--set data.split_order=name holds out one end of them, instead of images between those that are trained on"
+    )
     return note("neighbours-alike", text, remedy) if near < ALIKE * far else []
 
 
 def duplicates(
     images: Sequence[ImageFile], pairs: Sequence[Pair], looks: Sequence[Look], pattern: str | None
 ) -> Iterator[Finding]:
-    """Images that are there more than once: of all local ones, of those in buckets the sampled."""
+    """Finds images that exist more than once, among all local ones and the sampled ones in buckets."""
     file_of, mask_of = {image.path: image for image in images}, {pair.image: pair.mask for pair in pairs}
     flat = {look.pair.image for look in looks if look.constant}
     local = [i.path for i in images if not storage.is_uri(i.path) and i.size > 0 and i.path not in flat]
@@ -94,11 +100,11 @@ def duplicates(
             found["duplicate-images"].append(paths)
     for code, (what, remedy) in COPIES.items():
         names = [file_of[path].name for paths in found[code] for path in paths]
-        yield from warning(code, f"{number(found[code], 'image')} there more than once, {what}", remedy, names)
+        yield from warning(code, f"{number(found[code], 'image')} present more than once, {what}", remedy, names)
 
 
 def _copies(paths: Sequence[str]) -> list[list[str]]:
-    """Local files with the same bytes, in groups: found by size, then by their middle, then as a whole."""
+    """Groups local files with the same bytes; compares sizes, then the middle, then whole files."""
 
     def middle(path: str) -> bytes:
         with Path(path).open("rb") as stream:
@@ -117,7 +123,7 @@ def _copies(paths: Sequence[str]) -> list[list[str]]:
 
 
 def _same(keyed: Iterable[tuple[Hashable, str]]) -> list[list[str]]:
-    """Paths that share a key, in groups of two and more."""
+    """Groups paths that share a key; single paths are left out."""
     groups: dict[Hashable, list[str]] = {}
     for key, path in keyed:
         groups.setdefault(key, []).append(path)
@@ -125,8 +131,9 @@ def _same(keyed: Iterable[tuple[Hashable, str]]) -> list[list[str]]:
 
 
 def _differ(masks: Sequence[str]) -> bool:
+    """Returns whether these masks differ from each other."""
     try:
         values = [imaging.stored_values(storage.read_bytes(path)) for path in masks]
     except (imaging.ImageError, OSError):
-        return False  # said elsewhere
+        return False  # another finding reports the damage
     return any(not np.array_equal(one, other) for one, other in itertools.pairwise(values))

@@ -1,4 +1,4 @@
-"""Findings about the images: their kinds, channels, values and sizes."""
+"""Check the images: their kinds, channels, values and sizes."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from unet_ray.doctor.words import few, number, setting, times
 
 TINY, DIFFER_AREA, DIFFER_ASPECT = 32, 16, 3
 SPREAD = 4
-"""Brightest values that differ by more than this factor have no one range."""
+"""Images whose brightest values differ by more than this factor have no common range."""
 NEARLY_BLACK = 16
 DARK_16_BIT = 2**14
 
 
 def kinds(headers: Sequence[Header]) -> Iterator[Finding]:
-    """Formats and modes that need a word."""
+    """Reports formats and modes that are handled specially."""
 
     def those(test: Callable[[Header], bool]) -> list[str]:
         return [header.name for header in headers if test(header)]
@@ -37,8 +37,8 @@ def kinds(headers: Sequence[Header]) -> Iterator[Finding]:
     names = those(lambda h: h.frames > 1 and h.format != "TIFF")
     yield from note("animations", f"{number(names, 'image')} with several frames", "the first frame is taken", names)
     names = those(lambda h: h.frames > 1 and h.format == "TIFF")
-    text = f"{number(names, 'image')} with several pages, of which the first alone is read"
-    remedy = "save each page as a file of its own, or the pages as channels of one .npy"
+    text = f"{number(names, 'image')} with several pages, of which only the first is read"
+    remedy = "save each page as a separate file, or the pages as channels of one .npy"
     yield from warning("stack-of-pages", text, remedy, names)
     gray = those(lambda h: h.channels < 3 and not h.array)
     colour = those(lambda h: h.channels > 2 and not h.array)
@@ -48,7 +48,7 @@ def kinds(headers: Sequence[Header]) -> Iterator[Finding]:
 
 
 def channels(headers: Sequence[Header], looks: Sequence[Look]) -> tuple[int, list[Finding]]:
-    """What `model.in_channels` should be."""
+    """Chooses `model.in_channels`, and reports problems."""
     arrays = Counter(header.channels for header in headers if header.array)
     if arrays:
         wanted = arrays.most_common(1)[0][0]
@@ -60,13 +60,13 @@ def channels(headers: Sequence[Header], looks: Sequence[Look]) -> tuple[int, lis
         return 1, []
     if not looks or not all(look.gray for look in looks):
         return 3, []
-    text = "the images are stored in colour, but those that were looked at are gray"
+    text = "the images are stored in colour, but the sampled ones are gray"
     remedy = "--set model.in_channels=1 reads them as gray; leave it out if the images to come have colour"
     return 1, note("gray-in-colour-files", text, remedy)
 
 
 def value_range(looks: Sequence[Look]) -> tuple[ValueRange, list[Finding]]:
-    """What `data.value_range` should be."""
+    """Chooses `data.value_range`, and reports problems."""
     ranges = {look.image.name: look.range for look in looks if look.range is not None}
     if not ranges:
         return _range_of_8_bits([look for look in looks if not look.constant])
@@ -86,7 +86,7 @@ def value_range(looks: Sequence[Look]) -> tuple[ValueRange, list[Finding]]:
         found = (float(f"{low:.4g}"), float(f"{high:.4g}"))
     else:
         found = (0.0, float(2 ** int(np.ceil(np.log2(high + 1))) - 1))
-    remedy = f"say which are black and white: {setting('data.value_range', found)} (or percentiles: of each by itself)"
+    remedy = f"set black and white: {setting('data.value_range', found)} (or percentiles: of each image by itself)"
     if floats:
         text = f"{number(names, 'sampled image')} with floating-point pixels ({spread})"
         return found, warning("floating-point-images", text, remedy, names)
@@ -119,7 +119,7 @@ def sizes(headers: Sequence[Header]) -> Iterator[Finding]:
 
 
 def sizes_of_pairs(pairs: Sequence[Pair], headers: Mapping[str, Header]) -> Iterator[Finding]:
-    """Masks of another size than their image, by camera orientation or otherwise."""
+    """Finds masks whose size differs from their image's, by camera orientation or otherwise."""
     turned, other, example = [], [], ""
     for pair in pairs:
         image, mask = headers[pair.image], headers[pair.mask]
@@ -128,7 +128,7 @@ def sizes_of_pairs(pairs: Sequence[Pair], headers: Mapping[str, Header]) -> Iter
         elif image.size != mask.size:
             other.append(mask.name)
             example = f"{times(mask.size)} for an image of {times(image.size)}"
-    text = f"{number(turned, 'image')} turned by EXIF orientation, while the mask lies as the camera held it"
+    text = f"{number(turned, 'image')} turned by EXIF orientation, while the mask is not turned"
     remedy = "turn the masks or the images (`mogrify -auto-orient`), or remove the tag (`exiftool -Orientation=`)"
     yield from error("mask-not-turned-like-its-image", text, remedy, turned)
     text = f"{number(other, 'mask')} of another size than the image, such as {example}"
@@ -137,10 +137,10 @@ def sizes_of_pairs(pairs: Sequence[Pair], headers: Mapping[str, Header]) -> Iter
 
 
 def constants(looks: Sequence[Look]) -> Iterator[Finding]:
-    """Images of one colour all over, and channels that are the same everywhere."""
+    """Finds images of a single colour, and channels with the same value in all images."""
     flat = [look.image.name for look in looks if look.constant]
     remedy = "nothing can be learned from them: find the originals, or remove them with their masks"
-    yield from warning("constant-images", f"{number(flat, 'image')} of one colour all over", remedy, flat)
+    yield from warning("constant-images", f"{number(flat, 'image')} of a single colour", remedy, flat)
     rest = [look for look in looks if not look.constant]
     if len({len(look.highest) for look in rest}) != 1:
         return
@@ -148,5 +148,5 @@ def constants(looks: Sequence[Look]) -> Iterator[Finding]:
     still = np.flatnonzero(np.ptp(every, axis=(0, 1)) == 0).tolist()
     if 0 < len(still) < every.shape[2]:
         text = f"channel {few(still)} (the first is 0) has the same value in every pixel of the sampled images"
-        remedy = "if that is meant, leave it; otherwise export them again (or one channel: --set model.in_channels=1)"
+        remedy = "if intended, leave it; otherwise export them again (or one channel: --set model.in_channels=1)"
         yield from warning("constant-channel", text, remedy, [look.image.name for look in rest])

@@ -1,4 +1,4 @@
-"""Findings about the masks: what their values are, and how often each occurs."""
+"""Check the masks: which values are classes, and how often each occurs."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from unet_ray.doctor.report import Finding, error, note, warning
 from unet_ray.doctor.words import few, number, percent, setting
 
 MANY_VALUES, TOO_MANY_VALUES = 32, 64
-"""Of all masks, beyond which they are looked at more closely; of a middling mask, which is then none."""
+"""Masks with more values in all are checked for values in between; a median mask with more than the second is none."""
 TWO_VALUES = 0.43
-"""Of a mask's pixels within 2 of its two values, above which the others lie between them: 0.46 and more measured for
-thin membranes scaled from a fifth of the size, 0.8 for JPEGs of quality 30, 0.40 and less for photographs."""
+"""If a larger share of a mask's pixels is within 2 of its two main values, its other values lie between classes.
+Measured: 0.46 or more for thin membranes scaled from a fifth of the size, 0.8 for JPEGs of quality 30, 0.40 or less for
+photographs."""
 VOID = 255
-"""The value that most sets mark pixels with which are to be left out."""
+"""Most data sets mark pixels to leave out with this value."""
 RARE_FILES, RARE_PIXELS, RARE_FOREGROUND, MUCH_FOREGROUND = 0.05, 0.0005, 0.01, 0.6
 LISTS = ("classes.txt", "labels.txt", "class_names.txt")
 VOID_NAME = re.compile(r"void|ignore|unlabel|unknown|don'?t.?care", re.IGNORECASE)
@@ -39,7 +40,7 @@ NO_MASKS = {
     ),
     "mask-values-beyond-16-bits": ("with values below 0 or above 65535", "store class ids: 0, 1, 2, …"),
 }
-"""`Look.no_mask` -> what is said, and the remedy."""
+"""`Look.no_mask` -> text and remedy."""
 
 
 @dataclass(slots=True)
@@ -48,15 +49,15 @@ class Classes:
 
     values: list[int] = field(default_factory=list)
     shares: dict[int, float] = field(default_factory=dict)
-    """Of the pixels."""
+    """Value -> share of the pixels."""
     ignore: int | None = None
     """The value of pixels to leave out."""
     names: dict[int, str] = field(default_factory=dict)
-    """Of a list of classes beside the masks."""
+    """Value -> name, from a list of classes beside the masks."""
 
 
 def classes(looks: Sequence[Look], masks_at: str | None) -> tuple[Classes, list[Finding]]:
-    """What the masks' values mean, and what is wrong with them."""
+    """Finds out which values of the masks are classes, and what is wrong with them."""
     findings = list(_no_masks(looks))
     looks, more = _of_few_values([look for look in looks if look.counts])
     findings += more
@@ -83,7 +84,7 @@ def _named(looks: Iterable[Look]) -> list[str]:
 
 
 def _no_masks(looks: Sequence[Look]) -> Iterator[Finding]:
-    """Masks whose pixels are no class values."""
+    """Finds masks whose pixels can't be class values."""
     for code, (what, remedy) in NO_MASKS.items():
         some = [look for look in looks if look.no_mask == code]
         colours: Counter[tuple[int, ...]] = Counter()
@@ -96,7 +97,7 @@ def _no_masks(looks: Sequence[Look]) -> Iterator[Finding]:
 
 
 def _of_few_values(looks: list[Look]) -> tuple[list[Look], list[Finding]]:
-    """The masks whose values can be classes; the others are findings."""
+    """Returns the masks whose values can be classes, and findings about the others."""
     if not looks:
         return looks, []
     many = len(values_of(looks)) > MANY_VALUES
@@ -110,9 +111,9 @@ def _of_few_values(looks: list[Look]) -> tuple[list[Look], list[Finding]]:
     rest = [look for look in looks if look not in between]
     values = sorted(values_of(rest))
     too_many = len(values) > MAX_CLASSES or (rest and np.median([len(look.counts) for look in rest]) > TOO_MANY_VALUES)
-    if too_many and len(between) < len(rest):  # photographs, some of which happen to be mostly dark and bright
+    if too_many and len(between) < len(rest):  # photographs, some of which are mostly dark and bright
         rest, between, values = looks, [], sorted(values_of(looks))
-    text = f"{number(between, 'mask')} with values between the classes, as of JPEG or a resize"
+    text = f"{number(between, 'mask')} with values between the classes, as JPEG or resizing makes"
     remedy = "save PNGs of class values alone; for one: `Image.open(f).convert('L').point(lambda v: 255 * (v > 127))`"
     findings = error(
         "masks-with-in-between-values", f"{text} ({len(values_of(between))} values)", remedy, _named(between)
@@ -125,7 +126,7 @@ def _of_few_values(looks: list[Look]) -> tuple[list[Look], list[Finding]]:
 
 
 def _in_between(counts: Mapping[int, int]) -> bool:
-    """Whether a mask consists of two values far apart, or nearly them, and several others that lie between."""
+    """Returns whether most of a mask has two values far apart, or nearly so, and the rest has values between them."""
     first = max(counts, key=lambda value: counts[value])
     far = {value: count for value, count in counts.items() if abs(value - first) >= MANY_VALUES}
     if not far:
@@ -137,7 +138,7 @@ def _in_between(counts: Mapping[int, int]) -> bool:
 
 
 def _names(masks_at: str | None) -> dict[int, str]:
-    """Of the values, in a list of classes beside the masks; empty if there is none."""
+    """Reads value -> name from a list of classes beside the masks; empty if there is none."""
     if masks_at is None or storage.is_uri(masks_at):
         return {}
     for path in (folder / name for folder in (Path(masks_at), Path(masks_at).parent) for name in LISTS):
@@ -149,7 +150,7 @@ def _names(masks_at: str | None) -> dict[int, str]:
 
 
 def _void(found: Classes, looks: Sequence[Look], occurs: Mapping[int, Sequence[str]]) -> list[Finding]:
-    """Takes from the classes the value of pixels to leave out, or one of two ways in which masks write foreground."""
+    """Removes from the classes the value of pixels to leave out, or the rarer of two values for foreground."""
     values = found.values
     if len(values) < 3:
         return []
@@ -168,12 +169,12 @@ def _void(found: Classes, looks: Sequence[Look], occurs: Mapping[int, Sequence[s
     else:
         return []
     values.remove(found.ignore)
-    remedy = f"{setting('data.ignore_index', found.ignore)} leaves its pixels out; if it is a class, do without"
+    remedy = f"{setting('data.ignore_index', found.ignore)} leaves its pixels out; if it is a class, omit this setting"
     return note("ignore-value", text, remedy)
 
 
 def _strange(found: Classes, looks: Sequence[Look], occurs: Mapping[int, Sequence[str]]) -> Iterator[Finding]:
-    """Takes from the classes the one value that seems to be there by mistake. Says which seem to be missing."""
+    """Removes from the classes a single value that seems to be a mistake. Reports values that seem to be missing."""
     values = found.values
 
     def by_mistake(value: int) -> bool:
@@ -186,24 +187,24 @@ def _strange(found: Classes, looks: Sequence[Look], occurs: Mapping[int, Sequenc
         (value,) = strange
         values.remove(value)
         text = f"value {value}, beside {few(values)} elsewhere, occurs in {number(occurs[value], 'mask')} only"
-        remedy = f"mend them, or leave the value out: {setting('data.ignore_index', value)}"
+        remedy = f"repair them, or leave the value out: {setting('data.ignore_index', value)}"
         yield from error("unexpected-mask-value", text, remedy, occurs[value])
     gaps = [value for value in range(values[-1]) if value not in occurs] if len(values) > 2 else []
     if gaps and len(gaps) <= max(1, len(values) // 3):
-        text = f"value {few(gaps)} lies between the others ({few(values)}) and is in no mask that was looked at"
+        text = f"value {few(gaps)} lies between the others ({few(values)}) and is in no sampled mask"
         remedy = f"if there is no such class: {setting('data.mask_values', values)}; otherwise add images with it"
         yield from warning("class-never-occurs", text, remedy)
 
 
 def _alike(looks: Sequence[Look], found: Classes) -> Iterator[Finding]:
-    """Empty, full and identical masks."""
+    """Finds empty, full and identical masks."""
     names, values = _named(looks), found.values
     if len(values) == 1:
         code, text = ("all-masks-empty", "empty") if values[0] == 0 else ("all-masks-full", f"{values[0]} all over")
         remedy = "check how they were saved (ids 0 and 1 divided by 255 become 0), and whether --masks is right"
         yield from error(code, f"all of {number(names, 'mask')} are {text}: there is one class only", remedy, names)
     elif len(looks) > 2 and len({look.mask_digest for look in looks}) == 1:
-        text = f"all {len(looks)} sampled masks are one and the same picture"
+        text = f"all {len(looks)} sampled masks are the same picture"
         remedy = "a mask belongs to its image: check how they were exported"
         yield from warning("masks-all-alike", text, remedy, names)
     elif len(values) == 2:
@@ -220,7 +221,7 @@ def _alike(looks: Sequence[Look], found: Classes) -> Iterator[Finding]:
 
 
 def _balance(looks: Sequence[Look], found: Classes, occurs: Mapping[int, Sequence[str]]) -> Iterator[Finding]:
-    """Classes of few pixels, or in few masks."""
+    """Finds classes of few pixels, or in few masks."""
     values, shares = found.values, found.shares
     if len(values) == 2 and shares[values[1]] < RARE_FOREGROUND:
         text = f"the foreground is {percent(shares[values[1]])} of the pixels"

@@ -1,4 +1,4 @@
-"""What the pixels of a pair say."""
+"""Read the pixels of a pair, and keep what the checks need."""
 
 from __future__ import annotations
 
@@ -18,40 +18,44 @@ from unet_ray.doctor.files import LOOK, Header
 
 THUMB = 32
 SAME = 0.9
-"""Correlation above which an image and a mask are taken for the same picture."""
+"""An image and a mask with a higher correlation are taken for the same picture."""
 PHOTOGRAPH = 32
-"""Values of a mask beyond which it may be the image."""
+"""A mask with more values may be the image."""
 
 
 @dataclass(slots=True, eq=False)
 class Look:
-    """What the pixels of a pair say."""
+    """What the checks need to know about the pixels of a pair."""
 
     pair: Pair
     image: Header
     mask: Header
     digest: bytes = b""
-    """Of the image's file."""
+    """SHA-256 of the image's file."""
     mask_digest: bytes = b""
+    """SHA-256 of the mask's file."""
     lowest: tuple[int, ...] = ()
-    """Of each channel, at a side of `LOOK`."""
+    """Lowest value of each channel, in the image resized to a side of `LOOK`."""
     highest: tuple[int, ...] = ()
+    """Highest value of each channel there."""
     constant: bool = False
+    """All pixels are equal."""
     gray: bool = False
+    """The channels are equal."""
     range: tuple[float, float] | None = None
-    """0.5th and 99.5th percentile of values of more than 8 bits."""
+    """0.5th and 99.5th percentile, of images with more than 8 bits."""
     thumb: np.ndarray = field(default_factory=lambda: np.zeros((THUMB, THUMB), np.float32))
-    """In gray, less its mean."""
+    """The image in gray at this side, minus its mean."""
     counts: dict[int, int] = field(default_factory=dict)
-    """Of a mask: stored value -> pixels; empty if it holds no such values."""
+    """Stored value of the mask -> pixels; empty if its values can't be classes."""
     colours: dict[tuple[int, ...], int] = field(default_factory=dict)
-    """Of a mask in colours: colour -> pixels."""
+    """Colour of the mask -> pixels, if it is in colours."""
     no_mask: str = ""
-    """The finding's code if the mask is none."""
+    """Code of the finding if the file can't be a mask."""
 
 
 def look_at(pair: Pair, headers: Mapping[str, Header]) -> Look:
-    """Reads and decodes a pair. If that fails, its header says so, and what this returns is of no use."""
+    """Reads and decodes a pair. If that fails, the header says so, and the result must not be used."""
     look = Look(pair, headers[pair.image], headers[pair.mask])
     header = look.image
     try:
@@ -65,11 +69,12 @@ def look_at(pair: Pair, headers: Mapping[str, Header]) -> Look:
 
 
 def values_of(looks: Iterable[Look]) -> set[int]:
+    """Returns all stored values of the masks."""
     return {value for look in looks for value in look.counts}
 
 
 def gray_levels(path: str) -> int:
-    """Of an image; 0 if it can't be read."""
+    """Counts the gray levels of an image; 0 if it can't be read."""
     try:
         return len(np.unique(imaging.decode_image(storage.read_bytes(path), 1, None, value_range="percentiles")[0]))
     except (ImageError, OSError):
@@ -77,7 +82,7 @@ def gray_levels(path: str) -> int:
 
 
 def _look_at_image(look: Look, data: bytes) -> np.ndarray:
-    """Fills in what the image says. Returns it in gray, float32 [LOOK,LOOK]."""
+    """Fills in the fields about the image. Returns it in gray, float32 [LOOK,LOOK]."""
     header = look.image
     channels = header.channels if header.array else 1 if header.channels < 3 else 3
     value_range: ValueRange = None if header.depth == "8" else "percentiles"
@@ -88,10 +93,10 @@ def _look_at_image(look: Look, data: bytes) -> np.ndarray:
         look.range = (float(low), float(high))
     look.digest = hashlib.sha256(data).digest()
     look.lowest, look.highest = tuple(array.min(axis=(0, 1)).tolist()), tuple(array.max(axis=(0, 1)).tolist())
-    if look.lowest == look.highest:  # at full size a few pixels may differ
+    if look.lowest == look.highest:  # a few pixels may differ at full size
         whole, _ = imaging.decode_image(data, channels, None, value_range=value_range)
         look.constant = bool((whole == whole[:1, :1]).all())
-    # A step or two of difference is what JPEG makes of gray.
+    # JPEG makes channels of a gray image differ by a few steps.
     look.gray = channels != 3 or int(np.ptp(array, axis=2).max()) <= 4
     picture = array.mean(axis=2, dtype=np.float32)
     thumb = _smaller(picture)
@@ -100,7 +105,7 @@ def _look_at_image(look: Look, data: bytes) -> np.ndarray:
 
 
 def _look_at_mask(look: Look, image: bytes, data: bytes, picture: np.ndarray) -> None:
-    """Fills in what the mask says."""
+    """Fills in the fields about the mask."""
     header = look.mask
     look.mask_digest = hashlib.sha256(data).digest()
     if data == image:
@@ -134,10 +139,10 @@ def _look_at_mask(look: Look, image: bytes, data: bytes, picture: np.ndarray) ->
 
 
 def _same_picture(image: np.ndarray, mask: np.ndarray) -> bool:
-    """Whether a mask with the values of a photograph is the image, saved again."""
+    """Returns whether a mask with as many values as a photograph is the image, saved again."""
     pictures = (image, mask[..., 0].astype(np.float32))
     coarse = [_smaller(picture) for picture in pictures]
-    # The fine texture too: an object on a plain ground looks like its own mask.
+    # The fine texture must match too, because an object on a plain ground looks like its own mask.
     fine = [p - np.kron(c, np.ones((LOOK // THUMB,) * 2)) for p, c in zip(pictures, coarse, strict=True)]
     return all(
         min(one.std(), other.std()) > 1e-3 and np.corrcoef(one.ravel(), other.ravel())[0, 1] > SAME
@@ -146,12 +151,12 @@ def _same_picture(image: np.ndarray, mask: np.ndarray) -> bool:
 
 
 def _smaller(picture: np.ndarray) -> np.ndarray:
-    """[LOOK,LOOK] as [THUMB,THUMB]."""
+    """Reduces [LOOK,LOOK] to [THUMB,THUMB]."""
     return picture.reshape(THUMB, LOOK // THUMB, THUMB, LOOK // THUMB).mean(axis=(1, 3))
 
 
 def _stored(data: bytes) -> np.ndarray:
-    """An image's values of more than 8 bits, as they are stored."""
+    """Reads the stored values of an image with more than 8 bits."""
     if data.startswith(imaging.NPY_MAGIC):
         return np.load(io.BytesIO(data), allow_pickle=False)
     try:

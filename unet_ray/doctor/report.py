@@ -1,4 +1,4 @@
-"""What an examination returns, and how a terminal shows it."""
+"""The result of an examination, and its text for a terminal."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from unet_ray.report.progress import duration
 from unet_ray.settings import load_train_config
 
 NAMED = 20
-"""Files that a finding lists."""
+"""Files that a finding lists at most."""
 SHOWN_CLASSES = 16
 
 Level = Literal["error", "warning", "note"]
@@ -24,14 +24,15 @@ LEVELS: tuple[Level, ...] = get_args(Level)
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that is wrong, or worth knowing."""
+    """One problem, or one fact worth knowing."""
 
     level: Level
     code: str
-    """Its name, such as `mask-of-another-size`."""
+    """Name of the finding, such as `mask-of-another-size`."""
     text: str
-    """One line: what, how many, up to three names."""
+    """One line: the problem, how many files, up to three names."""
     remedy: str
+    """What the user can do."""
     files: tuple[str, ...] = ()
     """Names below their folder, at most `NAMED`."""
 
@@ -43,7 +44,7 @@ def _finding(level: Level, code: str, text: str, remedy: str, files: Sequence[st
 
 
 error, warning, note = partial(_finding, "error"), partial(_finding, "warning"), partial(_finding, "note")
-"""A finding, whose text ends with the names of its files; none where these are an empty list."""
+"""Make a finding whose text ends with the names of its files; none if that list is empty."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,41 +53,42 @@ class Suggestion:
 
     recipe: str
     image_size: int | tuple[int, int]
-    """As `data.image_size`."""
+    """`data.image_size`."""
     settings: tuple[tuple[str, str], ...]
-    """Where they differ from the recipe's: dotted name and YAML value, as `--set` takes them."""
+    """Settings that differ from the recipe's: dotted name and YAML value, as `--set` takes them."""
     command: str
     """The whole `unet-ray train …`, quoted for a shell."""
 
     def config(self) -> TrainConfig:
-        """What the command trains."""
+        """Returns the settings that the command trains with."""
         return load_train_config(recipe=self.recipe, settings=self.settings)
 
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """What the suggested training takes on this machine."""
+    """Time and memory of the suggested training on this machine."""
 
     seconds_per_epoch: float
     row_bytes: int
-    """Of all decoded pairs."""
+    """Size of all decoded pairs, in bytes."""
     fits: bool
-    """They stay in memory; otherwise each epoch decodes them again."""
+    """They fit in memory; otherwise each epoch decodes them again."""
     device: str
     measured: str
-    """How, in words."""
+    """How the time was measured, in words."""
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What `examine` returns."""
+    """The result of `examine`."""
 
     images: str
     masks: str | None
     pairs: int
     facts: dict[str, Any]
-    """Numbers of `images`, `masks` and `sampled` pairs; files of each of `image_formats`, `image_modes`, `image_sizes`,
-    and of the masks'; masks with each of `mask_values`; `class_shares` of the pixels; `empty_masks`; `groups`."""
+    """Numbers of `images`, `masks` and `sampled` pairs; number of files with each of `image_formats`, `image_modes`,
+    `image_sizes`, and the same for masks; number of masks with each of `mask_values`; `class_shares` of the pixels;
+    `empty_masks`; `groups`."""
     findings: tuple[Finding, ...]
     """Errors first, then warnings, then notes."""
     suggestion: Suggestion | None
@@ -94,24 +96,24 @@ class Report:
 
     @property
     def exit_code(self) -> int:
-        """0: nothing, or notes only; 1: warnings; 2: errors."""
+        """0: no findings, or only notes; 1: warnings; 2: errors."""
         levels = {finding.level for finding in self.findings}
         return 2 if "error" in levels else 1 if "warning" in levels else 0
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for JSON; `exit_code` among them."""
+        """Returns plain values for JSON, including `exit_code`."""
         return {**dataclasses.asdict(self), "exit_code": self.exit_code}
 
 
 def table(report: Report) -> str:
-    """The report for a terminal, at most 80 columns but for the command to copy."""
+    """Formats the report for a terminal: at most 80 columns, except the command to copy."""
     lines = [f"images       {report.images}", f"masks        {report.masks or 'none given'}"]
     lines += [line for label, text in _facts(report.facts, report.pairs) for line in _wrapped(f"{label:<12} ", text)]
     for finding in report.findings:
         lines += ["", *_wrapped(f"{finding.level:<8} ", f"{finding.text} [{finding.code}]")]
         lines += _wrapped("         -> ", finding.remedy)
     if not report.findings:
-        lines += ["", "nothing to complain of"]
+        lines += ["", "no problems found"]
     if report.suggestion is not None:
         lines += ["", "suggested", f"  {report.suggestion.command}"]
     if report.expected is not None:

@@ -1,4 +1,4 @@
-"""Names and numbers as findings say them."""
+"""Format names and numbers for findings."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def number(things: Sized, what: str) -> str:
 
 
 def few(values: Sequence[int]) -> str:
-    """Ascending values, a range where they are one."""
+    """Formats ascending values; a range if they have no gap."""
     if len(values) > 4 and list(values) == list(range(values[0], values[-1] + 1)):
         return f"{values[0]} to {values[-1]}"
     return ", ".join(map(str, values[:8])) + (", …" if len(values) > 8 else "")
 
 
 def counts(numbers: Mapping[str, int]) -> str:
-    """`20 JPEG, 3 PNG`, most frequent first; the name alone of what is the only one."""
+    """`20 JPEG, 3 PNG`, most frequent first; a single name without its number."""
     ordered = sorted(numbers.items(), key=lambda item: -item[1])
     shown = ", ".join(f"{count} {name}" if len(ordered) > 1 else name for name, count in ordered[:4])
     return shown + (f" and {len(ordered) - 4} others" if len(ordered) > 4 else "")
