@@ -1,4 +1,4 @@
-"""Checkpoints of milesial/Pytorch-UNet: the same output, no code of the file is run, other files are refused in one line.
+"""Checkpoints of milesial/Pytorch-UNet: the same output; no code is run; other files are refused in one line.
 
 The network here is written from a description of that repository's layout (names and shapes of its tensors).
 """

@@ -18,9 +18,12 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
+from unet_ray import registry
 from unet_ray.config import FORMATS, EvaluateConfig, PredictConfig, UserError
 from unet_ray.data import storage
 from unet_ray.evaluation.evaluate import evaluate
+from unet_ray.inference.formats import OutputFormat
+from unet_ray.inference.ledger import SideTable
 from unet_ray.inference.predict import predict
 from unet_ray.ray_backend.data_context import configure
 from unet_ray.ray_backend.inference import run_on_cluster
@@ -333,6 +336,49 @@ def test_several_classes_give_a_palette_and_run_lengths_and_a_map_for_each(model
         assert np.abs(maps.sum(axis=0) - 255).max() <= 2
     with pytest.raises(UserError, match="--format kaggle is for one class"):
         run(model_of_three, folder, tmp_path / "no", formats=("kaggle",))
+
+
+@pytest.mark.parametrize("options", [{}, {"tile": 32}])
+def test_the_time_of_a_row_is_that_of_all_its_stages(model, tmp_path, options):
+    summary = run(model, make_photos(tmp_path / "images", 30), tmp_path / "out", cleanup="holes", **options)
+    stages = [summary.stages[name] for name in ("decode", "model", "postprocess", "write")]
+    assert all(seconds > 0 for seconds in stages)
+    rows = pq.read_table(tmp_path / "out/manifest.parquet")["milliseconds"].to_pylist()
+    assert sum(rows) / 1e3 == pytest.approx(sum(stages), abs=0.003)  # the summary has whole milliseconds
+
+
+class Areas(OutputFormat):
+    """A format as a newcomer would add it: a file for each image, a table, and one file for all."""
+
+    owned_names = ("areas", "areas.csv")
+    table = SideTable(
+        ".work/areas", pa.schema([("area", pa.int64())]), lambda results: results.select(["path", "area"])
+    )
+
+    def write(self, result):
+        result.write_file(*self.files(result.output), str(result.pixels[1]).encode())
+        return {"area": result.pixels[1]}
+
+    def files(self, output):
+        return [f"areas/{output.removesuffix('.png')}.txt"]
+
+    def finish(self, ledger):
+        rows = [row for table in ledger.side_rows(self.table) for row in table.to_pylist()]
+        Path(ledger.out, "areas.csv").write_text("".join(f"{row['area']}\n" for row in rows))
+
+
+def test_a_format_is_added_by_its_class_and_its_name_alone(model, tmp_path, monkeypatch):
+    monkeypatch.setitem(registry.FORMATS, "areas", f"{__name__}:Areas")
+    folder, out = make_photos(tmp_path / "images", 4), tmp_path / "out"
+    run(model, folder, out, formats=("png", "areas"))
+    areas = [row["pixels"][1] for row in manifest(out)]
+    assert (out / "areas.csv").read_text().split() == [str(area) for area in areas]
+    assert sorted(int(path.read_text()) for path in (out / "areas").rglob("*.txt")) == sorted(areas)
+    (folder / "sub 0/0000.jpg").write_bytes(b"no longer")
+    run(model, folder, out, formats=("png", "areas"))
+    assert len(list((out / "areas").rglob("*.txt"))) == 3
+    run(model, folder, out, formats=("png",), overwrite=True)
+    assert not (out / "areas").exists() and not (out / "areas.csv").exists()
 
 
 @pytest.mark.parametrize(

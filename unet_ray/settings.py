@@ -1,8 +1,8 @@
 """Read YAML, `--set` and recipes into the settings of `config.py`; an error names the nearest setting.
 
 Standard library and PyYAML only, so that a wrong flag is reported at once. pydantic's TypeAdapter would replace
-`_coerce` (30 lines), but it takes 0.12 to 0.28 s to import and build where `unet-ray --help` takes 0.19 s. It also
-reads `true` as 1 and ignores unknown keys unless configured, and its messages have several lines and no nearest name.
+`_coerce` (30 lines), but it takes 0.1 s to import and build, as long as `unet-ray --help`. It also reads `true` as 1,
+ignores unknown keys unless configured, and its messages have several lines and no nearest name.
 """
 
 from __future__ import annotations

@@ -118,7 +118,8 @@ def decode_image(
         rotated = image.getexif().get(ORIENTATION) in ROTATED
         own_size = image.size if rotated else image.size[::-1]
         if size_hw is not None and image.format == "JPEG":
-            # No mode: a gray or CMYK JPEG keeps its own, converted below like every other format.
+            # No mode: a gray or CMYK JPEG keeps its own, converted below like every other format. torchvision's
+            # decode_jpeg has no such scales: 7.1 instead of 5.2 ms from 1918x1280 to 512.
             image.draft(None, size_hw if rotated else size_hw[::-1])
         seen = _in_mode(image, channels, value_range)
         # A fourth channel may be data (MRI). Pillow's resize would take it for transparency and weigh the others with
@@ -139,7 +140,7 @@ def _resized(band: Image.Image, size_hw: tuple[int, int]) -> np.ndarray:
     """Resizes to uint8 [H,W] or [H,W,C], equal to Pillow's bilinear with `reducing_gap` 2 except for steps of 1 of 255.
 
     torchvision's v2 resize calls the same F.interpolate: equal bytes, 12.1 instead of 11.3 ms from 1918x1280 to 512,
-    and seconds to import.
+    and 1.4 s of CPU to import.
     """
     if band.size == size_hw[::-1]:
         return np.asarray(band)

@@ -229,7 +229,7 @@ def _balance(looks: Sequence[Look], found: Classes, occurs: Mapping[int, Sequenc
         yield from warning("little-foreground", text, remedy)
     elif len(values) == 2 and shares[values[1]] > MUCH_FOREGROUND:
         text = f"value {values[1]} is the foreground and {percent(shares[values[1]])} of the pixels"
-        remedy = f"if what is to be found is the other one: {setting('data.mask_values', values[::-1])}"
+        remedy = f"if the other value is to be found: {setting('data.mask_values', values[::-1])}"
         yield from note("mostly-foreground", text, remedy)
     for value in values if len(values) > 2 else ():
         names = occurs[value]

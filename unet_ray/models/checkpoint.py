@@ -150,7 +150,7 @@ def load_model(location: str) -> tuple[SegmentationModel, ModelCard]:
     except (KeyError, ValueError) as error:
         raise UserError(f"{path}: not a model's weights ({error!r}): copy the folder again, whole") from None
     if hashlib.sha256(_split(data)[1]).hexdigest() != card.weights_sha256:
-        raise UserError(f"{path}: damaged (its checksum is another): copy the folder again, whole")
+        raise UserError(f"{path}: damaged (its checksum differs): copy the folder again, whole")
     # A training that was killed between its two writes leaves the older model.json, of the same network.
     json_card = read_card(location)
     if dataclasses.replace(json_card, scores=card.scores, weights_sha256=card.weights_sha256) != card:
