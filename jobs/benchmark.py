@@ -1,4 +1,4 @@
-"""Measures speed, side by side in one run and in turns, so that all ways meet the same machine and the same noise.
+"""Measures speed, side by side in one run and in turns, so that all code meets the same machine and the same noise.
 
     python jobs/benchmark.py --images FOLDER [--masks FOLDER] [--model RUN] [--milesial CHECKOUT] [--json FILE]
 
@@ -9,7 +9,7 @@ Each section is a table: seconds are medians over the rounds, ratios are to the 
     predict   a folder to PNG masks, without the start: `--local`, through Ray, and milesial/Pytorch-UNet's own code
     train     an optimizer step, beside a plain fp32 loop
     epochs    an epoch `--local` and through Ray
-    overhead  the way of the data without a network, beside as many bare processes as there are cores
+    overhead  reading, decoding and writing without a network, beside one bare process per core
     memory    peak resident memory, and images per second, of a short and a long folder
     start     `--help`, one image from a cold start, and the first mask through Ray by part
 """
@@ -29,7 +29,7 @@ from typing import Any, Literal
 import click
 import torch
 
-# The checkout that this file is in, before any other that may be installed.
+# Import the checkout that this file is in, not a copy that may be installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from measures.common import BASE_64, Job, Line, random_model
@@ -61,7 +61,7 @@ SECTIONS: dict[str, Callable[[Job], Iterator[Line]]] = {
 
 
 def prices(lines: Sequence[Line], an_hour: Mapping[str, float], batch_size: int) -> Iterator[Line]:
-    """Says what a million images cost on a machine like this one, from the user's prices and the measured rates."""
+    """Yields the cost of a million images on a machine like this one, from the user's prices and the measured rates."""
     rates = {(line.section, line.name): line.seconds for line in lines if line.seconds}
     step = rates.get(("train", "unet_ray"))
     each = {
@@ -85,25 +85,34 @@ def shown(line: Line) -> str:
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--images", required=True, metavar="DIR", help="Photographs.")
 @click.option(
-    "--masks", "masks_folder", metavar="DIR", help="Their masks; without them, `train` and `epochs` are left out."
+    "--masks",
+    "masks_folder",
+    metavar="DIR",
+    help="Masks of the photographs; without them, `train` and `epochs` are skipped.",
 )
-@click.option("--model", metavar="RUN", help="A trained model; without it, U-Net of 64 channels, weights random.")
+@click.option("--model", metavar="RUN", help="A trained model; without it, a U-Net of 64 channels with random weights.")
 @click.option(
-    "--section", "sections", multiple=True, type=click.Choice([*SECTIONS]), help="Only this; may be repeated."
+    "--section",
+    "sections",
+    multiple=True,
+    type=click.Choice([*SECTIONS]),
+    help="Measure only this section; may be repeated.",
 )
-@click.option("--milesial", metavar="DIR", help="A checkout of milesial/Pytorch-UNet to measure beside.")
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: cuda where there is one]")
+@click.option("--milesial", metavar="DIR", help="A checkout of milesial/Pytorch-UNet to compare with.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: cuda if there is a GPU]")
 @click.option("--recipe", help="Settings of the training step.  [default: U-Net of 64 channels, 512, batch 4]")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="One such setting; may be repeated.")
+@click.option(
+    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="A setting of the training step; may be repeated."
+)
 @click.option("--rounds", default=3, show_default=True, type=click.IntRange(min=1))
 @click.option(
     "--price",
     "price_list",
     multiple=True,
     metavar="NAME=AMOUNT",
-    help="Of an hour of a machine like this one: also says what a million images cost; may be repeated.",
+    help="Price of an hour of a machine like this one, to print the cost of a million images; may be repeated.",
 )
-@click.option("--json", "json_file", metavar="FILE", help="Also write the lines there.")
+@click.option("--json", "json_file", metavar="FILE", help="Also write the lines to FILE, as JSON.")
 def main(
     images: str,
     masks_folder: str | None,
@@ -117,7 +126,7 @@ def main(
     price_list: tuple[str, ...],
     json_file: str | None,
 ) -> None:
-    """Measure how fast this machine decodes, predicts and trains, beside the ways others do it."""
+    """Measure how fast this machine decodes, predicts and trains, compared with other implementations."""
     an_hour = _amounts(price_list)
     pairs = find_pairs(images, masks_folder) if masks_folder else []
     config = _training(images, masks_folder, pairs, recipe, settings)
@@ -144,7 +153,7 @@ def main(
 
 
 def _amounts(price_list: Sequence[str]) -> dict[str, float]:
-    """Name -> price of an hour. Raises UserError."""
+    """Returns name -> price of an hour. Raises UserError."""
     try:
         return {name: float(amount) for name, _, amount in (text.rpartition("=") for text in price_list)}
     except ValueError:
@@ -154,7 +163,7 @@ def _amounts(price_list: Sequence[str]) -> dict[str, float]:
 def _training(
     images: str, masks_folder: str | None, pairs: list[Pair], recipe: str | None, settings: Sequence[str]
 ) -> TrainConfig:
-    """The settings of the training step, with the folders of the pairs."""
+    """Returns the settings of the training step, with the folders of the pairs."""
     chosen: list[tuple[str, Any]] = [(name, value) for name, _, value in (text.partition("=") for text in settings)]
     base = [] if recipe else [*BASE_64, ("train.batch_size", 4)]
     config = load_train_config(recipe=recipe, settings=[*base, *chosen])
@@ -166,7 +175,7 @@ def _training(
 
 
 def _measured(job: Job, sections: Sequence[str]) -> tuple[list[Line], bool]:
-    """The lines of all sections, shown as they come, and whether a section failed."""
+    """Runs the sections and prints their lines as they come. Returns the lines, and whether a section failed."""
     lines: list[Line] = []
     failed = False
     click.echo(f"{'section':<9} {'':<34} {'seconds':>9} {'a second':>9} {'ratio':>8}")

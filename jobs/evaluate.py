@@ -1,4 +1,4 @@
-"""`unet-ray evaluate …` for `ray job submit --working-dir . -- python jobs/evaluate.py …`, with its exit codes."""
+"""Runs `unet-ray evaluate …` for `ray job submit --working-dir . -- python jobs/evaluate.py …`, with its exit codes."""
 
 import sys
 from pathlib import Path

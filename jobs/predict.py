@@ -1,4 +1,4 @@
-"""`unet-ray predict …` for `ray job submit --working-dir . -- python jobs/predict.py …`, with its exit codes."""
+"""Runs `unet-ray predict …` for `ray job submit --working-dir . -- python jobs/predict.py …`, with its exit codes."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`unet-ray train …` for `ray job submit --working-dir . -- python jobs/train.py …`, with its exit codes."""
+"""Runs `unet-ray train …` for `ray job submit --working-dir . -- python jobs/train.py …`, with its exit codes."""
 
 import sys
 from pathlib import Path

@@ -189,6 +189,8 @@ class Machines:
         self.started += 1
         address = f"--node-ip-address=127.0.0.{1 + self.started}"
         command = [str(BIN / "ray"), "start", "--block", address, "--disable-usage-stats"]
+        # A folder for each node, as on machines: each unpacks a job's files there, after deleting those it finds.
+        command += [f"--temp-dir={self.temporary.name}/{self.started}"]
         log = Path(self.temporary.name, f"{self.started}.log")
         with log.open("wb") as stream:
             process = subprocess.Popen(
@@ -226,7 +228,6 @@ class Machines:
             f"--dashboard-port={self.dashboard_port}",
             f"--ray-client-server-port={free_port()}",
             f"--dashboard-agent-listen-port={free_port()}",
-            f"--temp-dir={self.temporary.name}/ray{self.started}",
             SYSTEM,
             *arguments,
         )

@@ -1,4 +1,4 @@
-"""Trainings of discs, and what their run directories hold; shared by the tests of training."""
+"""Helps the tests of training: settings of short trainings of discs, and the contents of run directories."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ TIMES = {"seconds", "train_seconds", "wait_seconds", "images_per_second"}
 
 
 def config_for(discs: tuple[Path, Path], *settings: tuple[str, Any]) -> TrainConfig:
-    """A training of two seconds on these images and masks."""
+    """Returns the settings of a training of two seconds on these images and masks."""
     images, masks = discs
     return load_train_config(settings=[("data.images", str(images)), ("data.masks", str(masks)), *TINY, *settings])
 
 
 def lines(run: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without the times."""
+    """Returns the lines of metrics.jsonl without the times."""
     text = (run / "metrics.jsonl").read_text()
     return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in text.splitlines()]
 
 
 def weights_sha256(run: Path) -> str:
-    """The checksum of the best model's weights."""
+    """Returns the checksum of the best model's weights."""
     return json.loads((run / "model/model.json").read_text())["weights_sha256"]
 
 
 def assert_same_state(one: Path, other: Path) -> None:
-    """Weights, their average and the optimizer's state are equal to the last bit."""
+    """Asserts that weights, their average and the optimizer's state are equal to the last bit."""
     ours, theirs = (safetensors.torch.load_file(run / "last/state.safetensors") for run in (one, other))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert any(name.startswith("optimizer.0.") for name in ours)

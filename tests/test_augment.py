@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import disc
 
-from unet_ray.config import AugmentConfig
+from unet_ray.config import AugmentConfig, UserError
 from unet_ray.training.augment import AUGMENTATIONS, Brightness, Contrast, Elastic, Gamma, _recolour, augment
 
 ALL = AugmentConfig(
@@ -26,7 +26,7 @@ NOTHING = {"hflip": 0.0}
 
 
 def scene(count=3, size=64):
-    """Bright discs on dark ground, a 32-pixel gap at one side; image, mask and a border map that copies the mask."""
+    """Returns bright discs on dark ground, with a 32-pixel gap at one side: image, mask, and the mask as border map."""
     mask = torch.from_numpy(np.stack([disc(size, (20 + 3 * n, 26), 13) for n in range(count)]))
     return {"image": (mask * 180 + 40)[..., None].expand(-1, -1, -1, 3).contiguous(), "mask": mask, "border": mask}
 
@@ -153,10 +153,17 @@ def test_every_setting_belongs_to_one_augmentation():
     assert sorted(settings) == sorted(field.name for field in dataclasses.fields(AugmentConfig))
 
 
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(AugmentConfig)])
+def test_a_setting_below_zero_is_refused(name):
+    with pytest.raises(UserError, match=rf"augment\.{name} is -1"):
+        AugmentConfig(**{name: -1})
+
+
 def test_the_draws_are_those_of_earlier_versions():
-    """Their order and number decide what a seed means, and whether an older run resumes as it would have gone on."""
+    """Their order and number decide the result of a seed, so that an older run resumes as it would have gone on. New
+    augmentations draw after them."""
     drawn = [each.draw(ALL, generator) for generator in [np.random.default_rng([1, 2, 3])] for each in AUGMENTATIONS]
-    hflip, vflip, turns, affine, brightness, contrast, gamma, elastic = drawn
+    hflip, vflip, turns, affine, brightness, contrast, gamma, elastic, *_later = drawn
     generator = np.random.default_rng([1, 2, 3])
     assert hflip == (generator.random() < 0.5) and vflip == (generator.random() < 0.5)
     assert turns == generator.integers(4)

@@ -1,4 +1,4 @@
-"""OpenVINO and compiled networks give what torch gives; the choice between them."""
+"""OpenVINO and compiled networks give the same output as torch, and `auto` chooses between them."""
 
 import pytest
 import torch
@@ -60,7 +60,7 @@ def test_openvinos_network_is_kept_beside_the_model_until_its_weights_change(tmp
     assert [len(names) for names in kept] == [2, 2, 2]
     image = noise(1, 3, 64, 64)
     by_torch, _ = backends.load(str(tmp_path), RuntimeOptions(CPU, "fp32", "torch"))
-    monkeypatch.setattr(backends, "export", None)  # what was kept is read, not made again
+    monkeypatch.setattr(backends, "export", None)  # the kept network is read, not exported again
     by_openvino, _ = backends.load(str(tmp_path), RuntimeOptions(CPU, "fp32", "openvino"))
     with torch.inference_mode():
         assert torch.allclose(by_openvino(image), by_torch(image), atol=2e-3, rtol=2e-3)

@@ -1,4 +1,4 @@
-"""A bucket over HTTP: images read from it, masks and manifest written to it, killed and gone on."""
+"""Prediction reads images from a bucket over HTTP, writes masks and manifest to it, and continues after a kill."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ from unet_ray.ray_backend.session import LOCAL
 
 @pytest.fixture(scope="module")
 def bucket():
-    """URI of a bucket on a server of this machine, as s3://images{path}{options}."""
+    """Serves the bucket `images`. Yields its client and the options of its URIs: s3://images{path}{options}."""
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -95,7 +95,7 @@ def test_a_prediction_in_a_bucket_is_killed_and_goes_on(bucket, tmp_path):
     filesystem, path = storage.resolve(f"s3://images/out/manifest.parquet{options}")
     rows = pq.read_table(path, filesystem=filesystem).to_pylist()
     assert len({row["path"] for row in rows}) == len(rows) == 308
-    # Without the options, which may hold secrets.
+    # Rows have no options, which may hold secrets.
     assert rows[0]["path"] == "s3://images/in/bad/bomb.png"
     assert "endpoint" not in files["settings.json"].decode()
     assert "lock.json" not in str(files)

@@ -1,4 +1,4 @@
-"""Model directories: whole ones are read, damaged ones are refused."""
+"""Model directories: whole ones can be read, damaged ones are refused."""
 
 import json
 

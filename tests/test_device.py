@@ -1,4 +1,4 @@
-"""The device a network runs on: the memory of its arrays."""
+"""The device that a network runs on: the memory of its arrays."""
 
 import os
 import platform
@@ -18,7 +18,7 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 def take():
-    # More than glibc gives other threads at once, and more than it by itself ever takes from a heap.
+    # The sizes exceed what glibc gives other threads at once, and what it takes from a heap by default.
     took = []
     for turn in range(10):
         before = faults()

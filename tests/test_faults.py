@@ -67,7 +67,7 @@ def assert_close(run: Path, other: Path) -> None:
 
 @pytest.fixture(scope="module")
 def undisturbed(discs, tmp_path_factory) -> Path:
-    """The same training in one process, left alone."""
+    """Runs the same training in one process, undisturbed."""
     run = tmp_path_factory.mktemp("undisturbed") / "run"
     train(config_for(discs), str(run), runtime=LOCAL)
     return run
@@ -108,7 +108,7 @@ def test_a_killed_driver_is_resumed(discs, undisturbed, tmp_path):
     command = [sys.executable, "-m", "unet_ray", "train", "--out", str(run)]
     command += flags(settings(discs))
     with tempfile.TemporaryDirectory(prefix="ur-", ignore_cleanup_errors=True) as temporary:
-        # Short, for Ray's sockets; of its own, so that what the killed one leaves is cleaned up.
+        # The path is short, for Ray's sockets. The folder is separate, so that a killed driver's files go with it.
         process = subprocess.Popen(command, env={**os.environ, "TMPDIR": temporary}, stdout=subprocess.DEVNULL)
         started: list[psutil.Process] = []
         try:
@@ -120,7 +120,7 @@ def test_a_killed_driver_is_resumed(discs, undisturbed, tmp_path):
         finally:
             process.kill()
             process.wait()
-            # The workers see that the driver is gone and end; Ray's agents take up to a minute more, not waited for.
+            # The workers see that the driver is gone, and end. Ray's agents take up to a minute more, too long to wait.
             deadline = time.monotonic() + 30
             while (training_on := [p for p in started if is_training(p)]) and time.monotonic() < deadline:
                 time.sleep(0.2)
@@ -182,12 +182,12 @@ def test_a_full_gpu_is_one_line_with_the_remedy():
 
 
 def failed_fit(**failures: BaseException) -> ray.train.WorkerGroupError:
-    """What Ray Train raises when these ranks have failed."""
+    """Returns the error that Ray Train raises when these ranks have failed."""
     return ray.train.WorkerGroupError("text", {int(rank[-1]): failure for rank, failure in failures.items()})
 
 
 def raised_by_workers(folder: Path, *errors: BaseException) -> dict[int, WorkerError]:
-    """What the driver reads after each rank has raised its error."""
+    """Returns the errors that the driver reads after each rank has raised its error."""
     for rank, error in enumerate(errors):
         with pytest.raises(type(error)), writing_errors(str(folder), rank):
             raise error
@@ -212,7 +212,7 @@ def test_what_a_worker_says_that_the_user_must_fix_is_one_line(tmp_path):
     with pytest.raises(UserError) as error:
         raise_failure(failed_fit(rank0=PEER_IS_GONE), reported)
     assert str(error.value) == "a.png: fix or remove it"
-    # What a Ray task raises is a UserError too, with a traceback for its text.
+    # The error of a Ray task is a UserError too, whose text is a traceback.
     in_task = ray.exceptions.RayTaskError("task", "Traceback …", UserError("b.png: fix it")).as_instanceof_cause()
     assert WorkerError.of(in_task).message == "b.png: fix it"
 
@@ -249,7 +249,7 @@ def test_workers_that_did_not_start_are_an_error_with_the_remedy():
 
 
 def failing_on_rank_1(error: Exception):
-    """A worker for `run_workers`: rank 1 fails while rank 0 waits for it."""
+    """Fails on rank 1 while rank 0 waits for it; a worker for `run_workers`."""
 
     def worker(_device):
         if torch.distributed.get_rank() == 1:

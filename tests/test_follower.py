@@ -24,6 +24,6 @@ def test_each_epoch_is_reported_once_and_progress_only_of_the_epoch_that_runs(tm
     wrote(lines=0)  # the same progress
     assert (epochs, steps) == ([], [1])
     wrote(lines=2)
-    wrote(lines=2, progress=2)  # of an epoch that is already reported
+    wrote(lines=2, progress=2)  # progress of an epoch that is already reported
     wrote(lines=3, progress=4)
     assert (epochs, steps) == ([1, 2, 3], [1, 4])

@@ -19,7 +19,7 @@ from unet_ray.training.step import prepare
 
 @pytest.fixture
 def given(tmp_path):
-    """A model directory whose weights and running statistics are like no fresh network's."""
+    """Returns a model directory whose weights and running statistics differ from any new network's."""
     location = make_model(tmp_path / "given", ("model.num_classes", 3), ("data.mask_values", [0, 1, 2]), seed=99)
     model, _ = checkpoint.load_model(str(location))
     for tensor in model.state_dict().values():
@@ -33,7 +33,7 @@ def given(tmp_path):
 
 
 def prepared(location, *settings, resumes=False):
-    """The networks, trained and averaged, before their first step; as tensors by name."""
+    """Returns the tensors by name of each network, the trained and the averaged one, before the first step."""
     settings = [*TINY, *checkpoint.model_settings_of(location), ("train.init", location), ("train.ema", 0.9), *settings]
     training = prepare(load_train_config(settings=settings), torch.device("cpu"), resumes=resumes)
     return [network.state_dict() for network in training.networks]
@@ -44,7 +44,7 @@ def test_a_training_starts_from_the_weights_of_init_and_so_does_their_average(gi
     for tensors in prepared(given, ("model.dropout", 0.2)):
         assert tensors.keys() == expected.keys()
         assert all(torch.equal(tensors[name], expected[name]) for name in expected)
-    fresh = prepared(given, resumes=True)[0]  # a state has the weights then
+    fresh = prepared(given, resumes=True)[0]  # the weights then come from a state
     assert not any(torch.equal(fresh[name], expected[name]) for name in expected if name.endswith("weight"))
 
 

@@ -1,4 +1,4 @@
-"""The ledger: each image is done once, whatever is stopped, added, changed or tried again."""
+"""The ledger does each image once, even if runs are stopped and images are added, changed or tried again."""
 
 import os
 import subprocess
@@ -46,7 +46,7 @@ def todo(ledger: Ledger) -> list[int]:
 
 
 def do(ledger: Ledger, number: int, failed=()) -> int:
-    """Does what is left of a chunk, with made-up results; returns how many rows that were."""
+    """Records made-up results for the remaining rows of a chunk. Returns the number of rows."""
     chunk = ledger.load(number)
     rows = len(chunk["path"])
     bad = np.isin(chunk["path"], [os.fsencode(p) for p in failed])
@@ -70,17 +70,17 @@ def do(ledger: Ledger, number: int, failed=()) -> int:
     return rows
 
 
-def finish(ledger: Ledger, **options) -> int:
-    """Does all that is left; returns how many rows that were."""
+def do_all(ledger: Ledger, **options) -> int:
+    """Records all remaining rows and merges all shards. Returns the number of rows."""
     done = sum(do(ledger, number, **options) for number in todo(ledger))
     for shard, state in zip(ledger.shards(), ledger.states(ledger.shards()), strict=True):
-        if not state.finished:
-            ledger.finish(shard)
+        if not state.merged:
+            ledger.merge_shard(shard)
     return done
 
 
 def wait_until(condition) -> None:
-    """Returns once it holds; fails after 20 seconds."""
+    """Waits until the condition holds. Fails after 20 seconds."""
     deadline = time.monotonic() + 20
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
@@ -102,7 +102,7 @@ def test_each_image_is_in_one_chunk_of_one_shard(tmp_path):
     assert [p for chunk in chunks for p in chunk["path"]] == [f"/in/{n:05d}.jpg".encode() for n in range(5000)]
     assert len(open_ledger(tmp_path).shards()) == 2
     assert [len(chunk["path"]) for chunk in chunks] == [64] * 64 + [14] * 64 + [8]
-    assert finish(open_ledger(tmp_path)) == 5000
+    assert do_all(open_ledger(tmp_path)) == 5000
     assert [row["path"] for row in manifest(tmp_path)] == [f"/in/{n:05d}.jpg" for n in range(5000)]
     assert not list((tmp_path / ".work/done").iterdir())
 
@@ -129,7 +129,7 @@ def test_a_stopped_listing_continues_and_ends_with_the_same_files(tmp_path):
 
 def test_stopped_anywhere_it_ends_with_the_same_files_and_does_nothing_twice(tmp_path):
     survey(tmp_path / "whole", images(range(200)))
-    finish(open_ledger(tmp_path / "whole"))
+    do_all(open_ledger(tmp_path / "whole"))
     done = 0
     for stop in (3, 5, 1):
         survey(tmp_path / "stopped", images(range(200)))
@@ -137,9 +137,9 @@ def test_stopped_anywhere_it_ends_with_the_same_files_and_does_nothing_twice(tmp
             do(open_ledger(tmp_path / "stopped"), number) for number in todo(open_ledger(tmp_path / "stopped"))[:stop]
         )
     assert done == 9 * 8
-    assert finish(open_ledger(tmp_path / "stopped")) == 200 - done
+    assert do_all(open_ledger(tmp_path / "stopped")) == 200 - done
     assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
-    assert finish(open_ledger(tmp_path / "stopped")) == 0
+    assert do_all(open_ledger(tmp_path / "stopped")) == 0
 
 
 def test_a_shard_that_was_stopped_between_its_files_is_finished_again(tmp_path, monkeypatch):
@@ -156,33 +156,33 @@ def test_a_shard_that_was_stopped_between_its_files_is_finished_again(tmp_path, 
 
     monkeypatch.setattr(ledger_module.storage, "write_bytes", stop_before_the_manifest)
     with pytest.raises(KeyboardInterrupt):
-        ledger.finish(0)
+        ledger.merge_shard(0)
     monkeypatch.undo()
-    assert not todo(ledger) and not next(ledger.states([0])).finished
-    ledger.finish(0)
-    assert len(manifest(tmp_path)) == 20 and next(ledger.states([0])).finished
+    assert not todo(ledger) and not next(ledger.states([0])).merged
+    ledger.merge_shard(0)
+    assert len(manifest(tmp_path)) == 20 and next(ledger.states([0])).merged
 
 
 def test_new_images_make_new_shards_and_what_is_done_stays(tmp_path):
     survey(tmp_path, images(range(10)))
-    finish(open_ledger(tmp_path))
+    do_all(open_ledger(tmp_path))
     before = contents(tmp_path)
     assert survey(tmp_path, images(range(15))) == 15
-    assert finish(open_ledger(tmp_path)) == 5
+    assert do_all(open_ledger(tmp_path)) == 5
     assert len(manifest(tmp_path)) == 15
     assert before.items() <= contents(tmp_path).items()
-    # Images that are gone keep their rows: their masks are there.
+    # Images that are gone keep their rows, because their masks still exist.
     assert survey(tmp_path, images(range(3))) == 3
-    assert finish(open_ledger(tmp_path)) == 0
+    assert do_all(open_ledger(tmp_path)) == 0
     assert len(manifest(tmp_path)) == 15
 
 
 def test_a_changed_image_alone_is_done_again(tmp_path):
     survey(tmp_path, images(range(30)))
-    finish(open_ledger(tmp_path))
+    do_all(open_ledger(tmp_path))
     survey(tmp_path, [*images(range(12)), *images([12], size=99), *images(range(13, 30))])
     assert len(todo(open_ledger(tmp_path))) == 1
-    assert finish(open_ledger(tmp_path)) == 1
+    assert do_all(open_ledger(tmp_path)) == 1
     rows = manifest(tmp_path)
     assert [row["path"] for row in rows] == [f"/in/{n:05d}.jpg" for n in range(30)]
     assert [row["size"] for row in rows] == [1] * 12 + [99] + [1] * 17
@@ -193,11 +193,11 @@ def test_a_changed_image_alone_is_done_again(tmp_path):
 def test_failed_images_are_tried_again_only_when_asked(tmp_path):
     survey(tmp_path, images(range(30)))
     bad = ["/in/00003.jpg", "/in/00021.jpg"]
-    assert finish(open_ledger(tmp_path), failed=bad) == 30
-    assert finish(open_ledger(tmp_path)) == 0
+    assert do_all(open_ledger(tmp_path), failed=bad) == 30
+    assert do_all(open_ledger(tmp_path)) == 0
     state = next(open_ledger(tmp_path).states([0]))
     assert (state.rows, state.done, state.failed) == (30, 30, 2)
-    assert finish(open_ledger(tmp_path, retry_failed=True), failed=bad[1:]) == 2
+    assert do_all(open_ledger(tmp_path, retry_failed=True), failed=bad[1:]) == 2
     assert [row["path"] for row in manifest(tmp_path) if row["status"] == "failed"] == bad[1:]
     assert len(pq.read_table(tmp_path / ".work/runs")) == 29
 
@@ -206,7 +206,7 @@ def test_a_shard_with_a_row_undone_is_never_finished(tmp_path):
     survey(tmp_path, images(range(20)))
     do(open_ledger(tmp_path), todo(open_ledger(tmp_path))[0])
     with pytest.raises(RuntimeError, match="12 rows of part-000000 have no result"):
-        open_ledger(tmp_path).finish(0)
+        open_ledger(tmp_path).merge_shard(0)
     assert not (tmp_path / "manifest.parquet").exists()
 
 
@@ -216,7 +216,7 @@ def test_an_image_that_is_listed_twice_is_one_and_equal_names_are_told_apart(tmp
     outputs = [o for n in todo(open_ledger(tmp_path)) for o in open_ledger(tmp_path).load(n)["output"]]
     assert len(set(outputs)) == 9
     assert outputs[0] == b"00000.png" and outputs[5] == b"00000.png.png" and outputs[8] == b"00000.tif.png"
-    # Found in a later run, too, a name that is taken stays with the image that has it.
+    # In a later run, too, a name stays with the image that has it.
     survey(tmp_path, images([4], suffix=".bmp"))
     assert open_ledger(tmp_path).load(todo(open_ledger(tmp_path))[-1])["output"][0] == b"00004.bmp.png"
 
@@ -252,7 +252,7 @@ def test_a_second_run_into_the_same_folder_is_refused_and_the_lock_ends_with_the
 def test_in_a_bucket_a_lock_that_is_renewed_is_respected_and_a_dead_one_taken_over(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "BEAT_SECONDS", 0.3)
     monkeypatch.setattr(lock, "DEAD_AFTER_SECONDS", 3.0)
-    # As in a bucket: no file lock.
+    # The heartbeat, as in a bucket, which has no file locks.
     out = str(tmp_path)
 
     def beats(me):
@@ -269,7 +269,7 @@ def test_in_a_bucket_a_lock_that_is_renewed_is_respected_and_a_dead_one_taken_ov
     check()
     first.close()
     assert not (tmp_path / ".work/lock.json").exists()
-    # One whose holder died: there, but never renewed.
+    # A lock whose holder died: it exists, but nobody renews it.
     (tmp_path / ".work/lock.json").write_text('{"id": "x", "host": "gone", "pid": 1, "since": "then"}')
     second = beats(me("c"))
     next(second)
@@ -287,7 +287,7 @@ def test_a_file_system_without_locks_is_locked_by_heartbeat(tmp_path, monkeypatc
     monkeypatch.setattr(lock, "DEAD_AFTER_SECONDS", 3.0)
     with output_lock(str(tmp_path)) as check:
         wait_until((tmp_path / ".work/lock.json").read_text)
-        # Of this very process, which lives.
+        # This process holds the lock, and it is alive.
         with pytest.raises(UserError, match="another run"), output_lock(str(tmp_path)):
             pass
         check()

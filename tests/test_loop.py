@@ -61,7 +61,8 @@ def test_a_runs_config_runs_again_and_the_same_command_gives_the_same_figures(di
 def test_a_compiled_training_takes_the_same_steps(discs, tmp_path, caplog):
     lines = []
     for name, compiled in (("plain", False), ("compiled", True)):
-        # Batches of one size and a small network: each size of batch and each kind of layer takes seconds to compile.
+        # All batches have one size and the network is small: each batch size and each kind of layer takes seconds to
+        # compile.
         config = config_for(discs, ("compute.compile", compiled), ("train.batch_size", 5), ("model.depth", 1))
         lines.append(train(config, str(tmp_path / name), runtime=LOCAL).best)
     assert lines[1]["train_loss"] == pytest.approx(lines[0]["train_loss"], rel=1e-3)
@@ -107,7 +108,7 @@ def test_a_batch_in_parts_is_the_same_batch(discs, tmp_path):
 
 
 def test_with_an_average_it_is_what_is_scored_and_saved(discs, tmp_path):
-    config = config_for(discs, ("train.ema", 0.99), ("train.epochs", 1))  # one, so that the best is the last
+    config = config_for(discs, ("train.ema", 0.99), ("train.epochs", 1))  # one epoch, so that the best is the last
     train(config, str(tmp_path / "run"), runtime=LOCAL)
     state = safetensors.torch.load_file(tmp_path / "run/last/state.safetensors")
     model, card = checkpoint.load_model(str(tmp_path / "run/model"))

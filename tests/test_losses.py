@@ -25,7 +25,7 @@ def test_bce_of_undecided_pixels_is_log_2():
 
 
 def test_dice_by_hand():
-    logits = torch.tensor([[[[BIG, BIG], [-BIG, -BIG]]]])  # predicts the top row; truth is the left column
+    logits = torch.tensor([[[[BIG, BIG], [-BIG, -BIG]]]])  # predicts the top row; the ground truth is the left column
     # overlap 1, sums 2 and 2: 1 - (2 * 1 + 1) / (2 + 2 + 1)
     assert of("dice")(logits, mask([1, 0], [1, 0])).item() == pytest.approx(1 - 3 / 5)
     assert of("dice")(logits, mask([1, 1], [0, 0])).item() == pytest.approx(0, abs=1e-6)
@@ -135,7 +135,7 @@ MASKS = {
 @pytest.mark.parametrize("classes", [1, 3])
 @pytest.mark.parametrize("term", ["dice", "focal", "tversky"])
 def test_losses_are_monais(term, classes, kind, ignored):
-    """MONAI's, on the columns that are not ignored."""
+    """The values are those of MONAI, on the columns that are not ignored."""
     from monai import losses as monai
 
     generator = torch.Generator().manual_seed(0)

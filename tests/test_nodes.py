@@ -25,12 +25,12 @@ from conftest import (
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 
 from unet_ray.ray_backend import autoscaling, internals, nodes
-from unet_ray.ray_backend.inference import A_TASK_BESIDE_A_MODEL
+from unet_ray.ray_backend.inference import TASK_CPUS_BESIDE_A_MODEL
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    """Slow enough that a test can interrupt it."""
+    """Returns a model that is slow enough for a test to interrupt it."""
     settings = [("model.base_channels", 16), ("model.depth", 4), ("data.image_size", 128)]
     return make_model(tmp_path_factory.mktemp("model"), *settings)
 
@@ -48,9 +48,9 @@ def test_replicas_of_a_model_never_fill_a_node(monkeypatch, sizes):
             fitting = int(cpus / reserved)
             assert fitting == cpus // threads, "as many as have all their CPUs"
             left[cpus] = cpus - fitting * reserved
-        # With --workers, a replica may be so small that replicas leave the smallest nodes less than a task takes.
+        # With --workers, replicas may be so small that they leave the smallest nodes less than a task reserves.
         assert min(left.values()) > 0
-        assert (min(left.values()) if threads == default else left[max(sizes)]) >= A_TASK_BESIDE_A_MODEL
+        assert (min(left.values()) if threads == default else left[max(sizes)]) >= TASK_CPUS_BESIDE_A_MODEL
 
 
 AS_MANY_GPUS_AS_CPUS = """

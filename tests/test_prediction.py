@@ -1,4 +1,4 @@
-"""Prediction and evaluation: one row per input, and the same files and scores through Ray as in one process."""
+"""Prediction and evaluation give one row per input, and the same files and scores through Ray as in one process."""
 
 import csv
 import errno
@@ -51,7 +51,7 @@ def run(model: Path, folder, out: Path, *, runtime: Runtime = LOCAL, **options):
 
 
 def contents(out: Path) -> dict[str, bytes]:
-    """Files that must be the same however the run went; the manifest and the summary hold times."""
+    """Reads the files that must be the same in every run. Manifest and summary hold times, so they may differ."""
     return {
         str(p.relative_to(out)): p.read_bytes()
         for p in out.rglob("*")
@@ -142,7 +142,7 @@ def test_failed_images_are_tried_again_when_asked_and_then_succeed(model, tmp_pa
     assert run(model, folder, tmp_path / "out").failed == 1
     Image.new("RGB", (12, 9)).save(tmp_path / "late.jpg")
     os.utime(tmp_path / "late.jpg", ns=(0, 0))
-    # The file has changed, too: that alone is enough.
+    # The file has changed, which alone is a reason to try again.
     assert run(model, folder, tmp_path / "out").failed == 0
     (folder / "page.jpg").write_text("not yet")
     assert run(model, folder, tmp_path / "out").failed == 1
@@ -175,7 +175,7 @@ def test_a_mistyped_input_does_not_stand_in_the_way_of_the_right_one(model, tmp_
         with pytest.raises(UserError, match=r"no such folder|no image in it"):
             run(model, wrong, tmp_path / "out")
     assert run(model, folder, tmp_path / "out").ok == 3
-    # Nor does it harm what is there.
+    # A mistyped input does not harm an earlier prediction either.
     with pytest.raises(UserError, match="other inputs"):
         run(model, tmp_path / "imagse", tmp_path / "out")
     assert run(model, folder, tmp_path / "out").already_done == 3
@@ -250,7 +250,7 @@ def test_many_channels_of_16_bits_are_trained_on_and_segmented(tmp_path, format)
     for path in sorted(images.iterdir()):
         mask = np.asarray(Image.open(masks / path.name)) > 0
         values = generator.integers(900, 1100, (32, 32, 5)).astype(np.uint16)
-        values[mask, 3] += 700  # one channel tells it, in the lower of the two bytes
+        values[mask, 3] += 700  # one channel shows the mask, in the lower of its two bytes
         if format == "npy":
             np.save(images / f"{path.stem}.npy", values)
         else:
@@ -348,7 +348,7 @@ def test_the_time_of_a_row_is_that_of_all_its_stages(model, tmp_path, options):
 
 
 class Areas(OutputFormat):
-    """A format as a newcomer would add it: a file for each image, a table, and one file for all."""
+    """Writes a file for each image, a table, and one file for all, as a format that a newcomer adds."""
 
     owned_names = ("areas", "areas.csv")
     table = SideTable(
@@ -362,7 +362,7 @@ class Areas(OutputFormat):
     def files(self, output):
         return [f"areas/{output.removesuffix('.png')}.txt"]
 
-    def finish(self, ledger):
+    def write_final(self, ledger):
         rows = [row for table in ledger.side_rows(self.table) for row in table.to_pylist()]
         Path(ledger.out, "areas.csv").write_text("".join(f"{row['area']}\n" for row in rows))
 
@@ -415,7 +415,7 @@ def test_ray_and_one_process_write_the_same_files(ray_cluster, model, tmp_path, 
         assert (summary.images, summary.ok, summary.failed) == (50, 40, 10)
     assert contents(tmp_path / "here") == contents(tmp_path / "ray")
     assert manifest(tmp_path / "here") == manifest(tmp_path / "ray")
-    # Failed ones again, and one chunk with new work: the others' rows stay.
+    # Failed images are tried again, and one chunk has new work; the other rows stay.
     Image.new("RGB", (9, 9)).save(folder / "zz.png")
     for name, runtime in (("here", LOCAL), ("ray", Runtime())):
         again = run(model, folder, tmp_path / name, runtime=runtime, formats=FORMATS, retry_failed=True)

@@ -1,4 +1,4 @@
-"""int8 is as good as the network itself, or refused; where it was kept, prediction finds it."""
+"""An int8 network is as good as the original or refused; prediction uses one that was kept."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ from unet_ray.training.run import train
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> str:
-    """A network that tells the discs."""
+    """Trains a network that finds the discs."""
     folder = tmp_path_factory.mktemp("int8")
     images, masks = make_discs(folder / "discs", 24)
     settings = [("data.images", str(images)), ("data.masks", str(masks)), ("data.val_fraction", 0.33)]
@@ -54,7 +54,7 @@ def test_int8_is_kept_used_and_close(run):
         assert pipeline_of(run, MaskOptions(**others)).quantized is None
     network, _ = backends.load(pipeline.model, backends.RuntimeOptions(torch.device("cpu")), pipeline.quantized)
     assert any(op.get_type_name() == "FakeQuantize" for op in network.network.get_ops())
-    image = np.random.default_rng(0).integers(0, 255, (1, 40, 32, 3)).astype(np.uint8)  # not its calibration's size
+    image = np.random.default_rng(0).integers(0, 255, (1, 40, 32, 3)).astype(np.uint8)  # not the size of calibration
     segmenter = BatchSegmenter(pipeline.model, quantized=pipeline.quantized)
     both = [each(image).logits.astype(np.float32) for each in (plain, segmenter)]
     assert np.corrcoef(both[0].ravel(), both[1].ravel())[0, 1] > 0.99

@@ -1,4 +1,4 @@
-"""Which rows make a batch, on one rank and on several."""
+"""The rows of a batch, on one rank and on several."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from unet_ray.training.sampler import EpochBatches, MicroBatch, Sampler
 
 
 def steps_of(sampler: Sampler, epoch: int) -> list[list[MicroBatch]]:
-    """The micro-batches of each optimizer step."""
+    """Returns the micro-batches of each optimizer step."""
     steps: list[list[MicroBatch]] = [[]]
     for micro in sampler.epoch(epoch):
         steps[-1].append(micro)

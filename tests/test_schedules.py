@@ -1,11 +1,11 @@
-"""The step size over a training."""
+"""The learning rate over a training."""
 
 import numpy as np
 import pytest
 import torch
 
 from unet_ray.config import OptimizationConfig
-from unet_ray.training.schedules import learning_rate_at, plateau_factor
+from unet_ray.training.schedules import decay_after_plateaus, learning_rate_at
 
 
 def test_one_cycle_goes_up_and_down_to_zero():
@@ -23,7 +23,7 @@ def test_warm_up_poly_and_plateau_by_hand():
     assert [learning_rate_at(warm, p) for p in (0, 0.1, 0.2, 0.6, 1)] == pytest.approx([0.04, 0.52, 1, 0.5, 0])
     poly = OptimizationConfig(learning_rate=2.0, schedule="poly")
     assert [learning_rate_at(poly, p) for p in (0, 0.5, 1)] == pytest.approx([2, 2 * 0.5**0.9, 0])
-    assert learning_rate_at(OptimizationConfig(learning_rate=2.0, schedule="plateau"), 0.5, factor=0.25) == 0.5
+    assert learning_rate_at(OptimizationConfig(learning_rate=2.0, schedule="plateau"), 0.5, decay=0.25) == 0.5
 
 
 def test_the_plateau_schedule_is_torchs():
@@ -36,6 +36,6 @@ def test_the_plateau_schedule_is_torchs():
     dices = [0.1, 0.3, 0.2, 0.3, 0.3, 0.1, 0.1, 0.5, 0.4, 0.4, 0.4, 0.4, 0.4, 0.4]
     for count in range(1, len(dices) + 1):
         scheduler.step(dices[count - 1])
-        assert plateau_factor(config, dices[:count]) == optimizer.param_groups[0]["lr"]
+        assert decay_after_plateaus(config, dices[:count]) == optimizer.param_groups[0]["lr"]
     assert optimizer.param_groups[0]["lr"] == 1 / 8
-    assert plateau_factor(OptimizationConfig(), dices) == 1
+    assert decay_after_plateaus(OptimizationConfig(), dices) == 1

@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
     make_model(folder / "one", ("augment.vflip", 0.5))
     make_model(folder / "two", seed=1)
     make_model(folder / "three", ("model.num_classes", 3), ("data.mask_values", [0, 1, 2]))
-    # At depth 3 a tile has 8n + 4 pixels, of which 8n are a step.
+    # At depth 3 a tile has 8n + 4 pixels, and a step 8n.
     valid = [("model.padding", "valid"), ("model.depth", 3), ("data.tile", 36), ("data.image_size", 100)]
     make_model(folder / "valid", *valid, ("model.in_channels", 1))
     return folder
@@ -61,14 +61,14 @@ def test_batch_norm_is_folded_into_the_convolutions_before_it(folder):
 @pytest.mark.parametrize("size", SIZES)
 def test_tiles_put_every_pixel_back_where_it_was(folder, size, overlap):
     segmenter = BatchSegmenter(str(folder / "one"), precision="fp32")
-    # A network that gives each pixel back.
+    # This network returns each pixel.
     segmenter._logits = lambda image: torch.from_numpy(image).permute(0, 3, 1, 2).float() - 100
     image = noise(*size)
-    whole = segmenter.by_tiles(pixels_of(image), 64, overlap, probabilities=True)
-    assert (whole.mask == (image > 100)).all()
+    segmented = segmenter.by_tiles(pixels_of(image), 64, overlap, probabilities=True)
+    assert (segmented.mask == (image > 100)).all()
     expected = torch.sigmoid(torch.from_numpy(image).float() - 100)
-    assert np.abs(whole.probabilities[0] - 255 * expected.numpy()).max() <= 1
-    assert whole.confidence == pytest.approx(float(torch.maximum(expected, 1 - expected).mean()), abs=1e-4)
+    assert np.abs(segmented.probabilities[0] - 255 * expected.numpy()).max() <= 1
+    assert segmented.confidence == pytest.approx(float(torch.maximum(expected, 1 - expected).mean()), abs=1e-4)
 
 
 @pytest.mark.parametrize("name", ["one", "three"])
@@ -80,9 +80,10 @@ def test_tiles_agree_with_the_whole_image_away_from_its_border(folder, name):
     whole = segmenter._logits(image[None].copy())[0]
     inside = (..., slice(32, -32), slice(32, -32))
     difference = (tiled - whole)[inside].abs().mean()
-    # Random weights hardly decide, so it is the logits that are compared: some of a tile's edge is always mixed in.
+    # With random weights many pixels are nearly undecided, so the test compares logits. Tiles' edges always contribute
+    # a little, so they differ a little.
     assert difference < 0.01 * whole[inside].std()
-    assert (tiled - whole).abs().mean() > difference  # at the border it is mirrored, and the whole image padded
+    assert (tiled - whole).abs().mean() > difference  # at the border, tiles are mirrored and the whole image is padded
 
 
 @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""Decoding of damaged files: each is read or gets a reason, and nothing worse happens."""
+"""Decoding reads each damaged file or gives a reason, and nothing worse happens."""
 
 import io
 from pathlib import Path
@@ -10,13 +10,13 @@ from PIL import Image
 from unet_ray.config import MAX_PIXELS
 from unet_ray.data.chunks import objects
 from unet_ray.inference.reader import Reader
-from unet_ray.inference.stages import Decode
+from unet_ray.inference.stages import DecodeImages
 
 FORMATS = {"JPEG": {}, "PNG": {}, "GIF": {}, "TIFF": {"compression": "tiff_lzw"}, "WEBP": {}, "BMP": {}}
 
 
 def mutated(count: int, pictures: list[Image.Image], seed: int = 0):
-    """Encoded pictures with bytes flipped, cut, doubled or spliced from one another."""
+    """Yields encoded pictures with bytes that are flipped, cut, doubled or spliced from one another."""
     generator = np.random.default_rng(seed)
     originals = []
     for picture in pictures:
@@ -43,12 +43,12 @@ def mutated(count: int, pictures: list[Image.Image], seed: int = 0):
 
 
 def decode(folder: Path, files) -> tuple[int, int]:
-    """(read, failed) of files written to `folder`."""
+    """Writes files to `folder` and decodes them. Returns how many were (read, refused)."""
     paths = []
     for number, data in enumerate(files):
         paths.append(str(folder / f"{number}.jpg").encode())
         (folder / f"{number}.jpg").write_bytes(data)
-    chunk = Decode(Reader(3, None, MAX_PIXELS), (16, 16))({"path": objects(paths)})
+    chunk = DecodeImages(Reader(3, None, MAX_PIXELS), (16, 16))({"path": objects(paths)})
     errors = chunk["error"].tolist()
     assert len(errors) == len(paths) == len(chunk["image"])
     for row, error in enumerate(errors):

@@ -16,7 +16,7 @@ def test_gradients_are_cut_to_the_norm_asked_for(discs):
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, learning_rate=1.0, weight_decay=0.0))
     training = prepare(config, torch.device("cpu"))
     initial = [p.detach().clone() for p in training.network.parameters()]
-    training.model.train()
+    training.ddp_network.train()
     batch = {
         "image": np.full((2, 32, 32, 3), 9, np.uint8),
         "mask": np.ones((2, 32, 32), np.uint8),
@@ -34,7 +34,7 @@ def test_ranks_exchange_gradients_once_per_step(discs, tmp_path):
     )
     try:
         training = prepare(config_for(discs), torch.device("cpu"))
-        training.model = training.forward = over_ranks(training.network, training.device)
+        training.ddp_network = training.forward = over_ranks(training.network, training.device)
         exchanged = []
 
         def hook(_state, bucket):
@@ -43,8 +43,8 @@ def test_ranks_exchange_gradients_once_per_step(discs, tmp_path):
             future.set_result(bucket.buffer())
             return future
 
-        training.model.register_comm_hook(None, hook)
-        training.model.train()
+        training.ddp_network.register_comm_hook(None, hook)
+        training.ddp_network.train()
         batch = {
             "image": np.full((2, 32, 32, 3), 9, np.uint8),
             "mask": np.ones((2, 32, 32), np.uint8),

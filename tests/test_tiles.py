@@ -1,4 +1,4 @@
-"""Tiles: the whole from its parts."""
+"""Tiles give the same as the whole image."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from unet_ray.training.crops import random_tiles
 
 @pytest.mark.parametrize("norm", ["none", "batch"])
 def test_overlap_tiles_equal_the_whole_image_at_once(norm):
-    """The paper's property, on an image more than three tiles wide."""
+    """Checks the paper's property on an image more than three tiles wide."""
     config = ModelConfig(padding="valid", norm=norm, base_channels=4, depth=3)
     network = build(config).eval().double()
     fitting = [size for size in range(20, 220) if config.fits(size)]
@@ -27,7 +27,7 @@ def test_overlap_tiles_equal_the_whole_image_at_once(norm):
 
 
 def double(network):
-    """The network in float64, where rounding can't hide an error: from normalised pixels on."""
+    """Returns the network in float64, from normalised pixels on, so that rounding can't hide an error."""
     return lambda image: network.body(image.double() * network.pixel_scale + network.pixel_shift)
 
 

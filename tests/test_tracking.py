@@ -12,7 +12,7 @@ from unet_ray.training.tracking import scalars
 
 
 def events(folder):
-    """(tag, step, value) of every scalar in the folder's event files: TFRecords of protocol buffers."""
+    """Returns (tag, step, value) of every scalar in the folder's event files: TFRecords of protocol buffers."""
     from tensorboardX.proto.event_pb2 import Event
 
     found = []

@@ -31,8 +31,8 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same_losses(one: Path, other: Path) -> None:
-    """Losses are equal to rounding, scores to the few pixels that rounding can flip at the threshold, and both are of
-    exactly the same pixels."""
+    """Asserts that losses are equal to rounding, and scores except for the few pixels that rounding can flip at the
+    threshold. Both must be of exactly the same pixels."""
     for ours, theirs in zip(lines(one), lines(other), strict=True):
         assert ours.keys() == theirs.keys()
         for name in ("train_loss", "val_loss", "learning_rate"):
@@ -47,7 +47,7 @@ def assert_same_losses(one: Path, other: Path) -> None:
 
 
 def assert_equal_to_rounding(one: Path, other: Path) -> None:
-    """Losses, and weights."""
+    """Asserts that losses and weights are equal to rounding."""
     assert_same_losses(one, other)
     ours, theirs = weights(one), weights(other)
     assert ours.keys() == theirs.keys()
@@ -57,7 +57,7 @@ def assert_equal_to_rounding(one: Path, other: Path) -> None:
 
 def test_one_and_three_workers_and_none_train_the_same_network(ray_cluster, discs, tmp_path):
     local, one, three, streamed = (tmp_path / name for name in ("local", "one", "three", "streamed"))
-    # Without momentum, rounding stays rounding over many steps.
+    # Without momentum, rounding errors stay small over many steps.
     same = ("train.optimizer", "sgd"), ("train.momentum", 0.0), ("train.learning_rate", 1e-2)
     train(config_for(discs, *SETTINGS, *same), str(local), runtime=LOCAL)
     reported = []
@@ -72,7 +72,7 @@ def test_one_and_three_workers_and_none_train_the_same_network(ray_cluster, disc
         assert (line["val_images"], line["val_pixels"]) == (7, 7 * 32 * 32)
     written = sorted(str(p.relative_to(three)) for p in three.rglob("*") if p.is_file())
     assert [name for name in written if not name.startswith("tensorboard/")] == RUN_FILES
-    # What does not fit in the object store is streamed in every epoch, and the same again to the last bit.
+    # Rows that do not fit in the object store are streamed in every epoch; the result is the same to the last bit.
     train(config_for(discs, *SETTINGS, *threes, ("compute.memory_fraction", 0)), str(streamed))
     assert lines(streamed) == lines(three)
     assert all(torch.equal(*pair) for pair in zip(weights(streamed).values(), weights(three).values(), strict=True))

@@ -1,6 +1,6 @@
 """Bulk image segmentation on Ray: train a U-Net, segment whole folders or buckets, score the result.
 
-Three verbs, each a function that returns a typed result and a command of the same name; and a model for single images:
+Each of three verbs is a function with a typed result and a command of the same name; a Segmenter is for single images:
 
     unet_ray.train("photos", "photo_masks", "RUN", recipe="carvana-fast")     # unet-ray train
     unet_ray.predict("RUN", "other_photos", "MASKS")                          # unet-ray predict
@@ -53,7 +53,7 @@ _ELSEWHERE = {
     "import_milesial": ("models.milesial", "import_milesial"),
     "write_report": ("report.page", "write"),
 }
-"""Public names that are not in `api`: their module, and their name there."""
+"""Public name that is not in `api` -> its module, and its name there."""
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""`python -m unet_ray` is `unet-ray`."""
+"""Makes `python -m unet_ray` run `unet-ray`."""
 
 from __future__ import annotations
 

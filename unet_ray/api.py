@@ -1,10 +1,10 @@
-"""The Python interface, for notebooks and other programs: `unet_ray.train`, `predict`, `evaluate`, `Segmenter`.
+"""Defines the Python interface, for notebooks and other programs: `unet_ray.train`, `predict`, `evaluate`, `Segmenter`.
 
-The functions take plain values, build the settings of `config.py` and call what the commands call. They work on the Ray
-of this process (`ray.init()`) and leave it running. Without one, each call starts a Ray, which takes seconds, and ends
-it. With `local=True` they use no Ray.
+The functions take plain values, build the settings of `config.py` and call what the commands call. They use the Ray of
+this process (`ray.init()`) and leave it running. Without one, each call starts a Ray, which takes seconds, and ends it.
+With `local=True` they use no Ray.
 
-The examples are run by tests/test_api.py, in a folder with `images` and `masks`.
+tests/test_api.py runs the examples, in a folder with `images` and `masks`.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def train(
     if init is not None:
         changed = {**dict(checkpoint.model_settings_of(os.fspath(init))), **changed}
     built = load_train_config(recipe=recipe, config_file=_yaml(config), settings=changed.items())
-    # Not through `settings`, which are read as YAML: a path must not be.
+    # Paths don't go through `settings`, which are read as YAML.
     folders: dict[str, Any] = _given(images=images, masks=masks)
     built = dataclasses.replace(built, data=dataclasses.replace(built.data, **folders))
     if init is not None:
@@ -110,8 +110,8 @@ def predict(
 
     `model`: run or model directory. `formats`: names of `registry.FORMATS` (png, parquet, rle, kaggle, coco, prob,
     overlay), as a list or with commas. `options`: the other fields of PredictConfig, such as `tile=512`, `tta=True`,
-    `workers=4`, `overwrite=True`. `on_progress` receives (done, failed, all). Called again after a stop it does what is
-    missing. For single images see `Segmenter`.
+    `workers=4`, `overwrite=True`. `on_progress` receives (done, failed, all). Called again after a stop, it segments
+    only the missing images. For single images see `Segmenter`.
 
     Raises UserError for what the user must fix. An image that can't be read is counted in the summary.
 
@@ -147,8 +147,8 @@ def evaluate(
 ) -> Scores:
     """Scores a model on pairs of images and masks, at each mask's own size.
 
-    Without `images` and `masks`: on the pairs that the run held out for validation. `options`: the other fields of
-    EvaluateConfig, such as `mask_values=[0, 255]`, `tile=512`. Raises UserError for what the user must fix.
+    Without `images` and `masks`, it scores the pairs that the run held out for validation. `options`: the other fields
+    of EvaluateConfig, such as `mask_values=[0, 255]`, `tile=512`. Raises UserError for what the user must fix.
 
     >>> import unet_ray
     >>> scores = unet_ray.evaluate("RUN", local=True)
@@ -185,7 +185,7 @@ class SegmentedImage:
     classes: tuple[str, ...]
     """Name of each class id."""
     probabilities: np.ndarray | None
-    """uint8 [K,H,W], 255 is certain, if they were asked for; with one class (K = 1) of the foreground."""
+    """uint8 [K,H,W] with 255 for 1; None unless requested. With one class (K = 1), those of the foreground."""
     num_classes: int
     """K: 1 for one foreground class."""
     _draw: Callable[[], bytes]
@@ -304,7 +304,7 @@ class Segmenter:
             source = _source(image, card.model.in_channels)
             reader = GivenReader(reader.channels, reader.value_range, reader.max_pixels, source)
         prediction = self.pipeline.one(self.batches, path, reader, probabilities=probabilities)
-        found = prediction.image
+        found = prediction.segmented
         if found is None:
             raise UserError(f"{storage.without_secrets(path) or 'the image'}: {prediction.error}")
         draw = functools.partial(_drawn, reader, path, found.mask, card.model.num_classes)

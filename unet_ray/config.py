@@ -1,6 +1,6 @@
-"""All settings, as frozen dataclasses that check themselves; `settings.py` reads them from YAML.
+"""Defines all settings, as frozen dataclasses that check themselves; `settings.py` reads them from YAML.
 
-Standard library and PyYAML only, so that `unet-ray --help` and a wrong flag answer at once.
+It needs only the standard library and PyYAML, so that `unet-ray --help` and a wrong flag answer at once.
 """
 
 from __future__ import annotations
@@ -22,11 +22,16 @@ IGNORE = 255
 """Class id, in every decoded mask, of a pixel that is left out of loss and scores."""
 
 MAX_CLASSES = 255
-"""Class ids are uint8 and 255 is `IGNORE`."""
+"""The most classes: class ids are uint8, and 255 is `IGNORE`."""
 
 
 class UserError(ValueError):
     """An error that the user can fix: one line that names the file or option and the remedy (exit code 2)."""
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an exception's text that is not empty; its type if there is none."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,10 +39,7 @@ class ModelConfig:
     """The network (`model.` in YAML and `--set`)."""
 
     name: str = "unet"
-    """`unet`; `attention_unet`: gates on the skips (Oktay et al. 2018); `unet++`: nested skips (Zhou et al. 2018). For
-    comparison: torchvision's `fcn` and `deeplabv3` on a ResNet-50; `smp`: a U-Net of segmentation_models_pytorch with
-    `encoder` (an extra); `otsu`: a threshold for each image (Otsu 1979). Those four ignore the settings of the U-Net's
-    shape."""
+    """One of `registry.NETWORKS`, which explains each."""
     in_channels: int = 3
     """Every image is converted to this many channels when it is decoded: 1 gray, 2 gray + alpha, 3 RGB, 4 RGBA."""
     num_classes: int = 1
@@ -53,7 +55,7 @@ class ModelConfig:
     padding: Literal["same", "valid"] = "same"
     """`same`: images of any size, masks of the same size. `valid`: the 2015 paper's unpadded convolutions."""
     up: Literal["transpose", "bilinear"] = "transpose"
-    """How the expanding path doubles the size: transposed convolution, or 1x1 convolution and interpolation."""
+    """The expanding path doubles the size by a transposed convolution, or by a 1x1 convolution and interpolation."""
     dropout: float = 0.0
     """Probability of dropout at the end of the contracting path (section 3.1 of the paper)."""
     patch: int = 1
@@ -87,7 +89,7 @@ class ModelConfig:
         if self.padding == "valid" and self.name != "unet":
             raise UserError(f"model.padding must be same with model.name={self.name}")
         if self.padding == "valid" and self.up == "bilinear":
-            # Interpolation looks beyond a tile's edge, where there is nothing: tiles would not equal the whole.
+            # Interpolation reads beyond a tile's edge, so tiles would not equal the whole image.
             raise UserError("model.up must be transpose with model.padding=valid")
         if self.pretrained and self.name not in ("fcn", "deeplabv3", "smp"):
             raise UserError(f"model.pretrained is for fcn, deeplabv3 and smp, not for {self.name}")
@@ -172,10 +174,10 @@ class DataConfig:
     """Stored mask value of each class, in the order of the class ids. None: training reads them from a sample of the
     masks when it starts, and writes them to config.yaml and into the model."""
     ignore_index: int | None = None
-    """Stored mask value of pixels to leave out of loss and scores (255 in many sets, 11 in CamVid); None: no such."""
+    """Stored mask value of pixels to leave out of loss and scores (255 in many sets, 11 in CamVid); None: no value."""
     value_range: ValueRange = None
     """[lowest, highest] stored pixel value, which become 0 and 255. `percentiles`: the 0.5th and 99.5th of each image
-    (fluorescence, CT). None: 8-bit values unchanged, of 16 bits the upper 8."""
+    (fluorescence, CT). None: 8-bit values stay as they are, and 16-bit values keep their upper 8 bits."""
     classes: tuple[str, ...] = ()
     """Names of the classes, in the order of their ids. Mean scores leave out a class 0 called `background`."""
 
@@ -241,8 +243,7 @@ class AugmentConfig:
         for name in ("hflip", "vflip"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"augment.{name} is {getattr(self, name)}: a probability from 0 to 1")
-        rest = ("shift", "rotation", "scale", "elastic", "brightness", "contrast", "gamma")
-        _at_least(self, "augment", **dict.fromkeys(rest, 0.0))
+        _at_least(self, "augment", **{each.name: 0.0 for each in dataclasses.fields(self)})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -257,20 +258,19 @@ class OptimizationConfig:
     """Run or model directory whose weights the network starts from (fine-tuning). Its `model.` settings must be the
     same, except dropout and num_classes. With another num_classes the last layer is initialised anew."""
     learning_rate: float = 3e-4
-    """Step size; the highest one if the schedule changes it."""
+    """The highest learning rate of the schedule."""
     weight_decay: float = 0.01
     """Weight decay of the weights; biases and norms have none."""
     optimizer: str = "adamw"
-    """`adamw`, `adam`, `sgd`, `rmsprop`, or `muon`: AdamW for biases, norms and the last layer, orthogonal steps for
-    all other weights (muon.py)."""
+    """One of `registry.OPTIMIZERS`, which explains each."""
     momentum: float = 0.99
     """Momentum of `sgd` (Ronneberger et al. 2015, section 3: 0.99)."""
     schedule: Literal["constant", "plateau", "cosine", "poly", "one_cycle"] = "constant"
-    """How the step size changes. `plateau`: times `plateau_factor` after `plateau_patience` epochs without a better
+    """How the learning rate changes. `plateau`: times `plateau_factor` after `plateau_patience` epochs without a better
     validation Dice. `cosine`: falls to zero. `poly`: falls as (1 - progress) ** 0.9 (Chen et al. 2017, DeepLab).
     `one_cycle`: rises over the first 15 % of the steps, then falls along a cosine to zero (Smith & Topin 2018)."""
     warm_up: float = 0.0
-    """Share of all steps over which the step size rises from 1/25 of its value; `one_cycle` has its own rise."""
+    """Share of all steps over which the learning rate rises from 1/25 of its value; `one_cycle` has its own rise."""
     plateau_factor: float = 0.5
     """See `schedule`."""
     plateau_patience: int = 10
@@ -278,15 +278,14 @@ class OptimizationConfig:
     patience: int = 0
     """Stop after this many epochs in a row without a better validation Dice; 0: never."""
     clip_norm: float = 0.0
-    """Gradients whose norm over all weights is larger are scaled down to it; 0: never."""
+    """Largest norm of the gradients over all weights; larger ones are scaled down to it. 0: no limit."""
     accumulate: int = 1
     """Micro-batches per optimizer step: each batch is divided into this many, to save memory."""
     ema: float = 0.0
     """Decay of an exponential moving average of the weights, e.g. 0.999; 0: none. The average is then validated and
     saved. The decay is at most (1 + steps) / (10 + steps), so that the first weights are soon forgotten."""
     loss: str = "auto"
-    """`bce`, `ce`, `dice`, `focal`, `tversky` or a sum such as `bce+dice`; `auto`: bce+dice for one class, ce+dice for
-    more."""
+    """One of `registry.LOSSES`, or a sum such as `bce+dice`. `auto`: bce+dice for one class, ce+dice for more."""
     focal_gamma: float = 2.0
     """Exponent of the focal loss (Lin et al. 2017: 2)."""
     tversky_alpha: float = 0.3
@@ -334,8 +333,8 @@ class ComputeConfig:
     """Where training runs (`compute.`)."""
 
     workers: int | tuple[int, int] = 1
-    """Training processes, each with a GPU or with `cpus_per_worker` CPUs. [fewest, most]: as many as the cluster has
-    room for; their number changes when nodes join or leave."""
+    """Training processes, each with a GPU or with `cpus_per_worker` CPUs. [fewest, most]: as many as fit on the
+    cluster; their number changes when nodes join or leave."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: CUDA if the cluster (with --local: this machine) has it."""
     cpus_per_worker: int = 0
@@ -345,8 +344,8 @@ class ComputeConfig:
     cache: str | None = None
     """Folder or URI that stores resized images and masks for later epochs and runs (`unet_ray.data.cache`)."""
     compile: bool | None = None
-    """Compile the network (torch.compile) for training. null: if that saves twice the time it costs, estimated from
-    the network's operations, the images and the epochs (`unet_ray.models.compiling`)."""
+    """Compile the network (torch.compile) for training. null: do it if that saves twice the time it takes,
+    estimated from the network's operations, the images and the epochs (`unet_ray.models.compiling`)."""
     retries: int = 3
     """Times in a row that training restarts from the last finished epoch after Ray lost a worker or a node. A finished
     epoch starts the count again."""
@@ -451,7 +450,7 @@ class Cleanup:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MaskOptions:
-    """Settings of how masks are made; prediction and evaluation share them."""
+    """Settings for making masks, which prediction and evaluation share."""
 
     tile: int = 0
     """Segment an image at its own size, in squares of this side in pixels. 0: resize it whole, as in training."""
@@ -495,9 +494,7 @@ class PredictConfig(MaskOptions):
     out: str
     """Folder or URI for the results."""
     formats: tuple[str, ...] = ("png",)
-    """`png`: masks/<path below the input>.png; `parquet`: masks.parquet/ with the PNG bytes of each mask; `rle`:
-    rle.parquet/ with COCO run lengths of each class; `kaggle`: submission.csv; `coco`: coco.json; `prob`:
-    probabilities/ as 8-bit PNG; `overlay`: overlays/, small pictures with the mask drawn over them."""
+    """Some of `registry.FORMATS`, which explains each."""
     name: str = "{relpath}/{stem}.png"
     """Path of a mask below OUT/masks, from {relpath} (the folder below the input), {stem}, {name} and {ext}."""
     overwrite: bool = False
@@ -532,7 +529,7 @@ class EvaluateConfig(MaskOptions):
     images: str | None = None
     """Folder or URI of the images; None: the validation pairs that the run held out."""
     masks: str | None = None
-    """Folder or URI of the true masks; given together with `images`."""
+    """Folder or URI of the ground-truth masks; given together with `images`."""
     mask_values: tuple[int, ...] | None = None
     """Stored value of each class in these masks; None: as in training."""
     tolerance: float = 2.0

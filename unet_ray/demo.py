@@ -1,4 +1,4 @@
-"""Make the demo's data: scenes with a car, in Kaggle's Carvana layout, from a seed.
+"""Makes the demo's data from a seed: scenes with a car, in Kaggle's Carvana layout.
 
 The scenes are hard enough to need learning: car, ground, walls and clutter share their colours, shadows are darker than
 many cars, windows show the background's colours, and everything is textured.
@@ -16,7 +16,7 @@ WIDTH, HEIGHT = 480, 320
 VIEWS = 5
 TRAIN_CARS, UNSEEN_CARS = 10, 2
 _SMOOTH = 2
-"""Scenes are drawn this much larger and reduced, for soft edges like those of a lens."""
+"""Scenes are drawn this many times larger and then reduced, for soft edges like those of a lens."""
 
 Points = list[tuple[float, float]]
 """Corners of a polygon, (x, y) in pixels."""

@@ -1,7 +1,7 @@
-"""The tables of names that a user can choose: networks, losses, optimizers, output formats.
+"""Holds the tables of names that a user can choose: networks, losses, optimizers, output formats.
 
 To add one, write it in its file and add its name here. The settings check names against these tables and `--help`
-lists them. Nothing is imported before it is used.
+lists them; a comment beside a name explains it. Nothing is imported before it is used.
 """
 
 from __future__ import annotations
@@ -12,18 +12,19 @@ from typing import Any
 
 NETWORKS = {
     "unet": "unet_ray.models.unet:UNet",
-    "attention_unet": "unet_ray.models.unet:UNet",
-    "unet++": "unet_ray.models.unet:UNetPlusPlus",
-    "fcn": "unet_ray.models.baselines:Torchvision",
-    "deeplabv3": "unet_ray.models.baselines:Torchvision",
-    "smp": "unet_ray.models.baselines:Smp",
-    "otsu": "unet_ray.models.baselines:Otsu",
+    "attention_unet": "unet_ray.models.unet:UNet",  # gates on the skips (Oktay et al. 2018)
+    "unet++": "unet_ray.models.unet:UNetPlusPlus",  # nested skips (Zhou et al. 2018)
+    # For comparison. These ignore the settings of the U-Net's shape.
+    "fcn": "unet_ray.models.baselines:Torchvision",  # on a ResNet-50
+    "deeplabv3": "unet_ray.models.baselines:Torchvision",  # on a ResNet-50
+    "smp": "unet_ray.models.baselines:Smp",  # U-Net of segmentation_models_pytorch with `model.encoder` (an extra)
+    "otsu": "unet_ray.models.baselines:Otsu",  # a threshold for each image (Otsu 1979)
 }
 """`model.name` -> subclass of `models.base.SegmentationModel`."""
 
 LOSSES = {
-    "bce": "unet_ray.training.losses:cross_entropy",
-    "ce": "unet_ray.training.losses:cross_entropy",
+    "bce": "unet_ray.training.losses:cross_entropy",  # for one class
+    "ce": "unet_ray.training.losses:cross_entropy",  # for two or more classes
     "dice": "unet_ray.training.losses:dice",
     "focal": "unet_ray.training.losses:focal",
     "tversky": "unet_ray.training.losses:tversky",
@@ -35,18 +36,18 @@ OPTIMIZERS = {
     "adam": "unet_ray.training.optimizers:adam",
     "sgd": "unet_ray.training.optimizers:sgd",
     "rmsprop": "unet_ray.training.optimizers:rmsprop",
-    "muon": "unet_ray.training.optimizers:muon",
+    "muon": "unet_ray.training.optimizers:muon",  # orthogonal steps; AdamW for biases, norms and the last layer
 }
 """`train.optimizer` -> function (OptimizationConfig, network) -> torch.optim.Optimizer."""
 
 FORMATS = {
-    "png": "unet_ray.inference.formats.png:Png",
-    "parquet": "unet_ray.inference.formats.parquet:MaskParquet",
-    "rle": "unet_ray.inference.formats.run_lengths:RunLengths",
-    "kaggle": "unet_ray.inference.formats.kaggle:KaggleSubmission",
-    "coco": "unet_ray.inference.formats.coco:Coco",
-    "prob": "unet_ray.inference.formats.probabilities:Probabilities",
-    "overlay": "unet_ray.inference.formats.overlays:Overlays",
+    "png": "unet_ray.inference.formats.png:Png",  # masks/<path below the input>.png
+    "parquet": "unet_ray.inference.formats.parquet:MaskParquet",  # masks.parquet/: the PNG bytes of each mask
+    "rle": "unet_ray.inference.formats.run_lengths:RunLengths",  # rle.parquet/: COCO run lengths of each class
+    "kaggle": "unet_ray.inference.formats.kaggle:KaggleSubmission",  # submission.csv
+    "coco": "unet_ray.inference.formats.coco:Coco",  # coco.json
+    "prob": "unet_ray.inference.formats.probabilities:Probabilities",  # probabilities/ as 8-bit PNG
+    "overlay": "unet_ray.inference.formats.overlays:Overlays",  # overlays/: small pictures with the mask drawn on them
 }
 """`predict --format` -> subclass of `inference.formats.base.OutputFormat`."""
 

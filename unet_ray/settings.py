@@ -1,8 +1,8 @@
-"""Read YAML, `--set` and recipes into the settings of `config.py`; an error names the nearest setting.
+"""Reads YAML, `--set` and recipes into the settings of `config.py`; an error names the nearest setting.
 
-Standard library and PyYAML only, so that a wrong flag is reported at once. pydantic's TypeAdapter would replace
-`_coerce` (30 lines), but it takes 0.1 s to import and build, as long as `unet-ray --help`. It also reads `true` as 1,
-ignores unknown keys unless configured, and its messages have several lines and no nearest name.
+It needs only the standard library and PyYAML, so that a wrong flag is reported at once. pydantic's TypeAdapter would
+replace `_coerce` (30 lines), but it takes 0.1 s to import and build, as long as `unet-ray --help`. It also reads `true`
+as 1, ignores unknown keys unless configured, and its messages have several lines and no nearest name.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
     """Converts `value`, as YAML gave it, to the type `hint`. Raises UserError that names the setting."""
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
-        # YAML reads `null` and `~` as None; `none` is the word of these settings for it.
+        # YAML reads `null` and `~` as None; these settings call it `none`.
         return "none" if value is None and "none" in options else value
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in options:
@@ -120,7 +120,7 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
         return value
     elif hint is float and not isinstance(value, bool):
         try:
-            return float(value)  # also of "3e-4", which YAML 1.1 reads as text
+            return float(value)  # also "3e-4", which YAML 1.1 reads as text
         except (TypeError, ValueError):
             pass
     elif hint is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):

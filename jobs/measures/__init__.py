@@ -1,1 +1,1 @@
-"""What jobs/benchmark.py measures, a file for each section."""
+"""Holds the sections of jobs/benchmark.py, one file each."""

@@ -1,4 +1,4 @@
-"""Shared by all sections: the job, taking turns, tables, and processes of their own for peers."""
+"""Holds what all sections share: the job, turns, tables, and separate processes for peers."""
 
 from __future__ import annotations
 
@@ -110,10 +110,10 @@ def dice(one: np.ndarray, other: np.ndarray) -> float:
 class Apart:
     """Runs a measured function in a process of its own.
 
-    Peers run there as they come: in our process glibc keeps freed memory, which would make them faster too. Our own
+    Peers run there unchanged: in our process glibc keeps freed memory, which would make them faster too. Our own
     training runs there so that the process holds one network only.
 
-    The process calls `peer(*given)` once, and then the function that this returned with the arguments of each call.
+    The process calls `peer(*given)` once. With the arguments of each call, it then calls the returned function.
     """
 
     def __init__(self, peer: Callable[..., Callable[..., Any]], *given: Any) -> None:

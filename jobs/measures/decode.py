@@ -1,4 +1,4 @@
-"""One photograph to the model's size, on one core."""
+"""Measures decoding one photograph to the model's size, on one core."""
 
 from __future__ import annotations
 

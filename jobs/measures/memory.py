@@ -1,4 +1,4 @@
-"""Peak resident memory, and images per second, of a short and a long folder."""
+"""Measures peak resident memory, and images per second, of a short and a long folder."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class PeakMemory:
 def _own(process: psutil.Process) -> int:
     try:
         memory = process.memory_info()
-    except psutil.Error:  # it has ended meanwhile
+    except psutil.Error:  # the process has ended meanwhile
         return 0
     return memory.rss - getattr(memory, "shared", 0)
 
@@ -73,8 +73,8 @@ def _many_images(job: Job) -> Job:
 def memory_section(job: Job) -> Iterator[Line]:
     """Predicts few images before and after many, because machines slow down and recover.
 
-    With this network ten thousand images take minutes. A smaller one would not do: most of a few images would be
-    decoded while it loads, which is not measured.
+    With this network ten thousand images take minutes. A smaller one would not do: most of the few images would be
+    decoded while the model loads, which is not measured.
     """
     model = random_model(job.folder / "half", ("model.base_channels", 32), ("data.image_size", 192))
     many = _many_images(job)

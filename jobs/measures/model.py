@@ -1,4 +1,4 @@
-"""The network alone, one image at a time."""
+"""Measures the network alone, one image at a time."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def plain_network(job: Job) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def networks(job: Job) -> Iterator[tuple[str, backends.Network]]:
-    """Yields the network in each of our ways that this machine has."""
+    """Yields the network on each of our backends that this machine has."""
     yield "torch", backends.load(job.model, runtime_options(job, backend="torch"))[0]
     yield "compiled", backends.load(job.model, runtime_options(job, backend="compiled"))[0]
     if job.device == "cpu" and importlib.util.find_spec("openvino"):

@@ -1,4 +1,4 @@
-"""The way of the data without a network, beside as many bare processes as there are cores."""
+"""Measures reading, decoding and writing without a network, beside one bare process per core."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from unet_ray.inference.ledger import Ledger
 from unet_ray.inference.local import run_here
 from unet_ray.inference.reader import Reader
 from unet_ray.inference.segmenter import Segmentation
-from unet_ray.inference.stages import Chunks, Decode, Finishing, Preprocess, Segment, ToOwnSize
+from unet_ray.inference.stages import Chunks, DecodeImages, MasksToSink, Preprocess, Segment, ToOwnSize
 from unet_ray.inference.write import Write
 from unet_ray.models.checkpoint import ModelCard
 from unet_ray.models.device import keep_freed_memory
@@ -32,7 +32,7 @@ from unet_ray.ray_backend.session import ray_session
 
 
 class NoNetwork:
-    """In a BatchSegmenter's place: a disc, whatever the image, which costs next to nothing."""
+    """Replaces a BatchSegmenter: it returns a disc for any image, which costs next to nothing."""
 
     def __init__(self, card: ModelCard) -> None:
         self.card = card
@@ -54,13 +54,13 @@ class _NoModel:
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """The stages that read, decode and write, as `predict` puts them together, over a folder that repeats."""
+    """Builds the stages that read, decode and write, as `predict` does, over a folder that repeats."""
 
     card: ModelCard
     out: str
     images: list[str]
     chunk: int = 64
-    """As in a folder of 4,096 images or more."""
+    """Images per chunk, as in a folder of 4,096 images or more."""
 
     def load(self, number: int) -> Chunk:
         start, count = number * self.chunk, self.chunk
@@ -82,11 +82,11 @@ class Way:
     def stages(self) -> tuple[Preprocess, _NoModel, Stage]:
         reader = Reader.of(self.card, 10**9)
         write = Write(Ledger(self.out, (), False), formats_of(("png",), self.card), self.card, reader)
-        after = Finishing(ToOwnSize(self.card, Cleanup(), False), write)
-        return Preprocess(self.load, Decode(reader, self.card.image_size)), _NoModel(self.card), after
+        after = MasksToSink(ToOwnSize(self.card, Cleanup(), False), write)
+        return Preprocess(self.load, DecodeImages(reader, self.card.image_size)), _NoModel(self.card), after
 
     def bare(self, numbers: Sequence[int]) -> None:
-        """All stages one after the other, in this process."""
+        """Runs all stages one after the other, in this process."""
         keep_freed_memory()
         torch.set_num_threads(1)
         before, model, after = self.stages()
@@ -119,7 +119,7 @@ def overhead_section(job: Job) -> Iterator[Line]:
             ):
                 way = Way(job.card, str(job.folder / f"{name}{turn}"), job.images)
                 times = [time.perf_counter() for _ in run(*way.stages())]
-                # The middle half: neither while processes start nor while the last chunks have the machine alone.
+                # Take the middle half: processes have started, and the last chunks don't have the machine alone.
                 begun, ended = count // 4, 3 * count // 4
                 seconds.setdefault(name, []).append((times[ended] - times[begun]) / ((ended - begun) * way.chunk))
     medians = {name: statistics.median(values) for name, values in seconds.items()}

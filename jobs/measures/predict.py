@@ -1,4 +1,4 @@
-"""A folder to PNG masks, after the start."""
+"""Measures the prediction of a folder to PNG masks, after the start."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ Reports = list[tuple[float, int]]
 
 
 def reports_of(run: Callable[[Callable[[int, int, int], None]], object]) -> Reports:
-    """Runs a prediction. Returns what it reported, from the first finished images on."""
+    """Runs a prediction. Returns its reports, from the first finished images on."""
     reports: Reports = []
     run(lambda done, _failed, images: reports.append((time.perf_counter(), done)) if images and done else None)
     return reports

@@ -1,4 +1,4 @@
-"""`--help`, one image from a cold start, and the first mask through Ray by part."""
+"""Measures `--help`, one image from a cold start, and the first mask through Ray by part."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def start_section(job: Job) -> Iterator[Line]:
 
 
 def _theirs_cold(job: Job, image: str) -> Callable[[], object]:
-    """Returns a call of their command on one image, at as many pixels as ours, with random weights in their format."""
+    """Returns a call of milesial's command on one image, with as many pixels as ours and random weights."""
     assert job.milesial is not None
     weights = job.folder / "milesial.pth"
     code = f"import torch; from unet import UNet; torch.save(UNet(3, 2).state_dict(), {str(weights)!r})"

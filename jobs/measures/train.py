@@ -1,4 +1,4 @@
-"""A training step beside a plain fp32 loop, and whole epochs."""
+"""Measures a training step beside a plain fp32 loop, and whole epochs."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class PlainPairs(Dataset):
         picture = by_pillow(Path(pair.image).read_bytes(), self.size_hw)
         with Image.open(pair.mask) as image:
             mask = np.asarray(image.resize(self.size_hw[::-1], Image.Resampling.NEAREST)) > 0
-        # From 0 to 255: the network normalises.
+        # Values stay 0 to 255: the network normalises them.
         return torch.from_numpy(picture.copy()).permute(2, 0, 1).float(), torch.from_numpy(mask).float()[None]
 
 
@@ -66,12 +66,12 @@ def plain_steps(config: TrainConfig, pairs: list[Pair], device: str) -> Callable
 
 
 def our_steps(config: TrainConfig, pairs: list[Pair], device: str, compiled: bool) -> Callable[[], float]:
-    """Returns the training step of `unet-ray train --local`; with `compiled` that of long trainings."""
+    """Returns the training step of `unet-ray train --local`; with `compiled`, the step of long trainings."""
     keep_freed_memory(of_any_size=True)
     prepared = prepare(config, torch.device(device))
-    prepared.model.train()
+    prepared.ddp_network.train()
     if compiled:
-        prepared.forward = compiling.Compiled(prepared.model)
+        prepared.forward = compiling.Compiled(prepared.ddp_network)
     decoded = rows.MemoryRows(pairs, rows.Decoder.of(config))
     sampler = Sampler(rows=len(decoded), batch_size=config.train.batch_size, seed=config.train.seed)
 
@@ -94,7 +94,7 @@ def train_section(job: Job) -> Iterator[Line]:
         Apart(our_steps, *given, True) as compiled,
     ):
         for step in (ours, compiled):
-            step()  # their memory grows during two steps, and the warm-up round has one
+            step()  # memory grows during two steps, and the warm-up round has only one
         seconds = in_turns({"plain fp32": plain, "unet_ray": ours, "unet_ray, compiled": compiled}, job.rounds)
     yield from table("train", seconds, {"unet_ray": f"batch {job.config.train.batch_size}"})
 

@@ -1,6 +1,6 @@
-"""The commands: the only code that prints.
+"""Defines the commands, the only code that prints.
 
-Torch and Ray are imported inside the commands that need them: `unet-ray --help` and a wrong flag answer at once.
+The commands that need torch and Ray import them themselves, so that `unet-ray --help` and a wrong flag answer at once.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from unet_ray.ray_backend.session import stop_like_ctrl_c
 
 
 class Commands(click.Group):
-    """Turns errors into exit codes, and lists the commands in the order in which one meets them."""
+    """Turns errors into exit codes, and lists the commands in the order in which a user meets them."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Runs a command. A UserError is one line on stderr and exit code 2; Ctrl-C and SIGTERM are exit code 130."""
+        """Runs a command. A UserError gives one line on stderr and exit code 2; Ctrl-C and SIGTERM give code 130."""
         stop_like_ctrl_c()
         try:
             return super().invoke(ctx)
@@ -55,10 +55,10 @@ def main() -> None:
     """Train a U-Net on images and masks, segment whole folders, score the result: on one CPU or on a Ray cluster.
 
     \b
-    A start:
-      unet-ray demo                                    data, training and masks in a few minutes
-      unet-ray doctor --images photos --masks masks    what is wrong with a data set
-      unet-ray COMMAND --help                          options, defaults, examples, files written
+    To begin:
+      unet-ray demo                                    makes data, trains and segments in a few minutes
+      unet-ray doctor --images photos --masks masks    finds what is wrong with a data set
+      unet-ray COMMAND --help                          shows options, defaults, examples, files written
 
     Exit codes: 0 done; 1 some images failed; 2 an error that you must fix, in one line on stderr; 130 stopped by Ctrl-C
     or SIGTERM.

@@ -14,34 +14,34 @@ from unet_ray.report.progress import ImagesDisplay
 EXAMINATION = "Examination"
 
 
-@click.command(cls=Command, short_help="Say what is wrong with a data set, and which settings fit.")
+@click.command(cls=Command, short_help="Find what is wrong with a data set, and which settings fit.")
 @pairs
 @option(
     EXAMINATION,
     "--samples",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Pairs whose pixels are read, evenly spaced; names and headers are read of all.",
+    help="Number of evenly spaced pairs whose pixels are read; names and headers of all files are read.",
     shown=200,
 )
 @option(EXAMINATION, "--no-timing", is_flag=True, help="Don't time a training step.")
 @as_json
 def doctor(images: str | None, masks: str | None, samples: int | None, no_timing: bool, as_json: bool) -> None:
-    """Say what is wrong with a data set, and which settings fit it, before hours are spent on it.
+    """Find what is wrong with a data set, and which settings fit it, before hours are spent on it.
 
     Finds images without a mask and masks without an image (and which suffix would pair them); files that are damaged,
     empty or no image; masks of another size than their image, in colours, with the in-between values of a JPEG or with
     other values than the rest; classes that are missing or rare; empty masks; duplicates; 16-bit and alpha channels;
     images that belong together, and a --group-by for them.
 
-    Each finding says what to do. At the end stands the `unet-ray train` command that fits the data, how long an epoch
-    takes on this machine (one step is timed), and how much memory it needs.
+    Each finding says what to do. The output ends with the `unet-ray train` command that fits the data, the time of an
+    epoch on this machine (one step is timed), and the memory that it needs.
 
     \b
     Example:
       unet-ray doctor --images photos --masks photo_masks
 
-    Exit code 0: nothing but notes; 1: warnings; 2: errors, at which training would stop.
+    Exit code 0: only notes; 1: warnings; 2: errors, at which training would stop.
     """
     if images is None:
         raise UserError("--images is missing: the folder of the images")

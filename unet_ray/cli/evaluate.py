@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 SCORING = "Scoring"
 REASONS = 5
-"""Images that could not be scored, of which the path and reason are printed."""
+"""The most images that could not be scored whose path and reason are printed."""
 
 
 @click.command(cls=Command, short_help="Score a model on pairs of images and masks.")
@@ -53,7 +53,7 @@ REASONS = 5
     "--tolerance",
     type=float,
     metavar="PX",
-    help="Of the surface Dice: how far apart, in pixels, two edges may lie and still agree.",
+    help="Largest distance, in pixels, at which two edges agree in the surface Dice.",
     shown=default_of(EvaluateConfig, "tolerance"),
 )
 @option(
@@ -81,15 +81,15 @@ def evaluate(
 ) -> None:
     """Score a model on pairs of images and masks, at each mask's own size.
 
-    Without --images and --masks: on the pairs that the run held out for validation. Says so where a model was trained
-    on some of the images.
+    Without --images and --masks, it scores the pairs that the run held out for validation. It warns if a model was
+    trained on some of the images.
 
     \b
     Example:
       unet-ray evaluate RUN --images train --masks train_masks --against OTHER_RUN
 
     \b
-    Prints, as mean over images with a bootstrap 95 % interval, and from the counts of all pixels:
+    Prints the mean over images with a bootstrap 95 % interval, and the value from the counts of all pixels:
       Dice, IoU, pixel accuracy, precision, recall
       surface Dice  counts edge pixels, as MONAI does (DeepMind: their lengths)
       hd95          Hausdorff distance: the larger of both directions' 95th percentiles (MONAI, DeepMind)
@@ -136,7 +136,7 @@ def evaluate(
 def _scores(
     config: EvaluateConfig, against: str | None, scored_pairs: list[Pair], runtime: Runtime
 ) -> tuple[Scores, Scores | None]:
-    """Scores the model and, if there is one, the other model; Ray is started once for both."""
+    """Scores the model and, if there is one, the other model; starts Ray once for both."""
     from unet_ray.evaluation.evaluate import evaluate as run
 
     with nullcontext() if against is None else runtime.started():

@@ -13,26 +13,26 @@ from unet_ray.config import UserError
 MODEL = "About the model"
 
 
-@click.command("import", cls=Command, short_help="Make a model directory of milesial/Pytorch-UNet's weights.")
+@click.command("import", cls=Command, short_help="Make a model directory from milesial/Pytorch-UNet's weights.")
 @click.argument("checkpoint", metavar="CHECKPOINT.pth")
 @option(
     MODEL,
     "--image-size",
     required=True,
     metavar="N|HEIGHT,WIDTH",
-    help="Size that images are resized to: that of the images times milesial's --scale.",
+    help="Size that images are resized to: their own size times milesial's --scale.",
 )
 @option(
     MODEL, "--mask-values", metavar="LIST", help="Stored value of each class, e.g. 0,255.", shown="as in the checkpoint"
 )
-@option(MODEL, "--classes", metavar="LIST", help="Their names, with commas.", shown="background,foreground")
+@option(MODEL, "--classes", metavar="LIST", help="Names of the classes, with commas.", shown="background,foreground")
 @option(OUTPUT, "--out", required=True, metavar="MODEL", help="Model directory to write.")
 def import_weights(checkpoint: str, out: str, image_size: str, mask_values: str | None, classes: str | None) -> None:
-    """Make a model directory of weights from milesial/Pytorch-UNet, for predict and for train --init.
+    """Make a model directory from weights of milesial/Pytorch-UNet, for predict and for train --init.
 
-    Reads the weights only: no code of the file is run. Widths, channels and classes are read from their shapes. Images
-    whose sides 16 divides give milesial's output to rounding; it pads other sizes with zeros, where this package
-    continues the edge. Checkpoints trained with --bilinear have another architecture and are refused.
+    It reads only the weights and runs no code of the file. Widths, channels and classes are read from the shapes. For
+    images whose sides are multiples of 16, the output equals milesial's to rounding. milesial pads other sizes with
+    zeros; this package repeats the edge. Checkpoints trained with --bilinear have another architecture and are refused.
 
     \b
     Example:

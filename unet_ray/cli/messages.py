@@ -1,4 +1,4 @@
-"""What several commands print: where results are, what comes next, how a training goes."""
+"""Prints what several commands share: where results are, what comes next, how a training goes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def print_next(*commands: str) -> None:
 def written_report(location: str, no_report: bool) -> dict[str, str]:
     """Writes report.html into a finished run or prediction. Returns its place for `print_places`.
 
-    A failure is one line on stderr: the results themselves are complete.
+    A failure only prints one line on stderr, since the results themselves are complete.
     """
     if no_report:
         return {}

@@ -1,4 +1,4 @@
-"""Options in groups: how --help lists them, and those that several commands share."""
+"""Lists options in groups in --help, and defines those that several commands share."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ class Option(click.Option):
 
 
 def option(group: str, *names: str, shown: object = None, **attributes: Any) -> Callable[[F], F]:
-    """click.option below the heading `group`; `shown` is a default that is applied elsewhere, for --help only."""
+    """Returns click.option under the heading `group`; `shown` is a default for --help, which other code applies."""
     if shown is not None:
         attributes["help"] += f"  [default: {shown}]"
     return click.option(*names, cls=Option, group=group, **attributes)
 
 
 def options(*several: Callable[[F], F]) -> Callable[[F], F]:
-    """Several options as one decorator."""
+    """Joins several options into one decorator."""
 
     def decorate(function: F) -> F:
         for one in reversed(several):
@@ -94,7 +94,7 @@ device = option(
     WHERE,
     "--device",
     type=click.Choice(["auto", "cpu", "cuda"]),
-    help="auto: CUDA where there is one.",
+    help="auto: CUDA if there is a GPU.",
     shown="auto",
 )
 machine = options(
@@ -103,7 +103,7 @@ machine = options(
         WHERE,
         "--precision",
         type=PRECISIONS,
-        help="auto: int8 if `quantize` made it, else bf16 where the device is good at it. fp16: CUDA only; int8: CPUs "
+        help="auto: int8 if `quantize` made it, else bf16 if the device computes in it. fp16: CUDA only; int8: CPUs "
         "only.",
         shown="auto",
     ),
@@ -139,7 +139,7 @@ mask_options = options(
         "--overlap",
         type=float,
         metavar="X",
-        help="Share of a tile that it has in common with the next.",
+        help="Share of a tile's side by which it overlaps the next.",
         shown=default_of(PredictConfig, "overlap"),
     ),
     option(MASKS, "--tta", is_flag=True, help="Average over the flips that the network was trained with."),
@@ -156,7 +156,7 @@ mask_options = options(
         MASKS,
         "--backend",
         type=click.Choice(["auto", "torch", "compiled", "openvino"]),
-        help="What runs the network. auto: OpenVINO on CPUs where it is installed (the extra `cpu`).",
+        help="Library that runs the network. auto: OpenVINO on CPUs if it is installed (the extra `cpu`).",
         shown="auto",
     ),
     option(
@@ -164,7 +164,7 @@ mask_options = options(
         "--max-pixels",
         type=int,
         metavar="N",
-        help="Don't decode larger images: they fail.",
+        help="Larger images are not decoded and count as failed.",
         shown=default_of(EvaluateConfig, "max_pixels"),
     ),
 )

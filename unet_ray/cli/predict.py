@@ -34,13 +34,13 @@ if TYPE_CHECKING:
 
 RUNS = "Starting again, and failures"
 REASONS = 5
-"""Reasons of failure that are printed; summary.json has all."""
+"""The most reasons of failure that are printed; summary.json has all."""
 
 
 @click.command(cls=Command)
 @click.argument("model")
 @click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
-@option(OUTPUT, "--out", required=True, metavar="OUT", help="Folder to write; on a cluster, where all nodes see it.")
+@option(OUTPUT, "--out", required=True, metavar="OUT", help="Folder to write; on a cluster, all nodes must see it.")
 @option(
     OUTPUT,
     "--format",
@@ -88,10 +88,10 @@ def predict(
 ) -> None:
     """Segment every image of folders, files, globs, lists or buckets.
 
-    MODEL is a run directory (then its best model) or a model directory. INPUT is a folder (searched through all
-    levels), an image, a glob, a .txt with a path on each line, or a .parquet with a column `path` or with the encoded
-    images themselves, each on a disk or on s3://, gs://. Images are JPEG, PNG, GIF, TIFF, BMP, WebP or NPY, of any mode
-    and size; for models of many channels or 16 bits, TIFF (the extra `tiff`) and NPY.
+    MODEL is a run directory (then its best model) or a model directory. INPUT is a folder (with its subfolders), an
+    image, a glob, a .txt with a path on each line, or a .parquet with a column `path` or with the encoded images
+    themselves, each on a disk or on s3://, gs://. Images are JPEG, PNG, GIF, TIFF, BMP, WebP or NPY, of any mode and
+    size; for models of many channels or 16 bits, TIFF (the extra `tiff`) and NPY.
 
     \b
     Example:
@@ -110,22 +110,23 @@ def predict(
       OUT/manifest.parquet/                 one row for each image: path, status, error, height, width, output,
                                             pixels of each class, mean confidence, milliseconds
       OUT/summary.json                      counts, failures by reason, images/s, seconds by stage
-      OUT/report.html                       what failed and why, masks to look at, how they are distributed
+      OUT/report.html                       failures and their reasons, sample masks, distributions
 
-    Masks are at each image's own size. Where two images would have the same name (a.jpg, a.png), the later keeps its
+    Masks are at each image's own size. If two masks would have the same name (of a.jpg, a.png), the later keeps its
     extension (a.png.png).
 
-    Stopped and started again with the same command, it does only what is missing, and ends with the same bytes. Images
-    that are new or have changed (their size or modification time) are done, the others are not. Other settings into the
-    same OUT are an error, as is a second run at the same time.
+    After a stop, the same command segments only the missing images, and ends with the same bytes. Given again, it also
+    segments images that are new or have changed (in size or modification time), and no others. Other settings for the
+    same OUT are an error, and so is a second run at the same time.
 
-    An image that can't be read is a row of the manifest with the reason, and disturbs nothing: truncated, empty,
-    mislabelled, gone since it was listed, not a regular file, too many pixels, other channels than the model's. With
-    DuckDB: select * from 'OUT/manifest.parquet/*.parquet' where status = 'failed'. Exit code 1: more images failed than
-    --allow-failures allows.
+    An image that can't be read becomes a row of the manifest with the reason, and the others are segmented. Reasons:
+    truncated, empty, mislabelled, gone since it was listed, not a regular file, too many pixels, other channels than
+    the model's. With DuckDB: select * from 'OUT/manifest.parquet/*.parquet' where status = 'failed'. Exit code 1: more
+    images failed than --allow-failures allows.
 
     By default an image is resized whole, as in training. --tile segments it at its own size, mirrored at the edges and
-    blended with Gaussian weights where tiles overlap: for images of any size, and networks whose judgement is local.
+    blended with Gaussian weights where tiles overlap. It suits images of any size, and networks whose judgement is
+    local.
     """
     names = [name.strip() for name in formats.split(",") if name.strip()] + ["overlay"] * overlay
     config = PredictConfig(model=model, inputs=inputs, out=out, formats=tuple(dict.fromkeys(names)), **given(options))

@@ -13,7 +13,7 @@ from unet_ray.config import EvaluateConfig
 from unet_ray.report.progress import ImagesDisplay
 
 
-@click.command(cls=Command, short_help="Make a run's network in int8, twice as fast on CPUs.")
+@click.command(cls=Command, short_help="Convert a run's network to int8, twice as fast on CPUs.")
 @click.argument("run")
 @option(
     "Calibration",
@@ -26,11 +26,11 @@ from unet_ray.report.progress import ImagesDisplay
 )
 @as_json
 def quantize(run: str, calibration: int, as_json: bool) -> None:
-    """Make a run's network in int8, twice as fast on CPUs; refused if its validation Dice falls by more than 0.001.
+    """Convert a run's network to int8, twice as fast on CPUs; refused if its validation Dice falls by more than 0.001.
 
-    RUN is a run directory. NNCF makes the network after training (the extra `cpu`). It is scored on the run's
-    validation images beside the network as it is. If it is kept, predict and evaluate use it on CPUs, unless
-    --precision says otherwise.
+    RUN is a run directory. NNCF (the extra `cpu`) converts the trained network. Both networks are scored on the run's
+    validation images. If the int8 network is kept, predict and evaluate use it on CPUs, unless --precision names
+    another precision.
 
     \b
     Example:

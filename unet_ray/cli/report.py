@@ -15,16 +15,16 @@ from unet_ray.report.progress import ImagesDisplay
 @option(WHERE, "--cluster", "on_cluster", is_flag=True, help="Score the validation images through Ray.")
 @verbose
 def report(location: str, on_cluster: bool, verbose: bool) -> None:
-    """Write report.html anew, for a run or a prediction: one page to look at and to send.
+    """Write report.html anew, for a run or a prediction: one page to view and to send.
 
-    RUN is what train wrote, OUT what predict wrote. Of a run, up to 128 validation images, evenly spaced, are scored at
-    their own size. The page is one file that needs no network.
+    RUN is the output of train, OUT the output of predict. For a run, it scores up to 128 validation images, evenly
+    spaced, at their own size. The page is one file that needs no network.
 
     \b
     Example:
       unet-ray report RUN
 
-    Writes RUN/report.html and prints where it is.
+    Writes RUN/report.html and prints its location.
     """
     from unet_ray.report.page import write
 

@@ -15,7 +15,7 @@ from unet_ray.cli.options import DATA, OUTPUT, Command, option
     default="flair,t1,t1ce,t2",
     show_default=True,
     metavar="LIST",
-    help="Ends of the volumes' file names, which become the channels.",
+    help="Endings of the volumes' file names; each becomes a channel.",
 )
 @option(
     DATA,
@@ -23,7 +23,7 @@ from unet_ray.cli.options import DATA, OUTPUT, Command, option
     default="seg",
     show_default=True,
     metavar="NAME",
-    help="End of the label volumes' names; none: there are none.",
+    help="Ending of the label volumes' file names; none: there are no labels.",
 )
 @option(
     DATA,
@@ -36,9 +36,9 @@ from unet_ray.cli.options import DATA, OUTPUT, Command, option
 )
 @option(OUTPUT, "--out", required=True, metavar="DIR", help="New folder for images/ and masks/.")
 def slices(folder: str, out: str, channels: str, labels: str, every: int) -> None:
-    """Write the slices of NIfTI volumes (BraTS) as images and masks: one folder a patient, one channel a volume.
+    """Write the slices of NIfTI volumes (BraTS) as images and masks: a folder per patient, a channel per volume.
 
-    Needs the extra `brats`. Values are 8 bits between a volume's 0.5 and 99.5 percentiles.
+    It needs the extra `brats`. Values between a volume's 0.5 and 99.5 percentiles are scaled to 8 bits.
 
     \b
     Example:

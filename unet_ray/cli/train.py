@@ -36,10 +36,10 @@ FLAGS = {
     "precision": "train.precision",
 }
 """Option -> the setting that it stands for."""
-AUGMENTATIONS = textwrap.indent(textwrap.fill(", ".join(AugmentConfig.__dataclass_fields__), 52), 25 * " ")
+AUGMENTATION_NAMES = textwrap.indent(textwrap.fill(", ".join(AugmentConfig.__dataclass_fields__), 52), 25 * " ")
 CHOICES = f"""\b
-Some settings for --set (all, with their meaning and source, are the fields of
-unet_ray/config.py; a misspelt name is answered with the nearest):
+Some settings for --set (unet_ray/config.py has all, with meaning and source;
+an error about a misspelt name suggests the nearest):
   model.name             {", ".join(NETWORKS)}
   model.num_classes      1: one class and background; K: ids 0 to K-1
   model.padding          same; valid with data.tile: the 2015 paper's network,
@@ -53,12 +53,12 @@ unet_ray/config.py; a misspelt name is answered with the nearest):
   data.ignore_index      255: pixels that neither train nor score
   augment. (image and mask together; the same for the same seed, epoch and
            image, whatever the number of workers)
-{AUGMENTATIONS}
+{AUGMENTATION_NAMES}
   compute.               compile, mlflow, retries, memory_fraction"""
 
 
 class Workers(click.ParamType):
-    """`4`, or `1-4`."""
+    """Parses `4` or `1-4`."""
 
     name = "N"
 
@@ -80,10 +80,10 @@ class Workers(click.ParamType):
     DATA,
     "--group-by",
     metavar="REGEX",
-    help="Keep images whose names share this match on one side of the split. Training says so where names look like "
+    help="Keep images whose names share this match on one side of the split. Training prints a note if names look like "
     "groups that are on both sides.",
 )
-@option(DATA, "--cache", metavar="DIR", help="Keep the resized images there: later runs don't decode them again.")
+@option(DATA, "--cache", metavar="DIR", help="Keep the resized images in DIR, so that later runs don't decode them.")
 @option(SETTINGS, "--recipe", metavar="NAME", help="Settings that are known to work: see `unet-ray recipes`.")
 @option(SETTINGS, "--config", "config_file", metavar="FILE", help="YAML of settings, such as a run's config.yaml.")
 @option(
@@ -126,11 +126,11 @@ class Workers(click.ParamType):
     "--folds",
     type=int,
     metavar="K",
-    help="Cross-validation: K runs in RUN/fold-1 …, each part held out once.",
+    help="Cross-validation: K runs in RUN/fold-1 …, each fold held out once.",
 )
 @option(TRAINING, "--resume", is_flag=True, help="Go on from the last finished epoch in RUN.")
 @option(
-    OUTPUT, "--out", required=True, metavar="RUN", help="Run directory to write; on a cluster, where all nodes see it."
+    OUTPUT, "--out", required=True, metavar="RUN", help="Run directory to write; on a cluster, all nodes must see it."
 )
 @no_report
 @option(
@@ -138,7 +138,7 @@ class Workers(click.ParamType):
     "--workers",
     type=Workers(),
     metavar="N|FEWEST-MOST",
-    help="Processes that train, each on a GPU or on CPUs; 1-4: as many as there is room for.",
+    help="Processes that train, each on a GPU or on CPUs; 1-4: as many of them as fit.",
     shown=DEFAULTS.compute.workers,
 )
 @device
@@ -147,7 +147,7 @@ class Workers(click.ParamType):
     "--precision",
     type=PRECISIONS,
     metavar="[auto|fp32|bf16|fp16]",
-    help="auto: bf16 where the device is good at it. fp16: CUDA only.",
+    help="auto: bf16 if the device computes in it. fp16: CUDA only.",
     shown="auto",
 )
 @runtime
@@ -176,16 +176,16 @@ def train(
     \b
     Writes:
       RUN/model/         the epoch with the best validation Dice: predict's MODEL
-      RUN/last/          the last finished epoch: what --resume goes on from
+      RUN/last/          the last finished epoch, from which --resume goes on
       RUN/config.yaml    every setting: --config RUN/config.yaml repeats the run
-      RUN/split.csv      which images it trains and validates on
+      RUN/split.csv      its training and validation images
       RUN/metrics.jsonl  one line for each epoch: losses, scores, counts, speed, seconds of waiting for images
       RUN/tensorboard/   the same for TensorBoard (for MLflow: --set compute.mlflow=URI and the extra `mlflow`)
       RUN/report.html    curves, scores, pictures
 
-    Mask values: what they mean is decided once, from a sample of the masks, and written into config.yaml and the model.
-    0 and one other value are background and foreground; with model.num_classes=K, the ids 0 to K-1. A value that is no
-    class is an error. Masks are resized by nearest neighbour only.
+    Mask values: training decides once, from a sample of the masks, which value is which class, and writes that into
+    config.yaml and the model. 0 and one other value are background and foreground; with model.num_classes=K, the class
+    ids are 0 to K-1. A value that is no class is an error. Masks are resized by nearest neighbour only.
 
     Workers: --batch-size is the number of images in a step over all workers together, and the batches of an epoch
     depend on the seed and the epoch only. So one worker and several take the same steps, and their losses agree to
@@ -197,8 +197,8 @@ def train(
     file of it may be deleted.
 
     When something breaks: if a worker or a node is lost, training starts again from the last finished epoch, with the
-    same batches. If the command is stopped, give it again with --resume; it ends with the figures of a run that was
-    left alone. If the disk is full, the last checkpoint is whole: files appear under their names only when they are
+    same batches. If the command is stopped, give it again with --resume; it ends with the figures of an uninterrupted
+    run. If the disk is full, the last checkpoint is whole: files appear under their names only when they are
     complete.
     """
     if recipe and config_file:
@@ -253,7 +253,7 @@ def _setting(text: str) -> tuple[str, str]:
 
 
 def _flag_settings(flags: dict[str, Any]) -> list[tuple[str, Any]]:
-    """Returns the flags that were given as dotted settings."""
+    """Returns the given flags as dotted settings."""
     # Settings that are text are read as YAML, which would change `data #1` or `[a-z]+`. Quotes keep them as they are.
     quoted = {flag: json.dumps(value) if isinstance(value, str) else value for flag, value in flags.items()}
     return [(FLAGS[flag], value) for flag, value in quoted.items() if value is not None]

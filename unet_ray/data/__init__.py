@@ -1,1 +1,1 @@
-"""Images and masks: find, pair, split, decode, cache and write them."""
+"""Finds, pairs, splits, decodes, caches and writes images and masks."""

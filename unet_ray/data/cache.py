@@ -1,9 +1,9 @@
-"""Keep decoded training rows in Parquet files, for the next epoch, run, fold or recipe.
+"""Keeps decoded training rows in Parquet files, for the next epoch, run, fold or recipe.
 
 CACHE/<hash of the settings that affect a row>/<hash>.parquet has a row group for each pair: `stat` (hash of paths,
-sizes and times of its two files), `content` (hash of their bytes), `image`, `mask` and perhaps `border`. A file that
-was copied or touched is recognised by its content; its row then has `same` and no data. Cache files never change; any
-of them may be deleted.
+sizes and times of its two files), `content` (hash of their bytes), `image`, `mask` and perhaps `border`. A
+copied or touched file is recognised by its content; its row has the flag `same` and no data. Cache files never change,
+and any of them may be deleted.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Pairs = Sequence[tuple[Pair, bytes]]
 
 
 class Place(NamedTuple):
-    """Where a row is stored."""
+    """The place of a row in the cache."""
 
     file: str
     """Name of a file in the cache."""
@@ -44,7 +44,7 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class CachedDecoder:
-    """Reads rows from the cache, and decodes images that have no row there."""
+    """Reads rows from the cache, and decodes the pairs that have no row in it."""
 
     decoder: Decoder
     folder: str
@@ -56,7 +56,7 @@ class CachedDecoder:
         if place is not None:
             try:
                 return self._read(*place)
-            except (OSError, ValueError):  # deleted or damaged: the cache never stops a training
+            except (OSError, ValueError):  # the file is deleted or damaged, which must not stop a training
                 pass
         return self.decoder(image_path, mask_path)
 
@@ -83,7 +83,7 @@ class CachedDecoder:
 Write = Callable[[Pairs], None]
 """Decodes pairs and writes them as one cache file, in any process."""
 Run = Callable[[Write, list[Pairs]], Iterable[None]]
-"""Calls the function with each list of pairs, in any order and anywhere, and yields once for each finished list."""
+"""Calls the function with each list of pairs, in any order, thread or process; yields once for each finished list."""
 
 
 def filled(pairs: Sequence[Pair], decoder: Decoder, location: str, run: Run) -> CachedDecoder:
@@ -145,7 +145,7 @@ def _index(folder: str) -> tuple[dict[bytes, Place], dict[bytes, Place]]:
         filesystem, path = storage.resolve(storage.join(folder, name))
         try:
             table = pq.read_table(path, columns=["stat", "content", "same"], filesystem=filesystem)
-        except (OSError, pa.ArrowInvalid):  # for example, copied only in part
+        except (OSError, pa.ArrowInvalid):  # the file is damaged, for example copied only in part
             continue
         for row, entry in enumerate(table.to_pylist()):
             if entry["same"]:
@@ -158,7 +158,7 @@ def _index(folder: str) -> tuple[dict[bytes, Place], dict[bytes, Place]]:
 
 @dataclass(frozen=True, slots=True)
 class _WriteFile:
-    """See `Write`."""
+    """Implements `Write`."""
 
     decoder: Decoder
     folder: str

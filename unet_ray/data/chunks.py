@@ -1,4 +1,4 @@
-"""Chunks: blocks of rows, held as columns, that pass through the stages of prediction and evaluation."""
+"""Defines chunks: blocks of rows, held as columns, that pass through the stages of prediction and evaluation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def readable(name: bytes) -> str:
 
 
 def objects(values: Sequence[Any]) -> np.ndarray:
-    """Makes a column of Python objects. np.array would make a matrix of equally long lists."""
+    """Makes a column of Python objects; np.array would turn lists of equal length into a matrix."""
     column = np.empty(len(values), dtype=object)
     column[:] = values
     return column

@@ -1,7 +1,7 @@
-"""Decode images and masks to uint8 arrays, and resize scores to an image's own size.
+"""Decodes images and masks to uint8 arrays, and resizes scores to an image's own size.
 
 Legend: H, W height and width in pixels; C channels; K classes (1 for a single logit).
-Images and masks are resized for the network here and nowhere else.
+Only this module resizes images and masks for the network.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _reading() -> Iterator[None]:
     """Turns all errors that reading a file raises into ImageError."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd EXIF or large images; Pillow raises what it can't read
+            warnings.simplefilter("ignore")  # about odd EXIF or large images; Pillow raises if it can't read one
             yield
     except ImageError:
         raise
@@ -62,7 +62,7 @@ def _reading() -> Iterator[None]:
     except MemoryError:
         raise ImageError("too large for the memory of this machine") from None
     except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error, … on bad files
-        text = re.sub(r" \(\d+ bytes not processed\)", "", " ".join(str(error).split()))  # the same for all files
+        text = re.sub(r" \(\d+ bytes not processed\)", "", " ".join(str(error).split()))  # so equal errors read alike
         raise ImageError(f"cannot be decoded: {text or type(error).__name__}") from None
 
 
@@ -71,7 +71,7 @@ def _opened(data: Source, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]
     if isinstance(data, Image.Image):
         _check_pixels(data.width * data.height, max_pixels)
         with _reading():
-            data.load()  # a loaded JPEG can't be made smaller in place by `draft`
+            data.load()  # `draft` can't make a loaded JPEG smaller in place
             yield data
         return
     if not data:
@@ -87,7 +87,7 @@ def _check_pixels(pixels: int, max_pixels: int) -> None:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Turns an image by its EXIF orientation. Returns the image itself, not a copy, if there is nothing to turn."""
+    """Applies the EXIF orientation to an image. Returns the image itself, not a copy, if it is upright."""
     return ImageOps.exif_transpose(image) if image.getexif().get(ORIENTATION, 1) != 1 else image
 
 
@@ -101,11 +101,11 @@ def decode_image(
 ) -> tuple[np.ndarray, tuple[int, int]]:
     """Decodes an image to uint8 [H,W,C], and returns it with its own (height, width) after EXIF orientation.
 
-    Takes the first frame of an animation, looks palettes up, drops alpha (keeps it with 2 or 4 channels), and maps
-    other values to 8 bits by `DataConfig.value_range`. Arrays (.npy of [H,W] or [H,W,C], TIFF of more than four
-    channels) must have exactly `channels` channels. With `size_hw` the image is resized (bilinear over all source
-    pixels). A JPEG is then decoded at its smallest scale that is at least as large, unless it is open already.
-    Raises ImageError.
+    Takes the first frame of an animation, looks up palette colours, drops alpha (keeps it with 2 or 4 channels), and
+    maps other values to 8 bits by `DataConfig.value_range`. Arrays (.npy of [H,W] or [H,W,C], TIFF of more than four
+    channels) must have exactly `channels` channels. `size_hw` resizes the image (bilinear over all source pixels);
+    a JPEG is then decoded at its smallest scale that is at least as large, unless it is open already. Raises
+    ImageError.
     """
     array = _array(data, channels, max_pixels)
     if array is not None:
@@ -118,8 +118,8 @@ def decode_image(
         rotated = image.getexif().get(ORIENTATION) in ROTATED
         own_size = image.size if rotated else image.size[::-1]
         if size_hw is not None and image.format == "JPEG":
-            # No mode: a gray or CMYK JPEG keeps its own, converted below like every other format. torchvision's
-            # decode_jpeg has no such scales: 7.1 instead of 5.2 ms from 1918x1280 to 512.
+            # The mode is None: a gray or CMYK JPEG keeps its own, which is converted below as in every other format.
+            # torchvision's decode_jpeg has no such scales and takes 7.1 instead of 5.2 ms from 1918x1280 to 512.
             image.draft(None, size_hw if rotated else size_hw[::-1])
         seen = _in_mode(image, channels, value_range)
         # A fourth channel may be data (MRI). Pillow's resize would take it for transparency and weigh the others with
@@ -137,15 +137,15 @@ def fitted(size_hw: tuple[int, int], side: int) -> tuple[int, int]:
 
 
 def _resized(band: Image.Image, size_hw: tuple[int, int]) -> np.ndarray:
-    """Resizes to uint8 [H,W] or [H,W,C], equal to Pillow's bilinear with `reducing_gap` 2 except for steps of 1 of 255.
+    """Resizes to uint8 [H,W] or [H,W,C]; differs from Pillow's bilinear with `reducing_gap` 2 by at most 1 of 255.
 
-    torchvision's v2 resize calls the same F.interpolate: equal bytes, 12.1 instead of 11.3 ms from 1918x1280 to 512,
-    and 1.4 s of CPU to import.
+    torchvision's v2 resize calls the same F.interpolate and gives equal bytes. It takes 12.1 instead of 11.3 ms from
+    1918x1280 to 512, and 1.4 s of CPU to import.
     """
     if band.size == size_hw[::-1]:
         return np.asarray(band)
     if any(have >= 4 * want for have, want in zip(band.size, size_hw[::-1], strict=True)):
-        # Pillow first reduces by a whole number: nearly the same, far faster, without another copy of a large image.
+        # Pillow first reduces by a whole number: nearly the same result, far faster, and no copy of a large image.
         return np.asarray(band.resize(size_hw[::-1], Image.Resampling.BILINEAR, reducing_gap=2.0))
     # torch has Pillow's antialiased resize in AVX2, which takes a quarter of the time on one thread.
     pixels = torch.from_numpy(np.array(band))
@@ -155,7 +155,7 @@ def _resized(band: Image.Image, size_hw: tuple[int, int]) -> np.ndarray:
 
 
 def _in_mode(image: Image.Image, channels: int, value_range: ValueRange) -> Image.Image:
-    """Converts an image to 8 bits and `channels` channels, turned upright. Raises ImageError."""
+    """Converts an image to 8 bits and `channels` channels, and turns it upright. Raises ImageError."""
     if channels not in MODES:
         raise ImageError(f"{len(image.getbands())} channel(s), the model takes {channels}")
     image.load()
@@ -210,7 +210,7 @@ def _array(data: Source, channels: int, max_pixels: int) -> np.ndarray | None:
 
 
 def _tiff_channels_last(data: bytes) -> np.ndarray:
-    """Reads a TIFF of any axes as [H,W,C]; all axes but X and Y become channels."""
+    """Reads a TIFF with any axes as [H,W,C]; all axes except X and Y become channels."""
     try:
         import tifffile
     except ImportError:
@@ -225,7 +225,7 @@ def _tiff_channels_last(data: bytes) -> np.ndarray:
 
 
 class Pixels:
-    """An image at its own size. `window` cuts a part without copying the whole. Both raise ImageError."""
+    """Holds an image at its own size. `window` cuts out a part without copying the whole. Both raise ImageError."""
 
     def __init__(self, data: Source, channels: int, value_range: ValueRange, max_pixels: int) -> None:
         self.array = _array(data, channels, max_pixels)

@@ -1,4 +1,4 @@
-"""Find images in folders, globs, lists, Parquet files and buckets.
+"""Finds images in folders, globs, lists, Parquet files and buckets.
 
 An image's *key* is its path below the folder it was found in, without the extension. It names the mask and determines
 the split, so neither depends on the machine, on where the folder is, or on the order of a listing.
@@ -55,7 +55,7 @@ class ImageFile:
 
 
 def evenly(items: Sequence[T], count: int) -> list[T]:
-    """Returns `count` of the items, evenly spaced; all if there are fewer."""
+    """Returns `count` of the items, evenly spaced; all of them if they are fewer."""
     return [items[number * len(items) // count] for number in range(count)] if len(items) > count else list(items)
 
 
@@ -161,7 +161,7 @@ def _walk(folder: str, below: str, ancestors: tuple[tuple[int, int], ...]) -> It
 
 
 def _in_bucket(folder: str, below: str, subfolders: list[str]) -> Iterator[ImageFile]:
-    """Yields the images directly in a bucket's folder; names of its folders are appended to `subfolders`."""
+    """Yields the images directly in a bucket's folder, and appends the names of its folders to `subfolders`."""
     for entry in storage.entries(folder):
         if entry.is_file and _wanted(entry.base_name):
             path = storage.join(folder, entry.base_name)
@@ -171,7 +171,7 @@ def _in_bucket(folder: str, below: str, subfolders: list[str]) -> Iterator[Image
 
 
 def _names_here(folder: str, subfolders: list[str]) -> Iterator[str]:
-    """Returns the names of the images in a local folder, sorted; names of its folders are appended to `subfolders`.
+    """Returns the sorted names of the images in a local folder, and appends the names of its folders to `subfolders`.
 
     The names are kept as Arrow bytes until they are needed: ten million take 0.3 GB instead of 0.8.
     """
@@ -253,7 +253,7 @@ def _of_parquet_file(location: str, prefix: str) -> Iterator[ImageFile]:
 
 
 def image_column(schema: pa.Schema) -> str | None:
-    """Returns the column of a Parquet schema with encoded images: binary, or a struct with `bytes`; None: no such."""
+    """Returns the column with encoded images (binary, or a struct with `bytes`) of a Parquet schema; None if none."""
     for name in BYTES_COLUMNS:
         if name in schema.names:
             kind = schema.field(name).type
@@ -265,9 +265,9 @@ def image_column(schema: pa.Schema) -> str | None:
 
 
 def encoded_images(location: str, rows: Sequence[int]) -> dict[int, bytes]:
-    """Reads row -> encoded image for some rows (ascending) of a Parquet file.
+    """Reads some rows (ascending) of a Parquet file. Returns row -> encoded image.
 
-    Reads only their row groups, a batch at a time. Raises OSError, or ValueError if the file has no images any more.
+    Reads only their row groups, a batch at a time. Raises OSError, or ValueError if the file no longer has images.
     """
     filesystem, inner = storage.resolve(location)
     found: dict[int, bytes] = {}
@@ -305,6 +305,6 @@ def _is_text(schema: pa.Schema, name: str) -> bool:
 
 
 def listing(names: Sequence[str], limit: int = 5) -> str:
-    """Formats the first names, and how many more there are, for an error message."""
+    """Formats the first names, and the number of the others, for an error message."""
     more = len(names) - limit
     return ", ".join(map(repr, names[:limit])) + (f" and {more} more" if more > 0 else "")

@@ -1,4 +1,4 @@
-"""Work on masks: infer class values, count pixels and class weights, map borders, clean up predictions."""
+"""Infers class values, counts pixels and class weights, maps borders, and cleans up predicted masks."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ SAMPLE = 32
 def infer_values(mask_paths: Sequence[str], num_classes: int, config: DataConfig) -> tuple[int, ...]:
     """Infers the stored value of each class from `SAMPLE` masks, once for the whole data set.
 
-    One class: {0, v} is background and foreground, whatever v is (1, 255, a palette index). K classes: the ids 0 .. K-1
-    if no larger value occurs, otherwise the K values that occur, in order. Raises UserError that names the values if
-    neither rule fits.
+    One class: {0, v} is background and foreground, whatever v is (1, 255, a palette index). K classes: the class ids
+    0 .. K-1 if no larger value occurs, otherwise the K values that occur, in order. Raises UserError that names the
+    values if neither rule fits.
     """
     found: set[int] = set()
     for path in _sample(mask_paths):

@@ -1,4 +1,4 @@
-"""Match images with their masks by name."""
+"""Matches images with their masks by name."""
 
 from __future__ import annotations
 

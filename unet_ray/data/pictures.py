@@ -1,4 +1,4 @@
-"""Encode masks as PNG files, and draw them over their pictures."""
+"""Encodes masks as PNG files, and draws them over their images."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import numpy as np
 from PIL import Image
 
 FOREGROUND = (0, 230, 80)
-"""Colour of the one class in overlays: rare in photographs and in stained tissue."""
+"""Colour of a single class in overlays; it is rare in photographs and in stained tissue."""
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 ZLIB_LEVEL = 6
 
 
 def encode_png(mask: np.ndarray, num_classes: int) -> bytes:
     """Encodes class ids, uint8 [H,W], as PNG: 1-bit for one class, otherwise a palette with class ids as indices."""
-    # Not by Pillow: it tries every filter on every line, takes four times as long, and its files of masks are larger.
+    # Pillow would try every filter on every line, take four times as long, and write larger files.
     height, width = mask.shape
     pixels = np.packbits(mask, axis=1) if num_classes == 1 else mask
     lines = np.zeros((height, 1 + pixels.shape[1]), np.uint8)  # the first byte of a line is its filter, 0
@@ -40,7 +40,7 @@ def encode_gray(values: np.ndarray) -> bytes:
 
 
 def overlay(picture: np.ndarray, mask: np.ndarray, num_classes: int) -> bytes:
-    """Draws class ids, uint8 [h,w] of any size, over a picture, uint8 [H,W,3]; returns a JPEG file.
+    """Draws class ids, uint8 [h,w] of any size, over an image, uint8 [H,W,3]; returns a JPEG file.
 
     Classes are transparent, edges opaque (torchvision's draw_segmentation_masks draws no edges).
     """

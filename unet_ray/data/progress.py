@@ -1,4 +1,4 @@
-"""The type of callbacks that report progress."""
+"""Defines the type of callbacks that report progress."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Read decoded training rows in any order, from memory or streamed.
+"""Reads decoded training rows in any order, from memory or streamed.
 
 A *row* is one pair, decoded and resized: image uint8 [H,W,C], mask uint8 [H,W] and, if the loss needs it, border uint8
 [H,W] (`masks.border_map`). Its number is its index in the sorted list of pairs. Training asks for batches of row
@@ -66,7 +66,7 @@ class Decoder:
         return cls(config.data, config.model.in_channels, fit.border_sigma if fit.border_weight else 0.0)
 
     def __call__(self, image_path: str, mask_path: str) -> Row:
-        """Raises UserError that names the file."""
+        """Reads and decodes a pair. Raises UserError that names the file."""
         return self.row(self.read(image_path), self.read(mask_path), image_path, mask_path)
 
     @staticmethod
@@ -121,7 +121,7 @@ def fits_in_memory(count: int, decoder: Decodes, share: float) -> bool:
 
 
 class Subset:
-    """Some of the rows, numbered from 0. `index` in their batches is still the number among all rows."""
+    """Selects some of the rows and numbers them from 0; `index` in their batches is still the number among all rows."""
 
     def __init__(self, rows: Rows, indices: Sequence[int]) -> None:
         self.rows, self.indices = rows, np.asarray(indices, np.int64)
@@ -134,7 +134,7 @@ class Subset:
 
 
 class MemoryRows:
-    """All rows, decoded once and kept in memory: one array for images, one for masks, one for borders."""
+    """Decodes all rows once and keeps them in memory: one array for images, one for masks, one for borders."""
 
     def __init__(self, pairs: Sequence[Pair], decoder: Decodes) -> None:
         self.arrays = decoder.empty(len(pairs))
@@ -156,7 +156,7 @@ class MemoryRows:
 
 
 class StreamedRows:
-    """Rows that threads of this process decode anew in every epoch, a few batches ahead of the training."""
+    """Decodes rows anew in every epoch, in threads of this process, a few batches ahead of the training."""
 
     def __init__(self, pairs: Sequence[Pair], decoder: Decodes) -> None:
         self.pairs, self.decoder = pairs, decoder
@@ -183,7 +183,7 @@ class StreamedRows:
 
 
 def prefetched(batches: Iterator[Batch], ahead: int = BATCHES_AHEAD) -> Iterator[Batch]:
-    """Yields the same batches, which a thread fetches while the caller works on an earlier one."""
+    """Yields the same batches; a thread fetches the next ones while the caller works on an earlier one."""
     with ThreadPoolExecutor(1) as thread:
         waiting: deque[Future[Batch | None]] = deque()
         try:

@@ -1,4 +1,4 @@
-"""Encode masks as run lengths, Kaggle's and COCO's."""
+"""Encodes masks as run lengths in Kaggle's and COCO's formats."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def row_runs(mask: np.ndarray) -> str:
 def coco_runs(mask: np.ndarray) -> str:
     """Encodes the pixels that are not 0, uint8 or bool [H,W], as COCO's compressed run lengths, pycocotools' `counts`.
 
-    Runs go down the columns, and the first is of zeros. From the fourth on, each is stored as its difference to the run
+    Runs go down the columns; the first counts zeros. From the fourth on, each is stored as its difference to the run
     two before it. A character holds five bits, low bits first.
     """
     flat = np.ascontiguousarray(mask.T).reshape(-1)
@@ -42,19 +42,19 @@ def coco_runs(mask: np.ndarray) -> str:
 
 
 def coco_region(region: np.ndarray) -> dict[str, Any]:
-    """Returns COCO's `bbox` and `counts` of the True pixels, bool [H,W]; there must be at least one."""
+    """Returns COCO's `bbox` and `counts` of the True pixels in bool [H,W], which needs at least one."""
     return {"bbox": box(region), "counts": coco_runs(region)}
 
 
 def box(region: np.ndarray) -> list[int]:
-    """Returns [left, top, width, height] of the True pixels, bool [H,W]; there must be at least one."""
+    """Returns [left, top, width, height] of the True pixels in bool [H,W], which needs at least one."""
     rows, columns = (np.flatnonzero(region.any(axis=axis)) for axis in (1, 0))
     left, top = int(columns[0]), int(rows[0])
     return [left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top]
 
 
 def _run_starts(flat: np.ndarray) -> np.ndarray:
-    """Returns begin and end of each run of non-zeros: begin, end, begin, end, …, int64."""
+    """Returns the begin and end of each run of non-zeros, int64: begin, end, begin, end, …"""
     inside = flat.view(bool) if flat.dtype == bool else flat != 0
     edges = np.flatnonzero(inside[1:] != inside[:-1]) + 1
     return np.concatenate([[0] * bool(inside[:1].any()), edges, [flat.size] * bool(inside[-1:].any())]).astype(np.int64)

@@ -1,4 +1,4 @@
-"""Split pairs into training and validation; a group is never divided."""
+"""Splits pairs into training and validation; never divides a group."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from unet_ray.data import storage
 from unet_ray.data.inputs import listing
 
 SPLIT = "split.csv"
-"""File in a run directory that lists the images it was trained and validated on."""
+"""File in a run directory that lists its training and validation images."""
 
 
 def group_of(key: str, pattern: str | None) -> str:
@@ -35,8 +35,8 @@ def split_pairs(keys: Sequence[str], config: DataConfig, seed: int) -> tuple[lis
     """Returns indices into `keys` of the training and of the validation pairs, from `config.fraction` of all.
 
     Groups (single pairs without `group_by`) are sorted by a hash of seed and name, or by name (`split_order`).
-    Validation is the first `val_fraction` of them, rounded, or with `folds` the fold number `fold`. The result is the
-    same on every machine and for every order of `keys`. Raises UserError if either side is empty.
+    Validation takes the first `val_fraction` of them, rounded; with `folds` it takes fold number `fold`. The result is
+    the same on every machine and for every order of `keys`. Raises UserError if either side is empty.
     """
     chosen = _lowest_hashes(keys, config.fraction, f"{seed}:fraction")
     group_by_key = {key: group_of(key, config.group_by) for key in sorted(chosen)}
@@ -67,7 +67,7 @@ def split_pairs(keys: Sequence[str], config: DataConfig, seed: int) -> tuple[lis
 
 @dataclass(frozen=True, slots=True)
 class LeakReport:
-    """How many groups of images are on both sides of a split."""
+    """The groups of images, and how many of them are on both sides of a split."""
 
     pattern: str | None
     """Regular expression that finds an image's group in its key; None: no groups were named or recognised."""
@@ -80,7 +80,7 @@ class LeakReport:
 
 
 _LOOKS_LIKE = (r"^.+(?=/)", r"^[^_]+(?=_)", r"^[^-]+(?=-)", r"^.+(?=[_-])")
-"""Patterns of groups: the folder; the text before the first `_`, the first `-`, the last of either."""
+"""Patterns of groups: the folder; the text before the first `_`, before the first `-`, before the last of either."""
 
 
 def leak_report(train_keys: Sequence[str], val_keys: Sequence[str], pattern: str | None) -> LeakReport:
@@ -96,7 +96,7 @@ def leak_report(train_keys: Sequence[str], val_keys: Sequence[str], pattern: str
 def likely_groups(keys: Sequence[str]) -> str | None:
     """Recognises groups in the names: the first pattern that puts 90 % of the images in groups of two or more.
 
-    None if there is no such pattern.
+    Returns None if no pattern does.
     """
     return next((pattern for pattern in _LOOKS_LIKE if _groups_them(keys, pattern)), None)
 
@@ -116,7 +116,7 @@ def write_split(location: str, sides: Mapping[str, str]) -> None:
 
 
 def read_split(location: str) -> dict[str, str]:
-    """Reads key -> `train` or `val`; empty if there is no such file."""
+    """Returns key -> `train` or `val`; empty if the file does not exist."""
     if not storage.exists(location):
         return {}
     text = storage.read_bytes(location).decode()

@@ -1,4 +1,4 @@
-"""Read and write files on a disk or in a bucket; a file is whole or absent, never half written.
+"""Reads and writes files on a disk or in a bucket; a file is whole or absent, never half written.
 
 A location is a path, or a URI that pyarrow knows (`s3://`, `gs://`, `file://`).
 """
@@ -67,7 +67,7 @@ def resolve(location: str) -> tuple[FileSystem, str]:
 
 
 def split_options(location: str) -> tuple[str, str]:
-    """Splits a URI into itself without options, and its `?options`. A path has none: its `?` is part of a name."""
+    """Splits a URI into the part before its options, and `?options`. A path has none: its `?` is part of a name."""
     base, mark, options = location.partition("?") if is_uri(location) else (location, "", "")
     return base, mark + options
 
@@ -104,8 +104,8 @@ def read_bytes(location: str) -> bytes:
 def write_bytes(location: str, data: bytes, *, durable: bool = False) -> None:
     """Writes a file that appears whole or not at all. Replaces an older file, and makes the folders it needs.
 
-    On a disk it writes under a temporary name and renames the file; in a bucket it is a single put. With `durable` it
-    waits until the disk has stored the data, so that the file survives a power cut and not only a killed process.
+    On a disk it writes under a temporary name and renames the file; in a bucket it makes a single put. With `durable`
+    it waits until the disk has stored the data, so that the file survives a power cut and not only a killed process.
     """
     if is_uri(location):
         filesystem, path = resolve(location)
@@ -159,12 +159,12 @@ def writing(location: str) -> Iterator[IO[bytes]]:
 
 
 def exists(location: str) -> bool:
-    """Returns whether there is a file or folder. Raises UserError if the location can't be reached."""
+    """Returns whether a file or folder exists. Raises UserError if the location can't be reached."""
     return info(location) is not None
 
 
 def info(location: str) -> FileInfo | None:
-    """Returns pyarrow's information about a file or folder; None if there is none. Raises UserError."""
+    """Returns pyarrow's information about a file or folder; None if it does not exist. Raises UserError."""
     from pyarrow.fs import FileType
 
     filesystem, path = resolve(location)
@@ -176,7 +176,7 @@ def info(location: str) -> FileInfo | None:
 
 
 def is_folder(location: str) -> bool:
-    """Returns whether there is a folder."""
+    """Returns whether a folder exists."""
     from pyarrow.fs import FileType
 
     found = info(location)
@@ -205,7 +205,7 @@ def entries(location: str) -> list[FileInfo]:
 
 
 def sizes_and_times(locations: Sequence[str]) -> list[tuple[int, int]]:
-    """Returns (bytes, modification time in ns) of each file; (-1, 0) if it is not there. Raises UserError."""
+    """Returns (bytes, modification time in ns) of each file; (-1, 0) if it does not exist. Raises UserError."""
     found: list[tuple[int, int]] = []
     for location in locations:
         if is_uri(location):
@@ -213,7 +213,7 @@ def sizes_and_times(locations: Sequence[str]) -> list[tuple[int, int]]:
             found.append((-1, 0) if entry is None else (entry.size, entry.mtime_ns or 0))
         else:
             try:
-                status = os.stat(location)  # noqa: PTH116 - there are millions, and some names are not UTF-8
+                status = os.stat(location)  # noqa: PTH116 - called for millions of files, and some names are not UTF-8
             except OSError:
                 found.append((-1, 0))
             else:
@@ -228,7 +228,7 @@ def parent(location: str) -> str:
 
 
 def names_in(location: str) -> list[str]:
-    """Returns the names directly inside a folder, sorted; empty if there is no such folder."""
+    """Returns the names directly inside a folder, sorted; empty if the folder does not exist."""
     from pyarrow.fs import FileSelector
 
     filesystem, path = resolve(location)

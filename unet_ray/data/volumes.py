@@ -1,4 +1,4 @@
-"""Turn NIfTI volumes (MRI) into slices that every other command reads as images.
+"""Turns NIfTI volumes (MRI) into slices that every other command reads as images.
 
 Reading one slice of a compressed volume means reading the whole volume, in every epoch. So the slices are written once,
 as PNG files.
@@ -21,7 +21,7 @@ from unet_ray.data.imaging import MODES
 
 IMAGES, MASKS = "images", "masks"
 PERCENTILES = 0.5, 99.5
-"""Percentiles of a volume's voxels above 0 that become 1 and 255: MRI has no unit, and single voxels are brighter."""
+"""Percentiles of a volume's voxels above 0 that become 1 and 255: MRI has no unit, and a few voxels are brighter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class _Patient:
     channels: list[np.ndarray]
     """uint8 [X,Y,Z] of each channel."""
     labels: np.ndarray | None
-    """float32 [X,Y,Z]; None: there is no segmentation."""
+    """float32 [X,Y,Z]; None if the patient has no segmentation."""
     labels_file: str
 
     def slice(self, z: int) -> tuple[Image.Image, np.ndarray | None] | None:
@@ -115,7 +115,7 @@ def _read_patient(files: Mapping[str, str], channels: Sequence[str], labels: str
 
 
 def _patients(folder: str, endings: Sequence[str]) -> dict[str, dict[str, str]]:
-    """Finds patient -> ending -> file. Raises UserError that lists missing files."""
+    """Returns patient -> ending -> file. Raises UserError that lists missing files."""
     if not storage.is_folder(folder):
         raise UserError(f"{folder}: no such folder")
     found: dict[str, dict[str, str]] = {}

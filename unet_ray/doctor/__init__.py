@@ -1,7 +1,7 @@
-"""Examine a data set before hours of training are spent on it: find problems, and suggest settings.
+"""Examines a data set before hours of training are spent on it: finds problems, and suggests settings.
 
 Reads names and headers of all files, and pixels of a sample of the pairs. An `error` stops or spoils a training. A
-`warning` may spoil it. A `note` is handled by itself, or is a choice to make.
+`warning` may spoil it. A `note` is handled automatically, or is a choice to make.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = ["Expected", "Finding", "Report", "Suggestion", "examine", "table"]
 
 SAMPLES = 200
 HEADERS = 20_000
-"""If there are more files, or files in a bucket, headers are read only of the sample."""
+"""If a data set has more files, or files in a bucket, only the headers of the sample are read."""
 SHOWN = 20
 """Entries in each dictionary of `Report.facts`."""
 
@@ -54,7 +54,7 @@ def examine(
     damaged files as failed. Raises UserError if there is no such folder.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of Pillow, about odd EXIF data and the like; real problems become findings
+        warnings.simplefilter("ignore")  # from Pillow, about odd EXIF data and the like; real problems become findings
         found = listing(images, masks)
         headers, looks = _read(found, samples, max_pixels, on_progress)
         traits, findings = _judge(found, headers, looks)

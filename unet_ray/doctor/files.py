@@ -1,4 +1,4 @@
-"""Read the headers of files, and find damaged files, without decoding pixels."""
+"""Reads the headers of files, and finds damaged files, without decoding pixels."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ AT_ONCE = 32
 LOOK = 128
 """Images are examined at this side, in pixels."""
 END = 16
-"""Last bytes of a file, in which its end mark is searched."""
+"""Number of bytes at the end of a file in which its end mark is searched."""
 END_MARKS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND", "GIF": b";"}
 
 _AGAIN = "copy it again, or remove it with its partner: a training stops at it"
@@ -72,9 +72,9 @@ class Header:
 
 
 def read_headers(files: Sequence[ImageFile], max_pixels: int, on_read: Callable[[Header], None]) -> dict[str, Header]:
-    """Reads path -> header, in threads. `on_read` gets each header."""
+    """Reads headers in threads. Returns path -> header; `on_read` gets each header."""
     headers = {}
-    # In batches, because handing one file to a thread takes as long as reading its header.
+    # Threads get batches, because passing one file to a thread takes as long as reading its header.
     batches = [files[start : start + AT_ONCE] for start in range(0, len(files), AT_ONCE)]
     with ThreadPoolExecutor(THREADS) as threads:
         read = threads.map(lambda batch: [_header(file, max_pixels) for file in batch], batches)
@@ -136,7 +136,7 @@ def _read_image(header: Header, stream: IO[bytes], size: int, max_pixels: int) -
     if header.orientation in imaging.ROTATED:
         header.size = (image.size[1], image.size[0])
     if _ends_early(image, stream, size):
-        # The file may be complete in spite of that; decoding tells.
+        # The file may still be complete; only decoding shows it.
         stream.seek(0)
         value_range: ValueRange = None if header.depth == "8" else "percentiles"
         try:

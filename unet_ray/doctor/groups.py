@@ -1,4 +1,4 @@
-"""Find images that belong together (groups, slices, frames, copies), and data sets with too few pairs."""
+"""Finds images that belong together (groups, slices, frames, copies), and data sets with too few pairs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Check the images: their kinds, channels, values and sizes."""
+"""Checks the images: their kinds, channels, values and sizes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Check the masks: which values are classes, and how often each occurs."""
+"""Checks the masks: which values are classes, and how often each occurs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from unet_ray.doctor.report import Finding, error, note, warning
 from unet_ray.doctor.words import few, number, percent, setting
 
 MANY_VALUES, TOO_MANY_VALUES = 32, 64
-"""Masks with more values in all are checked for values in between; a median mask with more than the second is none."""
+"""If the masks together have more values than the first, they are checked for values in between. If the median mask
+has more than the second, they are no masks."""
 TWO_VALUES = 0.43
 """If a larger share of a mask's pixels is within 2 of its two main values, its other values lie between classes.
 Measured: 0.46 or more for thin membranes scaled from a fifth of the size, 0.8 for JPEGs of quality 30, 0.40 or less for
@@ -57,7 +58,7 @@ class Classes:
 
 
 def classes(looks: Sequence[Look], masks_at: str | None) -> tuple[Classes, list[Finding]]:
-    """Finds out which values of the masks are classes, and what is wrong with them."""
+    """Finds the values of the masks that are classes, and the problems with them."""
     findings = list(_no_masks(looks))
     looks, more = _of_few_values([look for look in looks if look.counts])
     findings += more
@@ -126,7 +127,7 @@ def _of_few_values(looks: list[Look]) -> tuple[list[Look], list[Finding]]:
 
 
 def _in_between(counts: Mapping[int, int]) -> bool:
-    """Returns whether most of a mask has two values far apart, or nearly so, and the rest has values between them."""
+    """Returns whether most of a mask is close to two values that are far apart, and other pixels lie between them."""
     first = max(counts, key=lambda value: counts[value])
     far = {value: count for value, count in counts.items() if abs(value - first) >= MANY_VALUES}
     if not far:
@@ -138,7 +139,7 @@ def _in_between(counts: Mapping[int, int]) -> bool:
 
 
 def _names(masks_at: str | None) -> dict[int, str]:
-    """Reads value -> name from a list of classes beside the masks; empty if there is none."""
+    """Returns value -> name, from a list of classes beside the masks; empty if there is none."""
     if masks_at is None or storage.is_uri(masks_at):
         return {}
     for path in (folder / name for folder in (Path(masks_at), Path(masks_at).parent) for name in LISTS):

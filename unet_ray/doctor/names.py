@@ -1,4 +1,4 @@
-"""List and pair the files of a data set; recognise names that would pair the rest."""
+"""Lists and pairs the files of a data set; recognises rules of names that would pair the rest."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MASK_WORD = re.compile(rf"^(({_WORDS}|m){_SPACE}|mask)+|({_SPACE}({_WORDS}|m|l)|
 IMAGE_WORD = re.compile(
     rf"^((image|img|im){_SPACE}|image)|({_SPACE}(image|img|im|leftimg8bit|sat|rgb)|image)$", re.IGNORECASE
 )
-"""Words at the start or the end of a name, in which a mask and its image may differ."""
+"""Words at the start or end of a name by which a mask and its image may differ."""
 MASK_FOLDER = re.compile(rf"mask|label|annot|(^|{_SPACE})({_WORDS})", re.IGNORECASE)
 NOT_MISSED = frozenset(
     {"", ".txt", ".md", ".csv", ".db", ".ini", ".lock", ".log", ".html", ".pdf", ".yml", ".yaml", ".py"}
@@ -37,14 +37,14 @@ NOT_MISSED = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """The files in the folders, with swapped or nested folders put right."""
+    """The files in the folders, after swapped or nested folders are corrected."""
 
     images_at: str
     masks_at: str | None
     images: list[ImageFile]
     masks: list[ImageFile]
     pairs: list[Pair]
-    """Sorted by key; includes pairs that only other names would make."""
+    """Sorted by key; includes pairs that match only by other rules of names."""
     findings: list[Finding]
 
 
@@ -97,7 +97,7 @@ def _flags(images_at: str, masks_at: str) -> str:
 
 
 def _two_folders(images: Sequence[ImageFile]) -> tuple[str, str] | None:
-    """Returns the subfolder of images and that of masks, if there are only two and their names look like it."""
+    """Returns the subfolders of images and of masks if these two are the only ones and their names look like it."""
     tops = {image.name.partition("/")[0] if "/" in image.name else "" for image in images}
     if len(tops) != 2 or "" in tops:
         return None
@@ -199,7 +199,7 @@ def _without_partner(
 def _other_names(
     images: Sequence[ImageFile], masks: Sequence[ImageFile]
 ) -> tuple[list[tuple[ImageFile, ImageFile]], str]:
-    """Pairs files by names without known words, or without what all names have in common, in the same folder or in any.
+    """Pairs files by names without known words, or without the text that all names share, in the same folder or in any.
 
     Returns the pairs of the first rule that pairs at least half of the files, and the finding's code.
     """
@@ -222,7 +222,7 @@ def _without_words(names: Sequence[str], word: re.Pattern[str]) -> list[str]:
 
 
 def _without_what_is_common(names: Sequence[str], _word: re.Pattern[str]) -> list[str]:
-    """Removes what all names begin and end with, and leading zeros of numbers."""
+    """Removes the common start and end of all names, and leading zeros of numbers."""
 
     def start(names: Sequence[str]) -> int:
         alike = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))

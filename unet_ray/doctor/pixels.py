@@ -1,4 +1,4 @@
-"""Read the pixels of a pair, and keep what the checks need."""
+"""Reads the pixels of a pair, and keeps the facts that the checks need."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from unet_ray.doctor.files import LOOK, Header
 
 THUMB = 32
 SAME = 0.9
-"""An image and a mask with a higher correlation are taken for the same picture."""
+"""An image and a mask with a higher correlation are taken for the same image."""
 PHOTOGRAPH = 32
 """A mask with more values may be the image."""
 
 
 @dataclass(slots=True, eq=False)
 class Look:
-    """What the checks need to know about the pixels of a pair."""
+    """The facts about the pixels of a pair that the checks need."""
 
     pair: Pair
     image: Header
@@ -45,7 +45,7 @@ class Look:
     range: tuple[float, float] | None = None
     """0.5th and 99.5th percentile, of images with more than 8 bits."""
     thumb: np.ndarray = field(default_factory=lambda: np.zeros((THUMB, THUMB), np.float32))
-    """The image in gray at this side, minus its mean."""
+    """The image in gray at a side of `THUMB`, minus its mean."""
     counts: dict[int, int] = field(default_factory=dict)
     """Stored value of the mask -> pixels; empty if its values can't be classes."""
     colours: dict[tuple[int, ...], int] = field(default_factory=dict)
@@ -55,7 +55,7 @@ class Look:
 
 
 def look_at(pair: Pair, headers: Mapping[str, Header]) -> Look:
-    """Reads and decodes a pair. If that fails, the header says so, and the result must not be used."""
+    """Reads and decodes a pair. If that fails, it records the damage in the header; the result must not be used."""
     look = Look(pair, headers[pair.image], headers[pair.mask])
     header = look.image
     try:
@@ -116,7 +116,7 @@ def _look_at_mask(look: Look, image: bytes, data: bytes, picture: np.ndarray) ->
         return
     try:
         stored = imaging.stored_values(data)
-        if stored.dtype == np.uint8:  # counting takes a fifth of the time that sorting does
+        if stored.dtype == np.uint8:  # counting takes a fifth of the time of sorting
             counts = np.bincount(stored.ravel(), minlength=256)
             values = np.flatnonzero(counts)
             numbers = counts[values]

@@ -15,7 +15,7 @@ from unet_ray.report.progress import duration
 from unet_ray.settings import load_train_config
 
 NAMED = 20
-"""Files that a finding lists at most."""
+"""The most files that a finding lists."""
 SHOWN_CLASSES = 16
 
 Level = Literal["error", "warning", "note"]
@@ -44,7 +44,7 @@ def _finding(level: Level, code: str, text: str, remedy: str, files: Sequence[st
 
 
 error, warning, note = partial(_finding, "error"), partial(_finding, "warning"), partial(_finding, "note")
-"""Make a finding whose text ends with the names of its files; none if that list is empty."""
+"""Make a finding whose text ends with the names of its files; make none if the list of files is empty."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ class Expected:
     row_bytes: int
     """Size of all decoded pairs, in bytes."""
     fits: bool
-    """They fit in memory; otherwise each epoch decodes them again."""
+    """The decoded pairs fit in memory; otherwise each epoch decodes them again."""
     device: str
     measured: str
     """How the time was measured, in words."""

@@ -1,4 +1,4 @@
-"""Suggest settings for a data set, try them on two pairs, and time a training step with them."""
+"""Suggests settings for a data set, tries them on two pairs, and times a training step with them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from unet_ray.settings import load_train_config
 from unet_ray.training.step import prepare
 
 STEPS = 2500
-"""Steps of a whole training that the suggested epochs aim at: those of `carvana-fast` on 3,200 pairs."""
+"""The suggested epochs aim at this many steps in all, as many as `carvana-fast` takes on 3,200 pairs."""
 AREA = 512**2
 TIMED_SECONDS = 4.0
 ORDER = (
@@ -54,7 +54,7 @@ class Traits:
     classes: Classes
     value_range: ValueRange
     group_by: str | None
-    """Pattern of the groups; None: the names show none."""
+    """Pattern of the groups; None if the names show none."""
     alike: bool
     """Images that follow each other by name are alike, as the slices of a volume are."""
 
@@ -92,7 +92,7 @@ def suggest(
 
 
 def _class_settings(base: TrainConfig, traits: Traits) -> dict[str, Any]:
-    """Returns the settings of the classes, given the recipe's."""
+    """Returns the settings of the classes, based on the recipe's."""
     values, names = traits.classes.values, [traits.classes.names.get(value, "") for value in traits.classes.values]
     count = len(values) if len(values) > 2 else 1
     own = base.data.mask_values if sorted(base.data.mask_values or ()) == values else None
@@ -142,7 +142,7 @@ def _same_groups(known: str | None, pattern: str | None, keys: Sequence[str]) ->
 def _image_size(sizes: Sequence[tuple[int, int]], least: int, *, square: bool) -> int | tuple[int, int]:
     """Chooses `data.image_size`: the median image's own size up to an area of 512².
 
-    Larger photographs become squares of 512, as those of Carvana do, and so do images of different aspect ratios.
+    Larger images become squares of 512, as those of Carvana do, and so do images of different aspect ratios.
     """
     width, height = np.median(np.array(sizes or [(512, 512)]), axis=0).tolist()
     scale = min(1.0, float(np.sqrt(AREA / (width * height))))
@@ -189,7 +189,7 @@ def _timed_step(config: TrainConfig, count: int) -> tuple[int, float, str]:
     if device.type == "cpu":
         keep_freed_memory(of_any_size=True)
     training = prepare(config, device)
-    training.model.train()
+    training.ddp_network.train()
     decoder = Decoder.of(config)
     generator = np.random.default_rng(0)
 

@@ -1,4 +1,4 @@
-"""Format names and numbers for findings."""
+"""Formats names and numbers for findings."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ SHOWN = 3
 
 
 def some(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
+    """Formats the first names, and the number of the others."""
     more = len(names) - SHOWN
     return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def number(things: Sized, what: str) -> str:
-    """`1 mask`, `2 masks`."""
+    """Returns `1 mask`, `2 masks`."""
     return f"{len(things)} {what}{'' if len(things) == 1 else 's'}"
 
 
@@ -30,7 +30,7 @@ def few(values: Sequence[int]) -> str:
 
 
 def counts(numbers: Mapping[str, int]) -> str:
-    """`20 JPEG, 3 PNG`, most frequent first; a single name without its number."""
+    """Returns `20 JPEG, 3 PNG`, most frequent first; a single name without its number."""
     ordered = sorted(numbers.items(), key=lambda item: -item[1])
     shown = ", ".join(f"{count} {name}" if len(ordered) > 1 else name for name, count in ordered[:4])
     return shown + (f" and {len(ordered) - 4} others" if len(ordered) > 4 else "")
@@ -45,12 +45,12 @@ def percent(share: float) -> str:
 
 
 def yaml_text(value: Any) -> str:
-    """A setting as `--set` takes it, on one line."""
+    """Formats a setting as `--set` takes it, on one line."""
     plain = list(value) if isinstance(value, tuple) else value
     text = yaml.safe_dump(plain, default_flow_style=True, width=10**6, allow_unicode=True)
     return text.removesuffix("\n").removesuffix("\n...")
 
 
 def setting(name: str, value: Any) -> str:
-    """An option to copy into a shell."""
+    """Formats an option to copy into a shell."""
     return f"--set {name}={shlex.quote(yaml_text(value))}"

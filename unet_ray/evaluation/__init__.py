@@ -1,1 +1,1 @@
-"""Score a model."""
+"""Scores models."""

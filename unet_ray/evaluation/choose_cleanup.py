@@ -14,14 +14,14 @@ from unet_ray.models import checkpoint
 from unet_ray.ray_backend.session import Runtime
 
 CLEANUPS = ("holes", "largest", "largest+holes", "area=0.02%+holes", "area=0.2%+holes", "area=1%+holes")
-"""What `choose_cleanup` tries, beside no clean-up."""
+"""Clean-ups that `choose_cleanup` tries, beside `none`."""
 WORTH = 1e-4
-"""Mean Dice that a clean-up must gain to be chosen: less is chance, and masks better stay as the network drew them."""
+"""Mean Dice that a clean-up must gain to be chosen. A smaller gain may be chance; the masks then stay unchanged."""
 
 
 @dataclass(frozen=True, slots=True)
 class CleanupChoice:
-    """What `choose_cleanup` returns."""
+    """Names the chosen clean-up, with the scores behind the choice."""
 
     chosen: str
     dice: dict[str, float]
@@ -36,7 +36,7 @@ def choose_cleanup(
     runtime: Runtime = Runtime(),
     on_progress: OnProgress = lambda _done, _failed, _all: None,
 ) -> CleanupChoice:
-    """Scores masks after each of `CLEANUPS` and writes the best into the model directory, where `predict` finds it.
+    """Scores masks after each of `CLEANUPS`, and writes the best clean-up into the model directory for `predict`.
 
     Arguments and errors are those of `evaluate`; `config.cleanup` is ignored.
     """

@@ -1,4 +1,4 @@
-"""The stage of evaluation that compares masks with the ground truth."""
+"""Compares masks with the ground truth."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from unet_ray.models.checkpoint import ModelCard
 
 @dataclass(frozen=True, slots=True)
 class Compare:
-    """Compares masks with the true ones at `mask_path`, at the mask's own size.
+    """Compares masks with the ground truth at `mask_path`, at its own size. It is a `stages.MaskSink`.
 
-    Returns `path`, `error`, `counts` int64 [N,V,K*3], `valid` pixels int64 [N] and `surface` float64 [N,K*3]
-    (`metrics.surface_scores`). V: the mask as it is, then after each of `cleanups`.
+    Returns the columns `path`, `error`, `counts` int64 [N,V,K*3], `valid` pixels int64 [N] and `surface` float64
+    [N,K*3] (`metrics.surface_scores`). V versions: the mask itself, then the mask after each of `cleanups`.
     """
 
     card: ModelCard
     tolerance: float
-    """Of the surface Dice, pixels."""
+    """Tolerance of the surface Dice in pixels."""
     cleanups: tuple[Cleanup, ...] = ()
 
     def __call__(self, chunk: Chunk, predictions: Iterator[Prediction]) -> Chunk:
@@ -38,10 +38,10 @@ class Compare:
         surface = np.zeros((rows, classes * len(metrics.SURFACE)))
         errors = [""] * rows
         for row, prediction in enumerate(predictions):
-            if prediction.image is None:
+            if prediction.segmented is None:
                 errors[row] = prediction.error
                 continue
-            mask, path = prediction.image.mask, os.fsdecode(chunk["mask_path"][row])
+            mask, path = prediction.segmented.mask, os.fsdecode(chunk["mask_path"][row])
             try:
                 ground_truth = self._ground_truth(path, mask.shape)
             except (ImageError, OSError) as error:
@@ -53,14 +53,14 @@ class Compare:
         return {"path": chunk["path"], "error": objects(errors), "counts": counts, "valid": valid, "surface": surface}
 
     def _ground_truth(self, path: str, size_hw: tuple[int, ...]) -> np.ndarray:
-        """Returns the true mask, uint8 [H,W]. Raises ImageError if it is no mask of this size, and OSError."""
+        """Returns the ground truth, uint8 [H,W]. Raises ImageError if it is no mask of this size, or OSError."""
         ground_truth, own_size = imaging.decode_mask(storage.read_bytes(path), self.card.data, None)
         if own_size != size_hw:
             raise ImageError(f"{own_size[1]}x{own_size[0]} pixels, the image {size_hw[1]}x{size_hw[0]}")
         return ground_truth
 
     def _counts(self, mask: np.ndarray, ground_truth: np.ndarray) -> np.ndarray:
-        """Returns int64 [V,K*3]."""
+        """Returns the counts of each version of the mask, int64 [V,K*3]."""
         versions = [mask, *(masks.clean(mask, cleanup) for cleanup in self.cleanups)]
         classes, expected = self.card.model.num_classes, torch.from_numpy(ground_truth)[None]
         counts = [metrics.count(torch.from_numpy(version)[None], expected, classes) for version in versions]

@@ -1,4 +1,4 @@
-"""Cross-validation: K trainings, each scored on the fold that the others train on."""
+"""Cross-validates: trains K models, and scores each on the fold that it was not trained on."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ FOLDS, SCORES = "folds.json", "scores.json"
 
 @dataclass(frozen=True, slots=True)
 class FoldScores:
-    """The scores of all folds, as `cross_validate` returns them."""
+    """Holds the scores of all folds."""
 
     out: str
     scores: list[dict[str, Any]]
     """One per fold: `Scores.to_json()` of its best epoch on its held-out images, at each mask's own size."""
 
     def mean_and_sd(self, name: str) -> tuple[float, float]:
-        """Mean and sample standard deviation, over the folds, of the mean over images of `name`, such as `dice`."""
+        """Returns mean and sample standard deviation over the folds of a score's mean over images. `name`: the score,
+        such as `dice`."""
         values = [scores[name]["mean"] for scores in self.scores]
         return statistics.mean(values), statistics.stdev(values)
 
     def to_json(self) -> dict[str, Any]:
-        """The contents of folds.json."""
+        """Returns the contents of folds.json."""
         summary = {name: self.mean_and_sd(name) for name in ("dice", "iou", "pixel_accuracy")}
         return {
             **{name: {"mean": mean, "sd": sd} for name, (mean, sd) in summary.items()},
@@ -53,9 +54,9 @@ def cross_validate(
 ) -> FoldScores:
     """Trains and scores `folds` runs in `out`/fold-1 and so on.
 
-    Each fold's best epoch is chosen on the images that it is then scored on, as nearly everywhere: this flatters it a
-    little. With `resume`, finished folds are kept as they are. `on_fold` gets each run before it starts, `on_scores`
-    the run and its mean Dice. Raises UserError as `train` does.
+    A fold's best epoch is chosen on the images that then score it. This is common practice and flatters it a little.
+    With `resume`, finished folds are kept. `on_fold` receives each run directory before its training starts,
+    `on_scores` the run directory and its mean Dice. Raises UserError as `train` does.
     """
     out = storage.absolute(out)
     if folds < 2:

@@ -1,4 +1,4 @@
-"""Evaluation: prediction's own stages, compared with the true masks at each mask's own size."""
+"""Evaluates a model: runs prediction's stages, and compares the masks with the ground truth at its own size."""
 
 from __future__ import annotations
 
@@ -37,10 +37,9 @@ def evaluate(
     runtime: Runtime = Runtime(),
     on_progress: OnProgress = lambda _done, _failed, _all: None,
 ) -> Scores:
-    """Scores a model on pairs of images and masks: through Ray Data, or in this process.
+    """Scores a model on pairs of images and masks, through Ray Data or in this process (`runtime`).
 
-    `pipeline`, `pairs`: instead of those that the config names. `runtime`: where. Ray is started once all that needs no
-    Ray has been checked.
+    `pipeline`, `pairs`: replace those that the config names. Ray starts only after all checks that need no Ray.
 
     A pair that can't be used is listed in `Scores.failures`. Raises UserError for what the user must fix, also when no
     pair could be used.
@@ -58,9 +57,9 @@ def measure(
     runtime: Runtime,
     on_progress: OnProgress,
 ) -> tuple[list[ImageScores], list[Failure]]:
-    """Compares the masks with the true ones, as they are and after each clean-up.
+    """Compares the masks with the ground truth, without a clean-up of `cleanups` and after each.
 
-    Returns the scores of each of these versions of the masks, and what failed. Raises UserError if everything did.
+    Returns the scores of each of these versions of the masks, and the failures. Raises UserError if all pairs failed.
     """
     card = _card_for(config, pipeline.card)
     pairs = pairs_of(config) if pairs is None else pairs
@@ -79,7 +78,7 @@ def measure(
 
 
 def _card_for(config: EvaluateConfig, card: ModelCard) -> ModelCard:
-    """Returns the model's card with the mask values that these masks have. Raises UserError if they don't fit."""
+    """Returns the model's card with the config's mask values. Raises UserError if their number does not fit."""
     if config.mask_values is None:
         return card
     if len(config.mask_values) != len(card.mask_values):
@@ -93,7 +92,7 @@ def _class_names(card: ModelCard) -> tuple[str, ...]:
 
 
 def _results(pipeline: Pipeline, compare: Compare, pairs: list[Pair], runtime: Runtime) -> Iterator[Chunk]:
-    """Yields what `compare` returns of the pairs, a chunk at a time."""
+    """Yields what `compare` returns of each chunk of pairs."""
     columns = {
         "path": [os.fsencode(pair.image) for pair in pairs],
         "mask_path": [os.fsencode(pair.mask) for pair in pairs],
@@ -106,8 +105,8 @@ def _results(pipeline: Pipeline, compare: Compare, pairs: list[Pair], runtime: R
 def _collected(
     results: Iterator[Chunk], classes: int, pairs: int, on_progress: OnProgress
 ) -> tuple[list[tuple[str, np.ndarray, int, np.ndarray]], list[Failure]]:
-    """Returns (path, counts [V,K,3], valid pixels, surface [K,3]) of each image, and what failed; both sorted: chunks
-    come as they are finished, and the scores must not depend on it."""
+    """Returns (path, counts [V,K,3], valid pixels, surface [K,3]) of each image, and the failures. Both are sorted,
+    since chunks arrive in any order, and the scores must not depend on it."""
     scored: list[tuple[str, np.ndarray, int, np.ndarray]] = []
     failures: list[Failure] = []
     for chunk in results:

@@ -1,4 +1,4 @@
-"""Makes a network in int8 for CPUs: calibrated on training images, kept only if validation finds it as good."""
+"""Converts a network to int8 for CPUs: calibrates it on training images, and keeps it only if validation accepts it."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ from unet_ray.models.tiles import mirrored
 from unet_ray.ray_backend.session import LOCAL
 
 MAY_FALL = 0.001
-"""Mean validation Dice that int8 may cost."""
+"""Largest loss of mean validation Dice with which int8 is accepted."""
 STEM = "int8-"
-"""Beginning of the names of the files of a network in int8."""
+"""Prefix of the names of int8 files."""
 
 
 @dataclass(frozen=True, slots=True)
 class Quantization:
-    """What `quantize` returns."""
+    """Says whether int8 was accepted, and how it scored."""
 
     kept: bool
     dice: float
-    """Mean over the validation images, of the network as it is."""
+    """Mean Dice of the original network over the validation images."""
     dice_int8: float
     images: int
-    """Validation images that both were scored on."""
+    """Number of validation images on which both networks were scored."""
     calibrated_on: int
-    """Training images that the ranges of the activations were taken from."""
+    """Number of training images that gave the ranges of the activations."""
 
 
 def quantize(
@@ -56,13 +56,13 @@ def quantize(
     calibration: int,
     on_progress: OnProgress = lambda _done, _failed, _all: None,
 ) -> Quantization:
-    """Makes the network of a run in int8, which `predict` then uses on CPUs, in this process.
+    """Converts the network of a run to int8, in this process. `predict` then uses it on CPUs.
 
     Weights and activations become 8-bit integers (symmetric, per channel for weights: NNCF's post-training
-    quantization) with ranges from `calibration` training images. It is refused, and nothing is kept, if the mean Dice
-    on the run's validation images is lower by more than `MAY_FALL`.
+    quantization) with ranges from `calibration` training images. The result is refused and deleted if the mean Dice on
+    the run's validation images is lower by more than `MAY_FALL`.
 
-    Raises UserError for what the user must fix, also where OpenVINO or NNCF are not installed.
+    Raises UserError for what the user must fix, also if OpenVINO or NNCF is not installed.
     """
     if any(importlib.util.find_spec(name) is None for name in ("openvino", "nncf")):
         raise UserError(f"int8 needs OpenVINO and NNCF: {backends.INSTALL}")
@@ -93,7 +93,7 @@ def quantize(
 
 
 def _calibration_images(run: str, pipeline: Pipeline, count: int) -> list[np.ndarray]:
-    """Returns `count` training images of a run, drawn at random with a fixed seed. Raises UserError if it has none."""
+    """Returns `count` training images of a run, drawn with a fixed seed. Raises UserError if none can be read."""
     known = pairs_of_run(run, "train")
     chosen = np.random.default_rng(0).choice(len(known), min(count, len(known)), replace=False)
     images = list(_images([known[number] for number in sorted(chosen)], pipeline.reader(), pipeline.card))
@@ -103,7 +103,7 @@ def _calibration_images(run: str, pipeline: Pipeline, count: int) -> list[np.nda
 
 
 def _stored(files: dict[str, bytes], model: str) -> str:
-    """Writes the network in int8 into the model directory, in place of any other. Returns the stem of its files."""
+    """Writes the int8 network into the model directory and deletes an earlier one. Returns the stem of its files."""
     name = f"{STEM}{hashlib.sha256(files['.xml'] + files['.bin']).hexdigest()[:16]}"
     _delete_networks(model)
     backends.write(files, storage.join(model, name))
@@ -117,7 +117,8 @@ def _delete_networks(model: str) -> None:
 
 
 def _images(pairs: Sequence[Pair], reader: Reader, card: ModelCard) -> Iterator[np.ndarray]:
-    """Yields images as the network is given them in prediction, uint8 [1,H,W,C]; skips what can't be read."""
+    """Yields images in the form in which prediction passes them to the network, uint8 [1,H,W,C]. Skips images that
+    can't be read."""
     side, margin = card.tile if card.model.padding == "valid" else 0, card.model.margin
     for pair in pairs:
         try:
@@ -132,14 +133,14 @@ def _images(pairs: Sequence[Pair], reader: Reader, card: ModelCard) -> Iterator[
 
 
 def _in_int8(network: Any, images: Sequence[np.ndarray]) -> Any:
-    """Returns an openvino.Model in int8, its ranges taken from the images."""
+    """Returns an openvino.Model in int8. The images give the ranges of its activations."""
     backends.without_telemetry()
     compiling.without_cuda_chatter()
     import nncf
 
-    logging.getLogger("nncf").setLevel(logging.ERROR)  # its own function silences everybody's handlers
+    logging.getLogger("nncf").setLevel(logging.ERROR)  # NNCF's own function would silence other loggers' handlers, too
     network.reshape(list(images[0].shape))
-    with redirect_stdout(StringIO()):  # progress bars
+    with redirect_stdout(StringIO()):  # hides progress bars
         quantized = nncf.quantize(network, nncf.Dataset(list(images)), subset_size=len(images))
     quantized.reshape([1, -1, -1, images[0].shape[-1]])
     return quantized

@@ -1,4 +1,4 @@
-"""Finds the pairs that a run was trained on and those that it held out."""
+"""Finds the training pairs and the held-out pairs of a run."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from unet_ray.settings import load_train_config
 
 
 def pairs_of(config: EvaluateConfig) -> list[Pair]:
-    """Returns the pairs to score: of the folders that the config names, or those that the run held out."""
+    """Returns the pairs to score: those in the config's folders, or else the run's held-out pairs."""
     if config.images is not None and config.masks is not None:
         return find_pairs(config.images, config.masks)
     return pairs_of_run(config.model, "val")
 
 
 def pairs_of_run(model: str, side: str) -> list[Pair]:
-    """Returns the pairs of one side of a run's split, `train` or `val`. Raises UserError if one is no longer there."""
+    """Returns the pairs of one side of a run's split, `train` or `val`. Raises UserError if one no longer exists."""
     location = storage.absolute(model)
     checkpoint.model_directory(location)
     trained = _trained(location)
@@ -35,7 +35,8 @@ def pairs_of_run(model: str, side: str) -> list[Pair]:
 
 
 def _trained(location: str) -> tuple[DataConfig, dict[str, str]] | None:
-    """Returns a run's data settings and the side (`train`, `val`) of each image key; None if it is no run directory."""
+    """Returns a run's data settings and the side (`train`, `val`) of each image key; None if `location` is no run
+    directory."""
     path = storage.join(location, CONFIG)
     if not storage.exists(path):
         return None
@@ -44,7 +45,7 @@ def _trained(location: str) -> tuple[DataConfig, dict[str, str]] | None:
 
 
 def trained_on(model: str, pairs: list[Pair]) -> int:
-    """Returns how many of the images a run was trained on, as far as its directory says."""
+    """Returns how many of the pairs a run was trained on; 0 if `model` is no run directory."""
     trained = _trained(storage.absolute(model))
     if trained is None:
         return 0

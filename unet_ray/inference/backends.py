@@ -1,4 +1,4 @@
-"""Runs a network on its device with torch, compiled torch, or OpenVINO; for prediction and evaluation.
+"""Runs a network on its device with torch, compiled torch, or OpenVINO, for prediction and evaluation.
 
 Legend: N images, C channels, K classes (1 for a single logit), H, W pixels.
 """
@@ -21,48 +21,48 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from unet_ray.config import UserError
+from unet_ray.config import UserError, first_line
 from unet_ray.data import storage
 from unet_ray.models import SegmentationModel, checkpoint, compiling
 from unet_ray.models.base import continue_edge
 from unet_ray.models.checkpoint import ModelCard
-from unet_ray.models.compiling import Compiled, first_line, floating_point_operations, without_weights
+from unet_ray.models.compiling import Compiled, floating_point_operations, without_weights
 from unet_ray.models.device import autocast, in_bf16
 
 log = logging.getLogger("unet_ray")
 
 Network = Callable[[Tensor], Tensor]
-"""uint8 [N,C,H,W] on the device -> logits float32 [N,K,H,W], smaller by the margin with padding `valid`."""
+"""Maps uint8 [N,C,H,W] on the device to logits float32 [N,K,H,W], smaller by the margin with padding `valid`."""
 
 EXPORTED = "openvino"
-"""Folder of a model directory for the network as OpenVINO reads it; it may be deleted."""
+"""Folder of a model directory for the network in OpenVINO's format; it may be deleted."""
 INSTALL = "pip install 'unet_ray[cpu]'"
 
 
 @dataclass(frozen=True, slots=True)
 class RuntimeOptions:
-    """How to run networks."""
+    """Holds the options with which networks run."""
 
     device: torch.device
     precision: str = "auto"
     """`auto`, `fp32`, `bf16`, `fp16`, `int8`."""
     backend: str = "auto"
-    """`torch`, `compiled`, `openvino`. `auto`: OpenVINO on a CPU where it is installed, else torch, compiled if there
-    are enough images (`compiling_pays`)."""
+    """`torch`, `compiled`, `openvino`. `auto`: OpenVINO on a CPU if it is installed, else torch, compiled if that pays
+    for `images` (`compiling_pays`)."""
     images: int = 0
-    """How many images will be segmented; 0: not known."""
+    """Number of images to segment; 0 if it is not known."""
 
     @property
     def bf16(self) -> bool:
-        """Whether everything that is not int8 is computed in bfloat16."""
+        """Whether the network computes in bfloat16, apart from what it computes in int8."""
         return in_bf16(self.device, "auto" if self.precision == "int8" else self.precision)
 
 
 def load(location: str, options: RuntimeOptions, quantized: str | None = None) -> tuple[Network, ModelCard]:
     """Returns the network of a model directory, ready to run, and its card.
 
-    `quantized`: stem of the files of the network in int8, which takes its place on a CPU unless another precision is
-    asked for. Raises UserError.
+    `quantized`: stem of the files of the network in int8. On a CPU this network replaces the other, unless another
+    precision is asked for. Raises UserError if the options can't be used.
     """
     card = checkpoint.read_card(location)
     on_cpu, installed = options.device.type == "cpu", importlib.util.find_spec("openvino") is not None
@@ -79,7 +79,7 @@ def load(location: str, options: RuntimeOptions, quantized: str | None = None) -
 
 
 def _check(options: RuntimeOptions, quantized: str | None, *, installed: bool) -> None:
-    """Raises UserError if OpenVINO or int8 is asked for and can't be used."""
+    """Raises UserError if OpenVINO or int8 is asked for and not available."""
     on_cpu = options.device.type == "cpu"
     if options.backend == "openvino" and not (on_cpu and installed):
         raise UserError(
@@ -90,29 +90,29 @@ def _check(options: RuntimeOptions, quantized: str | None, *, installed: bool) -
 
 
 def _load_openvino(location: str, card: ModelCard, options: RuntimeOptions, quantized: str | None) -> OpenVino | None:
-    """Returns the network as OpenVINO runs it; None if it can't and nobody asked for it. Raises UserError if it can't
-    and was asked for."""
+    """Returns the network for OpenVINO. If OpenVINO can't run it, raises UserError if OpenVINO or int8 was asked for,
+    else returns None."""
     try:
         if quantized and options.precision in ("auto", "int8"):
             return OpenVino(_read(quantized), card, options)
         return OpenVino(exported(location, card), card, options)
     except UserError:
         raise
-    except Exception as error:  # a converter's errors are of many kinds
+    except Exception as error:  # the converter raises errors of many types
         if options.precision == "int8" or options.backend == "openvino":
             raise UserError(f"{location}: OpenVINO can't run it: {error}") from None
-        log.warning("OpenVINO can't run this network, torch does: %s", first_line(error))
+        log.warning("OpenVINO can't run this network, torch does: %s", first_line(error)[:200])
         return None
 
 
 class Torch:
-    """A network as torch runs it, compiled or not."""
+    """Runs a network with torch, compiled or not."""
 
     def __init__(self, model: SegmentationModel, options: RuntimeOptions, *, compiled: bool) -> None:
         self.options = options
         self.run: Callable[[Tensor], Tensor] = model
         if compiled:
-            # Freezing lets the compiler lay the weights out for the processor.
+            # With frozen weights, the compiler can arrange them in memory for the processor.
             settings: dict[str, Any] = {"freezing": True} if options.device.type == "cpu" else {}
             self.run = Compiled(model, **settings)
 
@@ -122,7 +122,7 @@ class Torch:
 
 
 def compiling_pays(card: ModelCard, options: RuntimeOptions) -> bool:
-    """Returns whether compiling pays for a process that segments `options.images` images."""
+    """Returns whether compiling saves time in a process that segments `options.images` images."""
     if not options.images:
         return False
     operations = options.images * floating_point_operations(card.model, card.image_size)
@@ -131,7 +131,7 @@ def compiling_pays(card: ModelCard, options: RuntimeOptions) -> bool:
 
 def fold_batch_norm(model: nn.Module) -> None:
     """Folds each batch norm into the convolution before it, in place. This saves a pass over the activations; results
-    are the same up to rounding. The model must be in evaluation mode."""
+    change only by rounding. The model must be in evaluation mode."""
     for block in model.modules():
         if isinstance(block, nn.Sequential):
             for number, (first, second) in enumerate(itertools.pairwise(block)):
@@ -140,7 +140,7 @@ def fold_batch_norm(model: nn.Module) -> None:
 
 
 class OpenVino:
-    """A network as OpenVINO runs it on the CPU. It is compiled again for every size of image.
+    """Runs a network with OpenVINO on the CPU. It compiles the network again whenever the image size changes.
 
     `network`: an openvino.Model, uint8 [1,H,W,C] -> float32 [1,K,H,W], for sides that the U-Net can halve.
     """
@@ -154,7 +154,7 @@ class OpenVino:
             "INFERENCE_PRECISION_HINT": "bf16" if options.bf16 else "f32",
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-            # Pinned threads of two processes would share the same cores.
+            # Otherwise two processes would pin their threads to the same cores.
             "ENABLE_CPU_PINNING": False,
         }
         self.size: tuple[int, ...] = ()
@@ -174,11 +174,11 @@ class OpenVino:
 
 
 class _DiffersError(Exception):
-    """OpenVINO's network does not give what torch's gives."""
+    """Signals that OpenVINO's network and torch's give different outputs."""
 
 
 class _ChannelsLast(nn.Module):
-    """A network that takes uint8 [N,H,W,C]."""
+    """Wraps a network so that it takes uint8 [N,H,W,C]."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -189,7 +189,8 @@ class _ChannelsLast(nn.Module):
 
 
 def exported(location: str, card: ModelCard) -> Any:
-    """Returns the network of a model directory as an openvino.Model; writes it there for the next time, if it can."""
+    """Returns the network of a model directory as an openvino.Model, and keeps it in the directory for later runs, if
+    that can be written."""
     folder = storage.join(location, EXPORTED)
     name = card.weights_sha256[:16]
     stem = storage.join(folder, name)
@@ -199,7 +200,7 @@ def exported(location: str, card: ModelCard) -> Any:
     fold_batch_norm(model.eval())
     network = export(model, card)
     try:
-        # Of an earlier epoch of a training that goes on.
+        # The network of an earlier epoch, if the training went on.
         for stale in (other for other in storage.names_in(folder) if not other.startswith(name)):
             storage.delete_file(storage.join(folder, stale))
         write(serialized(network), stem)
@@ -209,14 +210,14 @@ def exported(location: str, card: ModelCard) -> Any:
 
 
 def without_telemetry() -> None:
-    """Keeps OpenVINO's converter and NNCF from reporting each use to their maker: hides the package that does it."""
+    """Hides the package through which OpenVINO's converter and NNCF report each use to their maker."""
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 
 def export(model: SegmentationModel, card: ModelCard) -> Any:
     """Returns the network as an openvino.Model for images of any size, checked against torch at two sizes.
 
-    Raises _DiffersError if it gives anything else.
+    Raises _DiffersError if its output differs from torch's.
     """
     without_telemetry()
     import openvino
@@ -225,7 +226,7 @@ def export(model: SegmentationModel, card: ModelCard) -> Any:
     # The graph holds for every size, so it is traced with a small image.
     images = _noise(channels, _two_sides(model, card))
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # the tracer warns of every branch, also of those that depend on sizes alone
+        warnings.simplefilter("ignore")  # the tracer warns of every branch, even if it depends only on sizes
         traced = torch.jit.trace(wrapped, images[0], check_trace=False)
         network = openvino.convert_model(traced, input=[[1, -1, -1, channels]])
     for image in images:
@@ -235,7 +236,7 @@ def export(model: SegmentationModel, card: ModelCard) -> Any:
 
 
 def _two_sides(model: SegmentationModel, card: ModelCard) -> list[int]:
-    """Returns two sides of small images that the network takes: without padding, only certain sizes fit."""
+    """Returns the sides of two small square images that fit the network; an unpadded one takes only certain sizes."""
     if card.model.padding == "valid":
         fitting = (size + 2 * card.model.margin for size in itertools.count(1) if card.model.fits(size))
         return [next(fitting), next(fitting)]
@@ -243,27 +244,27 @@ def _two_sides(model: SegmentationModel, card: ModelCard) -> list[int]:
 
 
 def _noise(channels: int, sides: list[int]) -> list[Tensor]:
-    """Returns square images, uint8 [1,H,W,C]."""
+    """Returns square images of random pixels, uint8 [1,H,W,C]."""
     generator = torch.Generator().manual_seed(0)
     return [torch.randint(0, 256, (1, side, side, channels), dtype=torch.uint8, generator=generator) for side in sides]
 
 
 def _check_same(network: Any, model: nn.Module, image_NHWC: Tensor) -> None:
-    """Raises _DiffersError unless OpenVINO gives what torch gives."""
+    """Raises _DiffersError unless OpenVINO's output equals torch's, within a tolerance."""
     import openvino
 
     network.reshape(list(image_NHWC.shape))
     compiled = openvino.Core().compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    found = compiled([image_NHWC.numpy()])[0]
+    actual = compiled([image_NHWC.numpy()])[0]
     with torch.inference_mode():
         expected = model(image_NHWC).float().numpy()
     tolerance = 1e-3 * (1 + np.abs(expected).max())
-    if found.shape != expected.shape or not np.allclose(found, expected, rtol=1e-3, atol=tolerance):
+    if actual.shape != expected.shape or not np.allclose(actual, expected, rtol=1e-3, atol=tolerance):
         raise _DiffersError("its output differs from torch's")
 
 
 def serialized(network: Any) -> dict[str, bytes]:
-    """Returns suffix -> contents of the two files that an openvino.Model is stored in."""
+    """Returns suffix -> contents of the two files that hold an openvino.Model."""
     import openvino
 
     with tempfile.TemporaryDirectory() as folder:
@@ -272,13 +273,13 @@ def serialized(network: Any) -> dict[str, bytes]:
 
 
 def write(files: dict[str, bytes], stem: str) -> None:
-    """Writes what `serialized` returns, the .xml last: if it is there, the other is complete."""
+    """Writes what `serialized` returns, the .xml last: if it exists, the .bin is complete."""
     for suffix, data in files.items():
         storage.write_bytes(with_suffix(stem, suffix), data)
 
 
 def with_suffix(stem: str, suffix: str) -> str:
-    """Returns the name of a file; a bucket's ?options stay at its end."""
+    """Appends a suffix to a location. A bucket's ?options stay at the end."""
     base, options = storage.split_options(stem)
     return base + suffix + options
 
@@ -288,7 +289,7 @@ def _read(stem: str) -> Any:
 
     core = openvino.Core()
     if not storage.is_uri(stem):
-        return core.read_model(f"{stem}.xml")  # maps the weights
+        return core.read_model(f"{stem}.xml")  # maps the weights into memory, without a copy
     return core.read_model(
         storage.read_bytes(with_suffix(stem, ".xml")),
         openvino.Tensor(np.frombuffer(storage.read_bytes(with_suffix(stem, ".bin")), np.uint8)),

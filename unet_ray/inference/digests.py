@@ -1,4 +1,4 @@
-"""Remembers which names are known, in 24 bytes per name."""
+"""Maps names to numbers by their digests, in 24 bytes per name."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import numpy as np
 
 
 class DigestMap:
-    """Maps 16-byte digests to numbers: a few sorted arrays, merged as they grow; 24 bytes per entry."""
+    """Maps 16-byte digests to numbers, in a few sorted arrays that are merged as they grow: 24 bytes per entry."""
 
     def __init__(self) -> None:
         self.runs: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
     def add(self, digests: np.ndarray, numbers: np.ndarray) -> None:
-        """Adds uint64 [N,2] and the number of each, int64 [N]."""
+        """Adds digests, uint64 [N,2], with their numbers, int64 [N]."""
         run = (digests[:, 0], digests[:, 1], numbers)
         while self.runs and len(self.runs[-1][0]) <= 2 * len(run[0]):
             run = tuple(np.concatenate(pair) for pair in zip(self.runs.pop(), run, strict=True))  # type: ignore[assignment]
@@ -22,11 +22,11 @@ class DigestMap:
         self.runs.append((run[0][order], run[1][order], run[2][order]))
 
     def find(self, digests: np.ndarray) -> np.ndarray:
-        """Returns the number of each digest, int64 [N]; -1 where there is none."""
+        """Returns the number of each digest, int64 [N]; -1 for unknown digests."""
         found = np.full(len(digests), -1, np.int64)
         for keys, checks, numbers in self.runs:
             place = np.searchsorted(keys, digests[:, 0])
-            # Two digests may have the same first half, but not the same second half as well.
+            # Two digests may share their first half, so the one after the place found is compared, too.
             for step in (0, 1):
                 at = np.minimum(place + step, len(keys) - 1)
                 hit = (keys[at] == digests[:, 0]) & (checks[at] == digests[:, 1])

@@ -1,12 +1,12 @@
-"""Which images a prediction has and which of them are done: the files in its output folder that make it exactly once.
+"""Records which images a prediction has and which are done, so that each image is segmented exactly once.
 
     .work/inputs/part-000000.parquet      the images of a shard, 4,096 at most, and where the mask of each goes
-    .work/done/part-000000/00012.parquet  journal: the results of a finished chunk of that shard
-    manifest.parquet/part-000000.parquet  the shard's rows, once all its chunks are done; masks.parquet and others alike
+    .work/done/part-000000/00012.parquet  journal: the results of a chunk of that shard
+    manifest.parquet/part-000000.parquet  the shard's rows, once all its chunks are done; the side tables are alike
 
 Each file appears whole or not at all. The inputs of a shard are written once, in the order of the listing, so a stopped
 run continues with the same chunks and ends with the same files. Images that are found later make further shards. If an
-image has changed, its row in its shard is renewed. A row counts as done if a result has its size and time.
+image has changed, its row in its shard is renewed. A row is done if a result records the image's size and time.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import islice, pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -30,11 +30,12 @@ from unet_ray.data.chunks import objects, readable, to_parquet
 from unet_ray.inference.chunk_size import MAX_ROWS
 
 WORK = ".work"
-SHARD = "part-{:06d}"
+SHARD_PREFIX = "part-"
+SHARD = SHARD_PREFIX + "{:06d}"
 SHARD_ROWS = 4096
 MANIFEST = "manifest.parquet"
 READERS = 16
-"""Threads that ask what is done: nearly all of it is waiting where the output is a bucket."""
+"""Threads that read the states of shards. If the output is a bucket, they wait nearly all the time."""
 
 MANIFEST_SCHEMA = pa.schema(
     [
@@ -51,72 +52,87 @@ MANIFEST_SCHEMA = pa.schema(
         ("mtime_ns", pa.int64()),
     ]
 )
-RESULT = ["size", "mtime_ns", "status"]
+STATUS_COLUMNS = ["size", "mtime_ns", "status"]
 """Columns that say whether a row is done."""
 
 Columns = dict[str, Any]
-Results = tuple[np.ndarray, pa.Table]
-"""Row numbers and the columns `RESULT` of some rows."""
+
+
+class RecordedRows(NamedTuple):
+    """Rows that the manifest or a journal records."""
+
+    row_indices: np.ndarray
+    """Places among the inputs, int [N]."""
+    table: pa.Table
+    """N rows, with `STATUS_COLUMNS` at least."""
 
 
 @dataclass(frozen=True, slots=True)
 class SideTable:
-    """A folder of Parquet files beside the manifest, one file per shard, that an output format fills."""
+    """Describes a folder of Parquet files beside the manifest, one file per shard, that an output format fills."""
 
     folder: str
     """Its path below the output folder."""
     columns: pa.Schema
-    """What each result carries for it until its shard is complete."""
+    """Columns that the journals carry for this table. Their names must differ from those of `MANIFEST_SCHEMA`: a
+    journal holds both in one row."""
     rows_of: Callable[[pa.Table], pa.Table]
-    """Makes its rows, with a column `path`, from finished results that have a mask."""
+    """Makes the table's rows, which need a column `path`, from the journal rows of images that have a mask. It may use
+    the manifest's columns, too."""
     compression: str = "zstd"
 
 
 @dataclass(frozen=True, slots=True)
 class ShardState:
-    """How far a shard is."""
+    """Says how many rows of a shard are done."""
 
     todo: list[int]
     """Numbers of the chunks with rows to do."""
     rows: int
     done: int
-    """Rows that need nothing."""
+    """Rows that need no work, failed ones included."""
     failed: int
-    """Of them, those that failed."""
-    finished: bool
-    """The manifest has it as it is."""
+    """Rows among `done` that failed."""
+    merged: bool
+    """The manifest holds every row, and no journal is left."""
 
 
 @dataclass(frozen=True, slots=True)
 class RowStates:
-    """Of each row, bool [N]."""
+    """Says which of N rows are done; each array is bool [N]."""
 
     todo: np.ndarray
     failed: np.ndarray
     done: np.ndarray
 
 
+def shard_number(name: str) -> int:
+    """Returns the number in the name of a shard's file, as `SHARD` formats it."""
+    return int(name.removeprefix(SHARD_PREFIX).partition(".")[0])
+
+
 @dataclass(frozen=True, slots=True)
 class Ledger:
-    """The ledger in the folder `out`."""
+    """Reads and writes the ledger in the folder `out`."""
 
     out: str
     tables: tuple[SideTable, ...]
     retry_failed: bool = False
+    """Whether rows that failed are to be done again."""
 
-    # --- what is done ---
+    # --- which rows are done ---
 
     def shards(self) -> list[int]:
-        """Returns the numbers of the shards."""
+        """Returns the numbers of the shards, sorted."""
         names = storage.names_in(storage.join(self.out, WORK, "inputs"))
-        return sorted(int(name[5:11]) for name in names if name.startswith("part-"))
+        return sorted(shard_number(name) for name in names if name.startswith(SHARD_PREFIX))
 
     def states(self, shards: list[int]) -> Iterator[ShardState]:
-        """Yields how far each shard is."""
+        """Yields the state of each shard."""
         manifests = set(storage.names_in(storage.join(self.out, MANIFEST)))
         begun = set(storage.names_in(storage.join(self.out, WORK, "done")))
         with ThreadPoolExecutor(READERS) as threads:
-            # A window of them: the states of a hundred million rows are not asked for at once.
+            # Only some shards at a time, because the states of a hundred million rows need much memory.
             numbers = iter(shards)
             waiting = [threads.submit(self._state, shard, manifests, begun) for shard in islice(numbers, 2 * READERS)]
             while waiting:
@@ -130,72 +146,73 @@ class Ledger:
         if f"{name}.parquet" not in manifests and name not in begun:
             return ShardState([shard * SHARD_ROWS + n for n in range(len(bounds) - 1)], bounds[-1], 0, 0, False)
         inputs = file.read(["size", "mtime_ns"])
-        rows = self._row_states(inputs, self._results(shard, journals=name in begun))
+        rows = self._row_states(inputs, self._recorded_rows(shard, journals=name in begun))
         chunks = [
             shard * SHARD_ROWS + n for n, (start, stop) in enumerate(pairwise(bounds)) if rows.todo[start:stop].any()
         ]
         failed = int((~rows.todo & rows.failed).sum())
-        finished = not chunks and name not in begun
-        return ShardState(chunks, len(inputs), int((~rows.todo).sum()), failed, finished)
+        merged = not chunks and name not in begun
+        return ShardState(chunks, len(inputs), int((~rows.todo).sum()), failed, merged)
 
-    def _row_states(self, inputs: pa.Table, results: Iterable[Results]) -> RowStates:
-        """Returns how far each input is; of several results of a row, the last one with its size and time counts."""
+    def _row_states(self, inputs: pa.Table, recorded: Iterable[RecordedRows]) -> RowStates:
+        """Returns the state of each input. If a row is recorded more than once, the last record with the input's size
+        and time counts."""
         size, mtime_ns = inputs["size"].to_numpy(), inputs["mtime_ns"].to_numpy()
         done, failed = np.zeros(len(inputs), bool), np.zeros(len(inputs), bool)
-        for rows, table in results:
+        for rows, table in recorded:
             current = (table["size"].to_numpy() == size[rows]) & (table["mtime_ns"].to_numpy() == mtime_ns[rows])
             done[rows[current]] = True
             failed[rows[current]] = pc.equal(table["status"], "failed").to_numpy()[current]
         return RowStates(todo=~done | (failed & self.retry_failed), failed=failed, done=done)
 
-    def _results(self, shard: int, *, journals: bool) -> Iterator[Results]:
-        """Yields the results of a shard, oldest first: of the manifest, then of the journals written since."""
-        manifest = self._read(MANIFEST, f"{SHARD.format(shard)}.parquet", RESULT)
+    def _recorded_rows(self, shard: int, *, journals: bool) -> Iterator[RecordedRows]:
+        """Yields the recorded rows of a shard, oldest first: from the manifest, then from the journals."""
+        manifest = self._read(MANIFEST, f"{SHARD.format(shard)}.parquet", STATUS_COLUMNS)
         if manifest is not None:
-            yield np.arange(len(manifest)), manifest
+            yield RecordedRows(np.arange(len(manifest)), manifest)
         if journals:
             folder = f"{WORK}/done/{SHARD.format(shard)}"
             for name in storage.names_in(storage.join(self.out, *folder.split("/"))):
-                journal = self._read(folder, name, ["row", *RESULT])
+                journal = self._read(folder, name, ["row", *STATUS_COLUMNS])
                 if journal is not None:
-                    yield journal["row"].to_numpy(), journal
+                    yield RecordedRows(journal["row"].to_numpy(), journal)
 
-    # --- doing ---
+    # --- loading and recording chunks ---
 
     def load(self, number: int) -> Columns:
-        """Returns the rows of a chunk that are to be done, as columns; perhaps none."""
+        """Returns the rows of a chunk that are to be done, as columns. There may be none."""
         shard, chunk = divmod(number, SHARD_ROWS)
         file = self.open_inputs(shard)
         start = _bounds(file)[chunk]
         table = file.read_row_group(chunk)
         row_indices = np.arange(start, start + len(table))
-        results = []
-        manifest = self._read(MANIFEST, f"{SHARD.format(shard)}.parquet", RESULT)
+        recorded = []
+        manifest = self._read(MANIFEST, f"{SHARD.format(shard)}.parquet", STATUS_COLUMNS)
         if manifest is not None:
-            results.append((row_indices - start, manifest.slice(start, len(table))))
-        journal = self._read(*_journal(number), ["row", *RESULT])
+            recorded.append(RecordedRows(row_indices - start, manifest.slice(start, len(table))))
+        journal = self._read(*_journal(number), ["row", *STATUS_COLUMNS])
         if journal is not None:
-            results.append((journal["row"].to_numpy() - start, journal))
-        todo = self._row_states(table, results).todo
+            recorded.append(RecordedRows(journal["row"].to_numpy() - start, journal))
+        todo = self._row_states(table, recorded).todo
         columns = {name: objects(table[name].to_pylist()) for name in ("path", "name", "output", "source")}
         columns |= {name: table[name].to_numpy() for name in ("size", "mtime_ns", "source_row")}
         columns |= {
             "row": row_indices,
-            "redone": np.full(len(table), bool(results)),
+            "redone": np.full(len(table), bool(recorded)),
             "number": np.full(len(table), number),
         }
         return {name: values[todo] for name, values in columns.items()}
 
     def first(self, number: int) -> str:
-        """Returns the file of a chunk's first image: its own, or the Parquet file that holds it."""
+        """Returns the location of a chunk's first image, or of the Parquet file that holds it."""
         shard, chunk = divmod(number, SHARD_ROWS)
         row = self.open_inputs(shard).read_row_group(chunk, ["path", "source"]).slice(0, 1).to_pylist()[0]
         return os.fsdecode(row["source"] or row["path"])
 
     def record(self, number: int, row_indices: np.ndarray, results: Columns) -> None:
-        """Writes the results of some rows of a chunk into its journal.
+        """Writes the results of some rows of a chunk into its journal. Rows that were recorded before are replaced.
 
-        `results`: columns of `MANIFEST_SCHEMA` and of the side tables.
+        `row_indices`: places of the rows among the shard's inputs. `results`: the columns `result_columns`.
         """
         schema = self._journal_schema()
         table = pa.table({"row": row_indices, **{name: results[name] for name in schema.names[1:]}}, schema)
@@ -207,43 +224,43 @@ class Ledger:
         storage.write_bytes(storage.join(self.out, *folder.split("/"), name), to_parquet(table, compression="none"))
 
     def result_columns(self) -> list[str]:
-        """Returns the names of the columns that `record` takes."""
+        """Returns the names of the columns that `record` takes: those of `MANIFEST_SCHEMA` and of the side tables."""
         return self._journal_schema().names[1:]
 
-    # --- making a shard's files of its journals ---
+    # --- merging journals ---
 
-    def finish(self, shard: int) -> None:
-        """Merges the journals of a shard into its files of the manifest and of the side tables.
+    def merge_shard(self, shard: int) -> None:
+        """Merges the journals of a shard into its file of the manifest and of each side table.
 
-        All rows of the shard must be done. It can be stopped at any moment and done again. The side tables of one chunk
-        are in memory at a time.
+        All rows of the shard must be done. A merge that was stopped can be repeated. Memory holds the side tables' rows
+        of one chunk at a time.
         """
         name = SHARD.format(shard)
         journals = storage.names_in(storage.join(self.out, WORK, "done", name))
         if not journals:
-            return  # done before
+            return  # merged before
         file = self.open_inputs(shard)
         inputs = file.read(["path", "size", "mtime_ns"])
         earlier = self._read(MANIFEST, f"{name}.parquet", MANIFEST_SCHEMA.names)
-        results = [] if earlier is None else [(np.arange(len(earlier)), earlier)]
+        recorded = [] if earlier is None else [RecordedRows(np.arange(len(earlier)), earlier)]
         manifest = []
         with self._side_files(name, inputs) as side_files:
             for chunk, (start, stop) in enumerate(pairwise(_bounds(file))):
-                new = self._new_results(name, chunk, journals)
+                new = self._journal_rows(name, chunk, journals)
                 renewed = set(new["row"].to_pylist())
                 kept = pa.array([row for row in range(start, stop) if row not in renewed], pa.int64())
-                results.append((new["row"].to_numpy(), new.select(RESULT)))
+                recorded.append(RecordedRows(new["row"].to_numpy(), new.select(STATUS_COLUMNS)))
                 manifest.append(_merged_manifest(earlier, kept, new))
                 for side_file in side_files:
                     side_file.write(kept, new)
-            self._check_complete(name, inputs, results)  # raised here, the side tables do not appear
+            self._check_complete(name, inputs, recorded)  # inside the block: if it raises, no side table appears
         data = to_parquet(pa.concat_tables(manifest).combine_chunks())
         storage.write_bytes(storage.join(self.out, MANIFEST, f"{name}.parquet"), data)
         storage.delete_folder(storage.join(self.out, WORK, "done", name))
 
     @contextmanager
     def _side_files(self, name: str, inputs: pa.Table) -> Iterator[list[_SideFile]]:
-        """Opens the file of a shard in each side table; they appear when the block ends without an error."""
+        """Opens the file of a shard in each side table. The files appear if the block ends without an error."""
         paths = pa.array([storage.without_secrets(readable(path)) for path in inputs["path"].to_pylist()])
         nothing = self._journal_schema().empty_table()
         with ExitStack() as stack:
@@ -257,17 +274,17 @@ class Ledger:
                 side_files.append(_SideFile(table, paths, earlier, writer))
             yield side_files
 
-    def _new_results(self, name: str, chunk: int, journals: list[str]) -> pa.Table:
-        """Returns what a chunk's journal holds; a table without rows if there is none."""
+    def _journal_rows(self, name: str, chunk: int, journals: list[str]) -> pa.Table:
+        """Returns the rows of a chunk's journal, or a table without rows if the chunk has none."""
         file_name = f"{chunk:05d}.parquet"
         if file_name not in journals:
             return self._journal_schema().empty_table()
         new = self._read(f"{WORK}/done/{name}", file_name, None)
-        assert new is not None, "only `finish` deletes journals"
+        assert new is not None, "only `merge_shard` deletes journals"
         return new
 
-    def _check_complete(self, name: str, inputs: pa.Table, results: list[Results]) -> None:
-        missing = int((~self._row_states(inputs, results).done).sum())
+    def _check_complete(self, name: str, inputs: pa.Table, recorded: list[RecordedRows]) -> None:
+        missing = int((~self._row_states(inputs, recorded).done).sum())
         if missing:
             raise RuntimeError(f"{self.out}: {missing} rows of {name} have no result: start the command again")
 
@@ -283,22 +300,23 @@ class Ledger:
         return self.open_inputs(shard).read(columns)
 
     def names(self, shard: int) -> list[bytes]:
-        """Returns the images' paths below their inputs."""
+        """Returns the path of each image below its input."""
         return self.inputs(shard, ["name"])["name"].to_pylist()
 
     def locations(self, shard: int) -> pa.ChunkedArray:
-        """Returns where the images lie, bytes, with the options of buckets: not for what others may read."""
+        """Returns the location of each image, as bytes. Locations in buckets keep their options, which may hold
+        secrets: never write them into files that others may read."""
         return self.inputs(shard, ["path"])["path"]
 
     def manifest(self, columns: list[str], shards: Sequence[int] | None = None) -> Iterator[pa.Table]:
-        """Yields the manifest, a shard at a time; of all shards, or of these."""
+        """Yields the manifest's columns shard by shard: of `shards`, or of all."""
         for shard in self.shards() if shards is None else shards:
             table = self._read(MANIFEST, f"{SHARD.format(shard)}.parquet", columns)
             if table is not None:
                 yield table
 
     def side_rows(self, table: SideTable) -> Iterator[pa.Table]:
-        """Yields the rows of a side table, some at a time."""
+        """Yields the rows of a side table, `MAX_ROWS` at a time."""
         for shard in self.shards():
             location = storage.join(self.out, *table.folder.split("/"), f"{SHARD.format(shard)}.parquet")
             if storage.exists(location):
@@ -320,17 +338,17 @@ class Ledger:
 
 @dataclass(frozen=True, slots=True)
 class _SideFile:
-    """The file of one shard in a side table, while it is written."""
+    """Writes the file of one shard in a side table."""
 
     table: SideTable
     paths: pa.Array
-    """Of all inputs of the shard."""
+    """Paths of all inputs of the shard, in their order."""
     earlier: pa.Table | None
-    """The file that it replaces."""
+    """Rows of the file that this one replaces."""
     writer: pq.ParquetWriter
 
     def write(self, kept: pa.Array, new: pa.Table) -> None:
-        """Writes the rows of one chunk, in the order of the inputs: those kept from the earlier file, and new ones."""
+        """Writes the rows of one chunk in the order of the inputs: those kept from the earlier file, and new ones."""
         rows = self.table.rows_of(new.filter(pc.equal(new["status"], "ok")))
         if self.earlier is not None and len(kept):
             old = self.earlier.filter(pc.is_in(self.earlier["path"], self.paths.take(kept)))
@@ -341,7 +359,7 @@ class _SideFile:
 
 
 def _merged_manifest(earlier: pa.Table | None, kept: pa.Array, new: pa.Table) -> pa.Table:
-    """Returns a chunk's rows of the manifest, in the order of the inputs: those kept from the earlier one, and new."""
+    """Returns a chunk's rows of the manifest in the order of the inputs: those kept from the earlier one, and new."""
     rows = new.select(MANIFEST_SCHEMA.names)
     if earlier is None or not len(kept):
         return rows
@@ -356,6 +374,6 @@ def _journal(number: int) -> tuple[str, str]:
 
 
 def _bounds(file: pq.ParquetFile) -> list[int]:
-    """Returns where the chunks of a shard begin, and where the last ends."""
+    """Returns the row at which each chunk of a shard begins, then the number of rows."""
     counts = [file.metadata.row_group(n).num_rows for n in range(file.metadata.num_row_groups)]
     return [0, *np.cumsum(counts).tolist()]

@@ -1,4 +1,4 @@
-"""The stages of prediction and evaluation in this process; `ray_backend.inference` runs the same ones on Ray."""
+"""Runs the stages of prediction and evaluation in this process; `ray_backend.inference` runs them on Ray."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from unet_ray.data.chunks import Chunk, Stage
 def run_here(
     numbers: Sequence[int], preprocess: Callable[[int], Chunk], model: Callable[[], Stage], postprocess: Stage
 ) -> Iterator[Chunk]:
-    """Runs the stages: the model on this thread, preprocessing one chunk ahead and postprocessing one behind on others.
+    """Runs the model on this thread, and on two others preprocesses the next chunk and postprocesses the previous one.
 
-    Yields what `postprocess` returns, in the order of `numbers`; nothing for a chunk with no rows.
+    Yields what `postprocess` returns, in the order of `numbers`. Skips chunks without rows.
     """
     segment = model()
     threads = torch.get_num_threads()
-    # One thread each: more would take turns with the network's on the same cores. The setting is each thread's own, and
-    # the default of later ones.
+    # One torch thread each, because more would compete with the network's for the same cores. `set_num_threads` sets
+    # this thread's number, and the default of threads that start later.
     one_thread = partial(ThreadPoolExecutor, 1, initializer=torch.set_num_threads, initargs=(1,))
     with one_thread() as preprocessing, one_thread() as postprocessing:
         upcoming = [preprocessing.submit(preprocess, number) for number in numbers[:1]]
-        finishing = None
+        pending = None
         try:
             for place in range(len(numbers)):
                 decoded = upcoming.pop().result()
@@ -33,11 +33,11 @@ def run_here(
                 if not len(decoded["path"]):
                     continue
                 segmented = segment(decoded)
-                if finishing is not None:
-                    yield finishing.result()
-                finishing = postprocessing.submit(postprocess, segmented)
-            if finishing is not None:
-                yield finishing.result()
+                if pending is not None:
+                    yield pending.result()
+                pending = postprocessing.submit(postprocess, segmented)
+            if pending is not None:
+                yield pending.result()
         finally:
             preprocessing.shutdown(wait=False, cancel_futures=True)
             torch.set_num_threads(threads)

@@ -1,4 +1,4 @@
-"""What the images of all inputs are called, and what their masks may be called."""
+"""Names the images of all inputs, and their masks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from unet_ray.data.inputs import ImageFile, iter_images, root_name
 
 
 def images_of(locations: Sequence[str]) -> Iterator[ImageFile]:
-    """Yields the images of all inputs. Where there are several inputs, names begin with their folder's name."""
+    """Yields the images of all inputs. With several inputs, each name begins with the name of its input folder."""
     used: Counter[str] = Counter()
     for location in locations:
         prefix = ""
@@ -27,7 +27,7 @@ def images_of(locations: Sequence[str]) -> Iterator[ImageFile]:
 
 @dataclass(frozen=True, slots=True)
 class Naming:
-    """Proposes paths for the mask of an image without end; the first that is free is taken."""
+    """Proposes an endless series of paths for the mask of an image; the first unused one is taken."""
 
     template: str
     """`predict --name`."""
@@ -37,7 +37,7 @@ class Naming:
         stem, ext = os.path.splitext(name)  # noqa: PTH122 - by the million
         path = self._path(relpath, stem, name, ext)
         yield path
-        # Of images that differ in the extension alone, the later ones keep it.
+        # If images differ only in the extension, the later ones keep it in the name of their mask.
         yield self._path(relpath, name, name, ext)
         start, dot, end = path.rpartition(".")
         for number in itertools.count(2):
@@ -45,6 +45,6 @@ class Naming:
 
     def _path(self, relpath: str, stem: str, name: str, ext: str) -> str:
         path = self.template.format(relpath=relpath, stem=stem, name=name, ext=ext.lstrip("."))
-        # `..` only from an odd listing; everything must stay below the output folder.
+        # Masks must stay below the output folder, also if an odd listing contains `..`.
         parts = [part for part in path.split("/") if part not in ("", ".", "..")]
         return "/".join(parts) + ("" if path.endswith(".png") else ".png")

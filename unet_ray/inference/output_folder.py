@@ -1,4 +1,4 @@
-"""The output folder of a prediction: whose it is, with which settings it was made, and how it is emptied."""
+"""Claims the output folder of a prediction, checks its settings, and empties it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def settings_of(config: PredictConfig, pipeline: Pipeline) -> dict[str, Any]:
 
 
 def check(out: str, settings: dict[str, Any], *, overwrite: bool) -> None:
-    """Raises UserError if `out` holds anything but a prediction with these settings, finished or not."""
+    """Raises UserError if `out` holds anything else than a prediction with these settings, complete or not."""
     path = storage.join(out, SETTINGS)
     if storage.exists(path):
         earlier = json.loads(storage.read_bytes(path))
@@ -50,7 +50,7 @@ def check(out: str, settings: dict[str, Any], *, overwrite: bool) -> None:
 
 
 def begin(out: str, settings: dict[str, Any]) -> bool:
-    """Writes the settings into `out`. Returns whether an earlier run had begun there."""
+    """Writes the settings into `out`. Returns whether an earlier run had begun in it."""
     path = storage.join(out, SETTINGS)
     begun = storage.exists(path)
     storage.write_bytes(path, (json.dumps(settings, indent=2) + "\n").encode())
@@ -58,8 +58,8 @@ def begin(out: str, settings: dict[str, Any]) -> bool:
 
 
 def remove(out: str) -> None:
-    """Removes an earlier prediction, but not the lock."""
-    # The settings last: they say that the rest may be removed.
+    """Removes an earlier prediction, except for the lock."""
+    # The settings go last, because they mark the folder as a prediction that may be removed.
     for name in (*all_owned_names(), MANIFEST, SUMMARY, REPORT, WORK, SETTINGS):
         location = storage.join(out, name)
         if name == WORK:

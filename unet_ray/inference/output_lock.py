@@ -21,10 +21,11 @@ LOCK, BEAT_SECONDS, DEAD_AFTER_SECONDS = "lock.json", 10.0, 35.0
 
 @contextmanager
 def output_lock(out: str) -> Iterator[Callable[[], None]]:
-    """Keeps other runs out of an output folder. Yields a function that raises UserError once the lock is lost.
+    """Locks an output folder for this run. Yields a function that raises UserError once the lock is lost.
 
-    On a disk it is a file lock, which ends with the process, however that ends. In a bucket it is an object that is
-    renewed every ten seconds; one that is not renewed any more is taken over. Raises UserError if another run has it.
+    On a disk it takes a file lock, which the system releases when the process ends, even if it is killed. In a bucket
+    it writes an object and renews it every ten seconds; it takes over an object that nobody renews. Raises UserError if
+    another run holds the lock.
     """
     me = {"id": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%F %T")}
     path = storage.join(out, WORK, LOCK)
@@ -63,7 +64,7 @@ def _occupied(out: str, text: str) -> UserError:
 
 
 def _lock_by_heartbeat(out: str, path: str, me: dict[str, Any]) -> Iterator[Callable[[], None]]:
-    """As `output_lock`, with a lock that a thread renews every `BEAT_SECONDS`."""
+    """Does what `output_lock` does, with a file that a thread renews every `BEAT_SECONDS`."""
     _wait_for_end_of_other(out, path)
     lost, stop = threading.Event(), threading.Event()
 
@@ -92,15 +93,15 @@ def _lock_by_heartbeat(out: str, path: str, me: dict[str, Any]) -> Iterator[Call
 
 
 def _wait_for_end_of_other(out: str, path: str) -> None:
-    """Returns if nobody renews the lock for `DEAD_AFTER_SECONDS`. Raises UserError if somebody does."""
-    there = _read(path)
-    if not there or _is_over(there):
+    """Waits `DEAD_AFTER_SECONDS` if the lock exists. Raises UserError if another run renews it in this time."""
+    content = _read(path)
+    if not content or _is_over(content):
         return
     until = time.monotonic() + DEAD_AFTER_SECONDS
     while time.monotonic() < until:
         time.sleep(1)
-        if _read(path) not in (there, ""):
-            raise _occupied(out, there)
+        if _read(path) not in (content, ""):
+            raise _occupied(out, content)
 
 
 def _read(path: str) -> str:
@@ -111,7 +112,7 @@ def _read(path: str) -> str:
 
 
 def _is_over(text: str) -> bool:
-    """Returns whether the lock is of a process of this machine that has ended."""
+    """Returns whether the holder of the lock is a process of this machine that has ended."""
     holder = json.loads(text)
     if holder["host"] != socket.gethostname():
         return False

@@ -1,4 +1,4 @@
-"""How masks are made, for prediction and evaluation: of whole images at the model's size, or of tiles."""
+"""Makes masks for prediction and evaluation: of whole images at the model's size, or of tiles."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from unet_ray.inference.local import run_here
 from unet_ray.inference.reader import Reader
 from unet_ray.inference.segmenter import BatchSegmenter
 from unet_ray.inference.stages import (
-    Decode,
-    Finish,
-    Finishing,
+    DecodeImages,
     Load,
+    MaskSink,
+    MasksToSink,
     Prediction,
     Preprocess,
     Segment,
@@ -32,47 +32,47 @@ from unet_ray.models.device import device_here
 from unet_ray.ray_backend.session import Runtime
 
 READ_SECONDS = 0.0065
-"""For reading an image and writing its mask: two cores and photographs of 512x512 measured."""
+"""Seconds to read an image and write its mask, measured on two cores with photographs of 512x512 pixels."""
 
 
 @dataclass(frozen=True)
 class Pipeline(ABC):
-    """A model and the three steps that make masks with it. `resolve.pipeline_of` chooses the subclass."""
+    """Makes masks with one model, in three stages. `resolve.pipeline_of` chooses the subclass."""
 
     model: str
-    """Its directory."""
+    """The model directory."""
     card: ModelCard
     cleanup: Cleanup
     cleanup_text: str
     options: MaskOptions
     quantized: str | None = None
-    """Stem of the files of the network in int8, where there is one that may be used."""
+    """Stem of the files of the network in int8; None if it does not exist or is not to be used."""
 
     @abstractmethod
     def row_cost(self) -> RowCost:
-        """Returns what an image costs, which decides how many make a chunk."""
+        """Returns the cost of an image, which determines the size of chunks."""
 
     @abstractmethod
     def preprocess(self, load: Load) -> Callable[[int], Chunk]:
         """Returns the stage before the model's."""
 
     @abstractmethod
-    def segment(self, segmenter: BatchSegmenter, finish: Finish, *, probabilities: bool) -> Stage:
+    def segment(self, segmenter: BatchSegmenter, sink: MaskSink, *, probabilities: bool) -> Stage:
         """Returns the model's stage."""
 
     @abstractmethod
-    def postprocess(self, finish: Finish, *, probabilities: bool) -> Stage:
+    def postprocess(self, sink: MaskSink, *, probabilities: bool) -> Stage:
         """Returns the stage after the model's."""
 
     @abstractmethod
     def one(self, segmenter: BatchSegmenter, path: str, reader: Reader, *, probabilities: bool) -> Prediction:
-        """Returns the mask of one image, made in this process, or why there is none."""
+        """Segments one image in this process. Returns its mask, or the reason of the failure."""
 
     def reader(self) -> Reader:
         return Reader.of(self.card, self.options.max_pixels)
 
     def segmenter(self, *, device: str, threads: int | None = None, images: int = 0) -> BatchSegmenter:
-        """Returns the network, loaded. `threads`, `images`: see BatchSegmenter."""
+        """Loads the network. `threads`, `images`: see BatchSegmenter."""
         options = self.options
         return BatchSegmenter(
             self.model,
@@ -90,23 +90,24 @@ class Pipeline(ABC):
         self,
         numbers: Sequence[int],
         load: Load,
-        finish: Finish,
+        sink: MaskSink,
         *,
         images: int,
         probabilities: bool = False,
         shared: Mapping[str, str],
         runtime: Runtime,
     ) -> Generator[Chunk, None, None]:
-        """Runs the chunks of these numbers through the steps; yields what `finish` returns, as chunks are finished.
+        """Runs the chunks with these numbers through the stages. Yields what `sink` returns of each chunk, in the order
+        in which chunks are done.
 
-        `images`: how many there are in all, those of an earlier run among them. `shared`: what all nodes must see
-        beside the model, as of `shared_files.check_shared`.
+        `images`: number of images, with those of earlier runs. `shared`: files that all nodes must see beside the
+        model, in the form of `shared_files.check_shared`.
         """
         if not numbers:
             return
         options = self.options
-        model = ModelStage(self, finish, images, probabilities)
-        preprocess, postprocess = self.preprocess(load), self.postprocess(finish, probabilities=probabilities)
+        model = ModelStage(self, sink, images, probabilities)
+        preprocess, postprocess = self.preprocess(load), self.postprocess(sink, probabilities=probabilities)
         if runtime.local:
             here = device_here(options.device, options.workers).type
             yield from run_here(numbers, preprocess, lambda: model(device=here, threads=None), postprocess)
@@ -124,58 +125,59 @@ class Pipeline(ABC):
 
 @dataclass(frozen=True, slots=True)
 class ModelStage:
-    """Builds the model's stage where it is to run."""
+    """Builds the model's stage, in the process that runs it."""
 
     pipeline: Pipeline
-    finish: Finish
+    sink: MaskSink
     images: int
     probabilities: bool
 
     def __call__(self, *, device: str, threads: int | None, replicas: int = 1) -> Stage:
-        """`replicas`: how many of the model share the images."""
+        """Loads the network and returns the stage. `replicas`: number of replicas that share the images."""
         segmenter = self.pipeline.segmenter(device=device, threads=threads, images=self.images // replicas)
-        return self.pipeline.segment(segmenter, self.finish, probabilities=self.probabilities)
+        return self.pipeline.segment(segmenter, self.sink, probabilities=self.probabilities)
 
 
 class WholeImagePipeline(Pipeline):
-    """Images are resized to the model's size, and their masks back to the image's own."""
+    """Resizes images to the model's size, and the masks back to the image's own."""
 
     def row_cost(self) -> RowCost:
-        """Bytes are those of the larger of a row's image (uint8) and its logits (float16) between the stages."""
+        """Returns the cost of an image; its bytes are those of the image (uint8) or of the logits (float16), whichever
+        are more."""
         height, width = self.card.image_size
         size = height * width * max(self.card.model.in_channels, 2 * self.card.model.num_classes)
         operations = compiling.floating_point_operations(self.card.model, self.card.image_size)
         return RowCost(size, READ_SECONDS + operations / (2 * compiling.FLOPS["cpu"]))
 
     def preprocess(self, load: Load) -> Preprocess:
-        return Preprocess(load, Decode(self.reader(), self.card.image_size))
+        return Preprocess(load, DecodeImages(self.reader(), self.card.image_size))
 
-    def segment(self, segmenter: BatchSegmenter, finish: Finish, *, probabilities: bool) -> Stage:  # noqa: ARG002
+    def segment(self, segmenter: BatchSegmenter, sink: MaskSink, *, probabilities: bool) -> Stage:  # noqa: ARG002
         return Segment(segmenter)
 
-    def postprocess(self, finish: Finish, *, probabilities: bool) -> Finishing:
-        return Finishing(ToOwnSize(self.card, self.cleanup, probabilities), finish)
+    def postprocess(self, sink: MaskSink, *, probabilities: bool) -> MasksToSink:
+        return MasksToSink(ToOwnSize(self.card, self.cleanup, probabilities), sink)
 
     def one(self, segmenter: BatchSegmenter, path: str, reader: Reader, *, probabilities: bool) -> Prediction:
-        decoded = Decode(reader, self.card.image_size)({"path": objects([os.fsencode(path)])})
+        decoded = DecodeImages(reader, self.card.image_size)({"path": objects([os.fsencode(path)])})
         to_own_size = ToOwnSize(self.card, self.cleanup, probabilities)
         [prediction] = to_own_size(Segment(segmenter)(decoded))
         return prediction
 
 
 class TilePipeline(Pipeline):
-    """Images keep their size and are segmented tile by tile, see `stages.SegmentByTiles`."""
+    """Segments images at their own size, tile by tile, see `stages.SegmentByTiles`."""
 
     def row_cost(self) -> RowCost:
-        return RowCost(1, 1.0)  # only paths are handed around, and an image may be of any size
+        return RowCost(1, 1.0)  # only paths pass between the stages, and an image may have any size
 
     def preprocess(self, load: Load) -> Load:
         return load
 
-    def segment(self, segmenter: BatchSegmenter, finish: Finish, *, probabilities: bool) -> Stage:
-        return Finishing(self._by_tiles(segmenter, self.reader(), probabilities), finish)
+    def segment(self, segmenter: BatchSegmenter, sink: MaskSink, *, probabilities: bool) -> Stage:
+        return MasksToSink(self._by_tiles(segmenter, self.reader(), probabilities), sink)
 
-    def postprocess(self, finish: Finish, *, probabilities: bool) -> Stage:  # noqa: ARG002
+    def postprocess(self, sink: MaskSink, *, probabilities: bool) -> Stage:  # noqa: ARG002
         return unchanged
 
     def one(self, segmenter: BatchSegmenter, path: str, reader: Reader, *, probabilities: bool) -> Prediction:

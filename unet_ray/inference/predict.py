@@ -1,6 +1,6 @@
-"""Prediction: masks for every image of folders and buckets, through Ray Data or in this process.
+"""Predicts masks for all images of folders and buckets, through Ray Data or in this process.
 
-The ledger (`ledger.py`) knows what there is to do and what is done; the stages (`stages.py`) do it, a chunk at a time.
+The ledger (`ledger.py`) records which images are done; the stages (`stages.py`) segment the others chunk by chunk.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow.compute as pc
 
@@ -37,29 +37,29 @@ from unet_ray.ray_backend.session import Runtime
 
 @dataclass(frozen=True, slots=True)
 class PredictSummary:
-    """What `predict` returns, and `summary.json` holds."""
+    """Summarizes a prediction: `predict` returns it, and `summary.json` holds it."""
 
     out: str
     model: str
-    """Its directory."""
+    """The model directory."""
     images: int
     """Rows of the manifest."""
     ok: int
     failed: int
     failures: dict[str, int]
-    """Reason -> how many images, the most frequent hundred."""
+    """Reason -> number of images; the hundred most frequent reasons."""
     already_done: int
-    """Images that an earlier run had finished."""
+    """Images that earlier runs had done."""
     gone: int
-    """Images of an earlier run that the inputs no longer have; their rows and masks stay."""
+    """Images of earlier runs that the inputs no longer contain; their rows and masks stay."""
     cleanup: str
-    """What was done to the masks after they were decided; `none`."""
+    """Clean-up of the masks, such as `holes`, or `none`."""
     seconds: float
     images_per_second: float
-    """Of the images done in this run, start included."""
+    """Images done in this run per second of `seconds`, which includes the start."""
     stages: dict[str, float]
-    """Seconds: listing, starting (Ray, the model, up to the first image done), running, and the work of each stage
-    summed over all processes."""
+    """Seconds of listing, of starting (Ray and the model, up to the first image done), of running, and of the work in
+    each stage, summed over all processes."""
 
     def __repr__(self) -> str:
         earlier = f" ({self.already_done} of them by an earlier run)" if self.already_done else ""
@@ -81,11 +81,10 @@ def predict(
     runtime: Runtime = Runtime(),
     on_progress: OnProgress = lambda _done, _failed, _all: None,
 ) -> PredictSummary:
-    """Segments every image of `config.inputs` into `config.out`: through Ray Data, or in this process.
+    """Segments every image of `config.inputs` into `config.out`, through Ray Data or in this process (`runtime`).
 
-    `runtime`: which of the two. Ray is started once all that needs no Ray has been checked.
-
-    Raises UserError for what the user must fix. An image that can't be read is a row of the manifest.
+    It starts Ray only after all checks that need no Ray. Raises UserError for what the user must fix. An image that
+    can't be read becomes a failed row of the manifest.
     """
     started = time.perf_counter()
     out = storage.absolute(config.out)
@@ -97,43 +96,30 @@ def predict(
         if config.overwrite:
             output_folder.remove(out)
         else:
-            output_folder.check(out, settings, overwrite=False)  # another run may have begun and ended meanwhile
+            # Again, because another run may have begun and ended before this one got the lock.
+            output_folder.check(out, settings, overwrite=False)
         ledger = Ledger(out, _tables(formats), config.retry_failed)
         listed = _survey(config, ledger, pipeline, output_folder.begin(out, settings), on_progress)
         run = _Run(ledger, on_progress)
         write = Write(ledger, formats, pipeline.card, pipeline.reader())
         run.segment(pipeline, write, runtime, check_lock)
-        failures, ok, images = _count(ledger)
+        counts = _count(ledger)
         for format in formats:
-            format.finish(ledger)
-        seconds = time.perf_counter() - started
-        summary = PredictSummary(
-            out=out,
-            model=storage.without_secrets(pipeline.model),
-            images=images,
-            ok=ok,
-            failed=images - ok,
-            failures=dict(failures.most_common(100)),
-            already_done=run.already_done,
-            gone=images - listed,
-            cleanup=pipeline.cleanup_text,
-            seconds=round(seconds, 3),
-            images_per_second=round((images - run.already_done) / seconds, 3),
-            stages={name: round(value, 3) for name, value in run.seconds_by_stage(started).items()},
-        )
+            format.write_final(ledger)
+        summary = _summary(pipeline, run, listed, counts, started)
         storage.write_bytes(storage.join(out, SUMMARY), (json.dumps(summary.to_json(), indent=2) + "\n").encode())
     return summary
 
 
 def _tables(formats: tuple[OutputFormat, ...]) -> tuple[SideTable, ...]:
-    """Returns the side tables of the formats, one for each folder."""
+    """Returns the side tables of the formats, one per folder: formats may share a table."""
     return tuple({format.table.folder: format.table for format in formats if format.table is not None}.values())
 
 
 def _survey(config: PredictConfig, ledger: Ledger, pipeline: Pipeline, begun: bool, on_progress: OnProgress) -> int:
-    """Writes the images of the inputs into the ledger; returns how many there are.
+    """Writes the images of the inputs into the ledger. Returns their number.
 
-    `begun`: whether an earlier run has left work. Raises UserError if an input is not there.
+    `begun`: whether an earlier run had begun in this folder. Raises UserError if an input does not exist.
     """
     try:
         return survey(
@@ -144,13 +130,13 @@ def _survey(config: PredictConfig, ledger: Ledger, pipeline: Pipeline, begun: bo
             lambda count: on_progress(count, 0, 0),
         )
     except UserError:
-        if not begun:  # a mistyped input must not stand in the way of the right one
+        if not begun:  # else the settings with a mistyped input would refuse the right one
             output_folder.remove(ledger.out)
         raise
 
 
 class _Run:
-    """One run over what the ledger says is left: how many images are done, and where the time went."""
+    """Segments the images that the ledger lists as not done, and counts images and seconds."""
 
     def __init__(self, ledger: Ledger, on_progress: OnProgress) -> None:
         self.ledger, self.on_progress = ledger, on_progress
@@ -160,7 +146,7 @@ class _Run:
         self.already_done = sum(state.done for state in self.states.values())
         self.done, self.failed = self.already_done, sum(state.failed for state in self.states.values())
         self.remaining = {shard: state.rows - state.done for shard, state in self.states.items() if state.todo}
-        """Shard -> rows to do, of shards that this run writes."""
+        """Shard -> rows to do; without shards whose last chunk this run has done."""
         self.work_seconds = dict.fromkeys(TIMES, 0.0)
         self.listed = time.perf_counter()
         self.first_done: float | None = None
@@ -168,7 +154,7 @@ class _Run:
         on_progress(self.done, self.failed, self.images)
 
     def segment(self, pipeline: Pipeline, write: Write, runtime: Runtime, check_lock: Callable[[], None]) -> None:
-        """Runs the chunks with work through the pipeline, and finishes each shard when its last chunk is done."""
+        """Runs the chunks with work through the pipeline, and merges each shard after its last chunk."""
         numbers = [number for state in self.states.values() for number in state.todo]
         shared = {f"--out {self.ledger.out}": storage.join(self.ledger.out, SETTINGS)}
         if numbers:
@@ -183,19 +169,22 @@ class _Run:
             runtime=runtime,
         )
         with ThreadPoolExecutor(2) as threads, closing(chunks):
-            # Shards whose last chunk was written by a run that was then stopped.
-            complete = [shard for shard, state in self.states.items() if not state.todo and not state.finished]
-            finishing = [threads.submit(self.ledger.finish, shard) for shard in complete]
+            # An earlier run recorded the last chunk of these shards, and was stopped before it merged them.
+            complete = [shard for shard, state in self.states.items() if not state.todo and not state.merged]
+            merges = [threads.submit(self.ledger.merge_shard, shard) for shard in complete]
             for chunk in chunks:
                 check_lock()
                 if (shard := self._add(chunk)) is not None:
-                    finishing.append(threads.submit(self.ledger.finish, shard))
-            finishing += [threads.submit(self.ledger.finish, shard) for shard in self.remaining]
-            _wait_for(finishing)
+                    merges.append(threads.submit(self.ledger.merge_shard, shard))
+            # If a node is lost after a chunk was recorded, Ray may repeat all stages of this chunk. `Ledger.load` then
+            # finds no row to do, the chunk is empty, and `_add` never sees it. So its shard is complete, but still in
+            # `remaining`. (`merge_shard` raises RuntimeError if a row is missing after all.)
+            merges += [threads.submit(self.ledger.merge_shard, shard) for shard in self.remaining]
+            _wait_for(merges)
         self.ended = time.perf_counter()
 
     def _add(self, chunk: Chunk) -> int | None:
-        """Counts a chunk that is done. Returns its shard if that is complete now."""
+        """Counts the rows of a chunk that is done. Returns its shard if no row of the shard remains."""
         self.first_done = self.first_done or time.perf_counter()
         self.done += len(chunk["status"])
         self.failed += int((chunk["status"] == "failed").sum())
@@ -210,7 +199,7 @@ class _Run:
         return shard
 
     def seconds_by_stage(self, started: float) -> dict[str, float]:
-        """Returns `PredictSummary.stages`; `started`: when the command was."""
+        """Returns `PredictSummary.stages`. `started`: `time.perf_counter()` at the beginning of `predict`."""
         first_done = self.first_done or self.listed
         return {
             "listing": self.listed - started,
@@ -221,25 +210,53 @@ class _Run:
 
 
 def _wait_for(futures: list[Future[None]]) -> None:
-    """Returns when all are done; raises what the first of them raised."""
+    """Waits for all futures. Raises the error of the first one that failed."""
     for future in futures:
         future.result()
 
 
-def _count(ledger: Ledger) -> tuple[Counter[str], int, int]:
-    """Returns (failures by reason, images segmented, images), counted in the manifest: stopped runs wrote it, too."""
+class _Counts(NamedTuple):
+    """Counts the rows of the manifest."""
+
+    images: int
+    ok: int
+    failures: Counter[str]
+    """Reason -> number of images."""
+
+
+def _count(ledger: Ledger) -> _Counts:
+    """Counts the rows of the whole manifest, which earlier runs may have written in part."""
     failures: Counter[str] = Counter()
     ok = images = 0
     for table in ledger.manifest(["status", "error"]):
         images += len(table)
         ok += pc.sum(pc.equal(table["status"], "ok")).as_py()
         failures.update(error for error in table["error"].to_pylist() if error)
-    return failures, ok, images
+    return _Counts(images, ok, failures)
+
+
+def _summary(pipeline: Pipeline, run: _Run, listed: int, counts: _Counts, started: float) -> PredictSummary:
+    """Returns the summary of a run. `listed`: images of the inputs. `started`: as in `_Run.seconds_by_stage`."""
+    seconds = time.perf_counter() - started
+    return PredictSummary(
+        out=run.ledger.out,
+        model=storage.without_secrets(pipeline.model),
+        images=counts.images,
+        ok=counts.ok,
+        failed=counts.images - counts.ok,
+        failures=dict(counts.failures.most_common(100)),
+        already_done=run.already_done,
+        gone=counts.images - listed,
+        cleanup=pipeline.cleanup_text,
+        seconds=round(seconds, 3),
+        images_per_second=round((counts.images - run.already_done) / seconds, 3),
+        stages={name: round(value, 3) for name, value in run.seconds_by_stage(started).items()},
+    )
 
 
 @contextmanager
 def _disk_errors_as_user_errors(out: str) -> Iterator[None]:
-    """Raises UserError for a full or read-only disk, which the user must fix."""
+    """Turns errors of the disk that the user must fix, such as a full or read-only one, into UserError."""
     try:
         yield
     except OSError as error:

@@ -18,12 +18,12 @@ from unet_ray.data.inputs import encoded_images
 from unet_ray.models.checkpoint import ModelCard
 
 OVERLAY_SIDE = 1024
-"""Most pixels of an overlay's longer side."""
+"""Largest number of pixels of an overlay's longer side."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reader:
-    """Reads images and decodes them as a model needs them."""
+    """Reads images and decodes them in the form that a model needs."""
 
     channels: int
     value_range: Any
@@ -34,7 +34,7 @@ class Reader:
         return cls(card.model.in_channels, card.value_range, max_pixels)
 
     def encoded(self, chunk: Chunk) -> Iterator[Source | str]:
-        """Yields the file of each row, or why there is none."""
+        """Yields the file of each row, or the reason of the failure."""
         inside = "source" in chunk and any(chunk["source"])
         stored = _from_parquet(chunk) if inside else {}
         for row, path in enumerate(chunk["path"]):
@@ -58,7 +58,7 @@ class Reader:
         return storage.read_bytes(path)
 
     def resized(self, data: Source | str, size_hw: tuple[int, int] | None) -> tuple[np.ndarray, tuple[int, int]]:
-        """Decodes an image to this size, see `imaging.decode_image`. Raises ImageError."""
+        """Decodes an image and resizes it to `size_hw`, see `imaging.decode_image`. Raises ImageError."""
         if isinstance(data, str):
             raise ImageError(data)
         return imaging.decode_image(
@@ -72,18 +72,21 @@ class Reader:
         return Pixels(data, self.channels, self.value_range, self.max_pixels)
 
     def picture(self, data: Source | str, size_hw: tuple[int, int], side: int) -> np.ndarray:
-        """Returns an image of this size to look at, uint8 [h,w,3], longer side at most `side`. Raises ImageError."""
+        """Returns a small RGB version of an image for people, uint8 [h,w,3]. Raises ImageError.
+
+        `size_hw`: the image's own size. `side`: largest number of pixels of the longer side.
+        """
         picture, _ = self.resized(data, imaging.fitted(size_hw, side))
         return np.ascontiguousarray(picture[..., [0, 1, 2] if picture.shape[-1] in (3, 4) else [0, 0, 0]])
 
     def overlay(self, data: Source | str, mask: np.ndarray, num_classes: int) -> bytes:
-        """Returns a small picture, JPEG, with the class ids, uint8 [H,W], drawn in. Raises ImageError."""
+        """Returns a small JPEG picture with a mask drawn in. `mask`: class ids, uint8 [H,W]. Raises ImageError."""
         return pictures.overlay(self.picture(data, mask.shape, OVERLAY_SIDE), mask, num_classes)
 
 
 @dataclass(frozen=True, slots=True)
 class GivenReader(Reader):
-    """Reads the one image that it was given."""
+    """Returns the image that it was made with, in place of a file."""
 
     image: Source
 
@@ -92,17 +95,17 @@ class GivenReader(Reader):
 
 
 def _from_parquet(chunk: Chunk) -> dict[int, bytes | str]:
-    """Returns row of the chunk -> encoded image, for rows that lie in Parquet files."""
-    found: dict[int, bytes | str] = {}
+    """Returns row of the chunk -> encoded image or reason of the failure, for images inside Parquet files."""
+    images: dict[int, bytes | str] = {}
     for source in sorted(set(chunk["source"]) - {b""}):
         rows = np.flatnonzero(chunk["source"] == source)
         wanted = {int(chunk["source_row"][row]): int(row) for row in rows}
         try:
             data = encoded_images(os.fsdecode(source), sorted(wanted))
-            found |= {wanted[number]: image for number, image in data.items()}
+            images |= {wanted[number]: image for number, image in data.items()}
         except (OSError, ValueError) as error:
-            found |= dict.fromkeys(wanted.values(), _reason(error))
-    return found
+            images |= dict.fromkeys(wanted.values(), _reason(error))
+    return images
 
 
 def _reason(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""From a model directory and the options for its masks to the pipeline that makes them."""
+"""Builds the pipeline for a model directory and the options of its masks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from unet_ray.models.checkpoint import ModelCard
 
 
 def pipeline_of(model: str, options: MaskOptions) -> Pipeline:
-    """Returns the pipeline of a run or model directory. Raises UserError if there is none or the options don't fit."""
+    """Returns the pipeline for a run or model directory. Raises UserError if the model does not exist or the options do
+    not fit it."""
     model = checkpoint.model_directory(storage.absolute(model))
     card = checkpoint.read_card(model)
     ensemble = tuple(checkpoint.model_directory(storage.absolute(other)) for other in options.ensemble)
@@ -32,6 +33,9 @@ def _check_tile(card: ModelCard, options: MaskOptions) -> None:
     if not options.tile:
         return
     card.model.check_size(options.tile, "--tile")
+    # With a shorter tile, an unpadded network's step would be 0 pixels (`tiles.Grid.of`), and a padded U-Net would
+    # extend each tile to this size anyway. Networks without levels (fcn, otsu, ...) do not use `depth`, but have it, so
+    # the rule holds for them, too. One rule for all is simpler, and such short tiles help no network.
     if options.tile < 2**card.model.depth:
         raise UserError(f"--tile {options.tile}: at least {2**card.model.depth} for this model")
     if options.tta and card.model.padding == "valid":
@@ -39,7 +43,8 @@ def _check_tile(card: ModelCard, options: MaskOptions) -> None:
 
 
 def _quantized(model: str, card: ModelCard, options: MaskOptions) -> str | None:
-    """Returns the stem of the files of the network in int8, if it is to be used. Raises UserError if it can't be."""
+    """Returns the stem of the files of the network in int8, or None if it is not to be used. Raises UserError if it is
+    asked for and can't be used."""
     accepted = checkpoint.read_choice(model, checkpoint.INT8, card)
     if options.precision == "int8":
         if options.ensemble:

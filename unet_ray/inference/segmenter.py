@@ -27,32 +27,33 @@ IMAGES_AT_ONCE = {"cpu": 1, "cuda": 8}
 
 @dataclass(frozen=True, slots=True)
 class Segmentation:
-    """What the network gives for a batch."""
+    """Holds the network's output for a batch of images at the model's size."""
 
     logits: np.ndarray
-    """float16 [N,K,H,W]: half the bytes of float32 on the way to the stage that writes; signs are kept exactly."""
+    """float16 [N,K,H,W]: half the bytes of float32 on the way to the stage that writes. Signs are kept exactly."""
     confidence: np.ndarray
-    """float32 [N]: probability of the decided class, mean over the pixels."""
+    """float32 [N]: probability of the decided class, averaged over the pixels."""
 
 
 @dataclass(frozen=True, slots=True)
-class WholeImage:
-    """What the network gives for one image at its own size."""
+class SegmentedMask:
+    """Holds the mask of one image at its own size."""
 
     mask: np.ndarray
     """Class ids, uint8 [H,W]."""
     confidence: float
+    """Probability of the decided class, averaged over the pixels."""
     probabilities: np.ndarray | None
-    """uint8 [K,H,W], if they were asked for."""
+    """uint8 [K,H,W], 255 for certainty; None unless they were asked for."""
 
 
 class BatchSegmenter:
     """Loads a model once, then segments batch after batch: uint8 [N,H,W,C] at the model's image size -> Segmentation.
 
-    `ensemble`: further models of the same channels, image size and classes; probabilities are averaged. `flips`: axes
-    (`h`, `v` or both) over which they are averaged too. `threads`: on a CPU; None leaves torch's own choice.
-    `precision`, `backend`, `images`: see `backends.RuntimeOptions`; `quantized`: see `backends.load`.
-    Raises UserError if there is no such model, or where models do not go together.
+    `ensemble`: further models with the same channels, image size and classes; probabilities are averaged. `flips`: axes
+    (`h`, `v` or both) along which images are flipped, too, before the probabilities are averaged. `threads`: threads on
+    a CPU; None keeps torch's number. `precision`, `backend`, `images`: see `backends.RuntimeOptions`; `quantized`: see
+    `backends.load`. Raises UserError if a model does not exist, or if the models do not go together.
     """
 
     def __init__(
@@ -95,11 +96,11 @@ class BatchSegmenter:
         return Segmentation(np.concatenate(logits), np.concatenate(confidence))
 
     def _with_room(self, logits_of: Callable[[np.ndarray], Tensor], image_NHWC: np.ndarray) -> Iterator[Tensor]:
-        """Yields logits [n,K,h,w] of as many images at a time as the GPU has room for: where its memory runs out, it
-        continues with half as many."""
+        """Yields logits [n,K,h,w] for at most `at_once` images at a time. If the GPU's memory runs out, it halves
+        `at_once` and continues."""
         start = 0
         while start < len(image_NHWC):
-            # Ray's batches are read-only views of shared memory, which torch must not be given: those are copied.
+            # Ray's batches are read-only views of shared memory. Torch needs writable arrays, so those are copied.
             images = np.require(image_NHWC[start : start + self.at_once], requirements=["C", "W"])
             try:
                 output = logits_of(images)
@@ -116,13 +117,13 @@ class BatchSegmenter:
                 yield output
 
     def _logits(self, image_NHWC: np.ndarray) -> Tensor:
-        """Returns logits float32 [N,K,H,W] on the device; of several models and views, those of their mean
+        """Returns logits float32 [N,K,H,W] on the device. For several models or views, they are the logits of the mean
         probability."""
         image = torch.from_numpy(image_NHWC).to(self.device, non_blocking=True)
         outputs = []
         for model, card in self.models:
             for view in self.views:
-                # Flipped in memory order, so that what the network sees stays channels_last.
+                # Flipped as NHWC, so that the network's input stays channels_last.
                 seen = image.flip([axis - 1 for axis in view]) if view else image
                 output = run_network(model, seen, card.model, card.data)
                 outputs.append(output.flip(view) if view else output)
@@ -133,12 +134,12 @@ class BatchSegmenter:
         return torch.stack([output.softmax(dim=1) for output in outputs]).mean(dim=0).clamp_min(1e-6).log()
 
     @torch.inference_mode()
-    def by_tiles(self, pixels: Pixels, tile: int, overlap: float, *, probabilities: bool) -> WholeImage:
+    def by_tiles(self, pixels: Pixels, tile: int, overlap: float, *, probabilities: bool) -> SegmentedMask:
         """Segments one image at its own size, in tiles of `tile` pixels a side.
 
-        `overlap`: the share of its side that a tile has in common with the next. Their logits are averaged with
-        Gaussian weights (as nnU-Net does). An unpadded network needs no overlap: its tiles are exact. The image is
-        mirrored at its edges. Beside the image and its mask, one band of tiles is in memory at a time.
+        `overlap`: the share of a tile's side that the next tile covers, too. The logits of overlapping tiles are
+        averaged with Gaussian weights (as nnU-Net does). An unpadded network needs no overlap: its tiles are exact. The
+        image is mirrored at its edges. Memory holds the image, its mask and one row of tiles.
         """
         height, width = pixels.size_hw
         classes, threshold = self.card.model.num_classes, self.card.threshold
@@ -152,10 +153,10 @@ class BatchSegmenter:
             certain += float(_certainty(logits[None]).double().sum())
             if maps is not None:
                 maps[:, top:bottom] = imaging.to_probabilities(planes)
-        return WholeImage(mask, certain / (height * width), maps)
+        return SegmentedMask(mask, certain / (height * width), maps)
 
     def _bands(self, pixels: Pixels, tile: int, overlap: float) -> Iterator[tuple[int, Tensor]]:
-        """Yields (first row, logits float32 [K,h,W]) of the image's rows from top to bottom."""
+        """Yields (first row, logits float32 [K,h,W]) of bands of the image from top to bottom."""
         grid = Grid.of(self.card.model, pixels.size_hw, tile, overlap, self.device)
         band = Band(grid, self.card.model.num_classes)
         margin, at_once = self.card.model.margin, self.at_once
@@ -167,10 +168,10 @@ class BatchSegmenter:
                 tiles = chain.from_iterable(self._with_room(self._tile_logits, np.stack(windows)))
                 for left, logits in zip(lefts, tiles, strict=True):
                     band.add(left, logits)
-            yield from band.finished(number)
+            yield from band.pop_complete_rows(number)
 
     def _tile_logits(self, image_NHWC: np.ndarray) -> Tensor:
-        """Returns logits [N,K,T,T] of windows that have the network's margin around their tile of T pixels a side."""
+        """Returns logits [N,K,T,T] of windows: tiles of T pixels a side with the network's margin around them."""
         if self.card.model.margin == 0:
             return self._logits(image_NHWC)
         image = torch.from_numpy(image_NHWC).to(self.device).permute(0, 3, 1, 2)
@@ -178,7 +179,7 @@ class BatchSegmenter:
 
 
 def _certainty(logits_NKHW: Tensor) -> Tensor:
-    """Returns the probability of the decided class, [N,H,W]."""
+    """Returns the probability of the decided class, float32 [N,H,W]."""
     if logits_NKHW.shape[1] == 1:
         probability = logits_NKHW[:, 0].sigmoid()
         return torch.maximum(probability, 1 - probability)

@@ -1,7 +1,7 @@
-"""The stages of prediction and evaluation: callables on columns that know nothing of Ray.
+"""Defines the stages of prediction and evaluation: callables on chunks, independent of Ray.
 
-A *chunk* is a dict of equally long columns, one row per image, that travels through the stages as one block. A row that
-fails carries its reason in `error`, and the later stages skip it.
+A *chunk* is a dict of equally long columns, one row per image. It passes through the stages as one block. If a row
+fails, its column `error` holds the reason, and the later stages skip it.
 
     whole images   number ─► preprocess: read, decode ─► model ─► postprocess: own size, clean-up, write or compare
     tiles          number ─► preprocess: rows ─► model: read, decode, tiles, clean-up, write or compare ─► nothing
@@ -22,32 +22,34 @@ from unet_ray.data import imaging, masks
 from unet_ray.data.chunks import Chunk, objects
 from unet_ray.data.imaging import ImageError, Pixels, Source
 from unet_ray.inference.reader import Reader
-from unet_ray.inference.segmenter import BatchSegmenter, WholeImage
+from unet_ray.inference.segmenter import BatchSegmenter, SegmentedMask
 from unet_ray.models.checkpoint import ModelCard
 
 TIMES = ("decode_ms", "model_ms", "postprocess_ms", "write_ms")
-"""Milliseconds that each stage took for an image."""
+"""Columns for the milliseconds that each stage took for an image."""
 DECODE_AHEAD_PIXELS = 50_000_000
-"""With tiles, the next image is decoded meanwhile if neither has more pixels."""
+"""With tiles, the next image is decoded during the segmentation of the current one if the current one has at most this
+many pixels. Two images are then in memory; the next one may have any size."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """The mask of one image at its own size, or the reason why there is none."""
+    """Holds the mask of one image at its own size, or the reason for a failure."""
 
-    image: WholeImage | None
+    segmented: SegmentedMask | None
     error: str
     """Empty if there is a mask."""
     milliseconds: dict[str, float]
-    """Of `TIMES`, those of the stages so far."""
+    """Times of the stages so far, named as in `TIMES`."""
 
 
 Load = Callable[[int], Chunk]
-"""Returns the rows of the chunk of that number: at least `path` (bytes) of each."""
-Predict = Callable[[Chunk], Iterator[Prediction]]
-"""Makes the masks of a chunk at their own size, one at a time: a chunk of large ones would not fit in memory."""
-Finish = Callable[[Chunk, Iterator[Prediction]], Chunk]
-"""Uses the masks of a chunk, one at a time: writes or compares them."""
+"""Returns the rows of the chunk with this number: at least the column `path` (bytes)."""
+MakeMasks = Callable[[Chunk], Iterator[Prediction]]
+"""Makes the masks of a chunk at their own size, one at a time: a chunk of large masks would not fit in memory."""
+MaskSink = Callable[[Chunk, Iterator[Prediction]], Chunk]
+"""Takes the masks of a chunk one at a time, and writes them (`write.Write`) or compares them
+(`evaluation.compare.Compare`). Returns the outcome of each row."""
 
 
 # --- every pipeline ---
@@ -55,10 +57,10 @@ Finish = Callable[[Chunk, Iterator[Prediction]], Chunk]
 
 @dataclass(frozen=True, slots=True)
 class Preprocess:
-    """Returns the rows of the chunk of a number, decoded."""
+    """Loads the rows of a chunk by its number and decodes their images."""
 
     load: Load
-    decode: Decode
+    decode: DecodeImages
 
     def __call__(self, number: int) -> Chunk:
         chunk = self.load(number)
@@ -66,24 +68,24 @@ class Preprocess:
 
 
 @dataclass(frozen=True, slots=True)
-class Finishing:
-    """Makes the masks of a chunk and hands each to `finish` before the next is made."""
+class MasksToSink:
+    """Makes the masks of a chunk and passes each to `sink` before it makes the next."""
 
-    predict: Predict
-    finish: Finish
+    make_masks: MakeMasks
+    sink: MaskSink
 
     def __call__(self, chunk: Chunk) -> Chunk:
-        return self.finish(chunk, self.predict(chunk))
+        return self.sink(chunk, self.make_masks(chunk))
 
 
 def unchanged(chunk: Chunk) -> Chunk:
-    """Returns the chunk: the stage after the last one that has work."""
+    """Returns the chunk unchanged: the stage of a pipeline that has no work for it."""
     return chunk
 
 
 @dataclass(frozen=True, slots=True)
 class Chunks:
-    """Chunks that are in memory: columns cut into pieces of `size` rows."""
+    """Cuts columns in memory into chunks of `size` rows."""
 
     columns: Mapping[str, Sequence[Any]]
     size: int
@@ -108,8 +110,12 @@ def _milliseconds_since(started: float) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Decode:
-    """Adds `image` uint8 [N,H,W,C] at the model's size (zeros where it failed), `height`, `width`, `error`."""
+class DecodeImages:
+    """Reads and decodes the images of a chunk.
+
+    Adds the columns `image` uint8 [N,H,W,C] at the model's size (zeros for rows that failed), `height` and `width` of
+    the image itself, `error`, and `decode_ms`.
+    """
 
     reader: Reader
     size_hw: tuple[int, int]
@@ -138,7 +144,7 @@ class Decode:
 
 
 class Segment:
-    """Replaces `image` by `logits` float16 [N,K,H,W] and `confidence` float32 [N]."""
+    """Replaces the column `image` with `logits` float16 [N,K,H,W], `confidence` float32 [N] and `model_ms`."""
 
     def __init__(self, segmenter: BatchSegmenter) -> None:
         self.segmenter = segmenter
@@ -161,7 +167,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class ToOwnSize:
-    """Makes masks at each image's own size from `logits`, and cleans them up."""
+    """Makes masks at each image's own size from the column `logits`, and cleans them up."""
 
     card: ModelCard
     cleanup: Cleanup
@@ -170,17 +176,17 @@ class ToOwnSize:
     def __call__(self, chunk: Chunk) -> Iterator[Prediction]:
         for row, error in enumerate(chunk["error"]):
             started = time.perf_counter()
-            image = None if error else self._image(chunk, row)
+            segmented = None if error else self._segmented(chunk, row)
             milliseconds = {name: float(chunk[name][row]) for name in ("decode_ms", "model_ms")}
             milliseconds["postprocess_ms"] = _milliseconds_since(started)
-            yield Prediction(image, str(error), milliseconds)
+            yield Prediction(segmented, str(error), milliseconds)
 
-    def _image(self, chunk: Chunk, row: int) -> WholeImage:
+    def _segmented(self, chunk: Chunk, row: int) -> SegmentedMask:
         logits = chunk["logits"][row]
         size_hw = (int(chunk["height"][row]), int(chunk["width"][row]))
         mask = imaging.to_own_size(logits, size_hw, self.card.threshold)
         maps = imaging.probabilities(logits, size_hw) if self.probabilities else None
-        return WholeImage(_cleaned(mask, self.cleanup), float(chunk["confidence"][row]), maps)
+        return SegmentedMask(_cleaned(mask, self.cleanup), float(chunk["confidence"][row]), maps)
 
 
 # --- tiles ---
@@ -190,8 +196,8 @@ class ToOwnSize:
 class SegmentByTiles:
     """Reads, decodes, segments and cleans up each image of a chunk at its own size, a tile at a time.
 
-    It is one stage so that an image of any size never leaves the process. The next image of ordinary size is read and
-    decoded meanwhile.
+    It is one stage, so a large image never moves between processes. The next image is decoded during the segmentation
+    of the current one, see `DECODE_AHEAD_PIXELS`.
     """
 
     segmenter: BatchSegmenter
@@ -200,7 +206,7 @@ class SegmentByTiles:
     tile: int
     """Pixels of a tile's side."""
     overlap: float
-    """Share of a tile's side that it has in common with the next."""
+    """Share of a tile's side that the next tile covers, too."""
     probabilities: bool
 
     def __call__(self, chunk: Chunk) -> Iterator[Prediction]:
@@ -209,8 +215,8 @@ class SegmentByTiles:
             upcoming = decoding.submit(self._decoded, encoded)
             for _ in chunk["path"]:
                 pixels, decode_ms = upcoming.result()
-                small = isinstance(pixels, str) or np.prod(pixels.size_hw) <= DECODE_AHEAD_PIXELS
-                if small:
+                decode_ahead = isinstance(pixels, str) or np.prod(pixels.size_hw) <= DECODE_AHEAD_PIXELS
+                if decode_ahead:
                     upcoming = decoding.submit(self._decoded, encoded)
                 if isinstance(pixels, str):
                     yield Prediction(None, pixels, {"decode_ms": decode_ms, "model_ms": 0, "postprocess_ms": 0})
@@ -219,14 +225,14 @@ class SegmentByTiles:
                     del pixels
                     yield prediction
                     del prediction
-                if not small:
+                if not decode_ahead:
                     upcoming = decoding.submit(self._decoded, encoded)
 
     def _decoded(self, encoded: Iterator[Source | str]) -> tuple[Pixels | str, float]:
-        """Returns the next image, or why there is none, and the milliseconds it took."""
+        """Returns the next image, or the reason of its failure, and the milliseconds that this took."""
         started = time.perf_counter()
         data = next(encoded, "")
-        if data == "":  # beyond the last row
+        if data == "":  # after the last row
             return "", 0
         try:
             pixels: Pixels | str = self.reader.pixels(data)
@@ -236,8 +242,8 @@ class SegmentByTiles:
 
     def _prediction(self, pixels: Pixels, decode_ms: float) -> Prediction:
         started = time.perf_counter()
-        whole = self.segmenter.by_tiles(pixels, self.tile, self.overlap, probabilities=self.probabilities)
+        raw = self.segmenter.by_tiles(pixels, self.tile, self.overlap, probabilities=self.probabilities)
         model_ms, started = _milliseconds_since(started), time.perf_counter()
-        image = WholeImage(_cleaned(whole.mask, self.cleanup), whole.confidence, whole.probabilities)
+        cleaned = SegmentedMask(_cleaned(raw.mask, self.cleanup), raw.confidence, raw.probabilities)
         milliseconds = {"decode_ms": decode_ms, "model_ms": model_ms, "postprocess_ms": _milliseconds_since(started)}
-        return Prediction(image, "", milliseconds)
+        return Prediction(cleaned, "", milliseconds)

@@ -1,4 +1,4 @@
-"""Writes down the images of the inputs, in shards, with the place of each one's mask: the first step of the ledger."""
+"""Writes the images of the inputs into the ledger, in shards, with the path of each mask."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from unet_ray.inference.digests import DigestMap, digests_of
 from unet_ray.inference.ledger import SHARD_ROWS, Ledger
 
 INPUTS_SCHEMA = pa.schema(
-    # Names are bytes: a file system's need not be UTF-8.
+    # Names are bytes, because a file system's names need not be UTF-8.
     [
         ("path", pa.binary()),
         ("name", pa.binary()),
@@ -37,10 +37,11 @@ def survey(
     cost: RowCost,
     on_listed: Callable[[int], None] = lambda _count: None,
 ) -> int:
-    """Writes down the images that are not known yet, and the new size and time of those that have changed.
+    """Adds new images to the ledger, and renews the size and time of changed ones. Returns the number of different
+    images in this listing.
 
-    `outputs_of` proposes paths for an image's mask; the first that no other image has is taken. Returns how many
-    different images there are. Memory grows by about 60 bytes per image.
+    `outputs_of` proposes paths for an image's mask; the first that no other image has is taken. Memory grows by about
+    60 bytes per image.
     """
     listing = _Listing(ledger, outputs_of, cost)
     images = iter(images)
@@ -52,7 +53,7 @@ def survey(
 
 
 class _Listing:
-    """The images found so far, beside those that earlier runs wrote down."""
+    """Collects the images of this listing and tells them from those of earlier runs."""
 
     def __init__(self, ledger: Ledger, outputs_of: Callable[[ImageFile], Iterator[str]], cost: RowCost) -> None:
         self.ledger, self.outputs_of = ledger, outputs_of
@@ -61,7 +62,7 @@ class _Listing:
         self._read_earlier()
         self.rows = self.earlier = len(self.sizes)
         self.seen = np.zeros(self.earlier, bool)
-        """Which of the earlier images this listing has."""
+        """Which of the earlier images this listing contains, bool [N]."""
         self.changed: dict[int, tuple[int, int]] = {}
         """Row of an earlier image -> its new size and time."""
         self.count = 0
@@ -95,13 +96,13 @@ class _Listing:
         self.count += len(new)
 
     def _new(self, batch: list[ImageFile], digests: np.ndarray) -> list[int]:
-        """Returns the places in the batch of images that are in no shard yet; notes which others are there."""
+        """Returns the places in the batch of images that are in no shard yet, and notes the others."""
         new = []
         in_batch: set[bytes] = set()
         for place, row in enumerate(self.known.find(digests).tolist()):
             digest = digests[place].tobytes()
             if row >= self.earlier or digest in in_batch:
-                continue  # named twice in this listing
+                continue  # listed twice
             in_batch.add(digest)
             if row >= 0:
                 self._note_earlier(row, batch[place])
@@ -116,7 +117,7 @@ class _Listing:
             self.changed[row] = (image.size, image.mtime_ns)
 
     def _free_outputs(self, images: list[ImageFile]) -> tuple[list[bytes], np.ndarray]:
-        """Returns a path for each image's mask that no other has, and the digests of the paths."""
+        """Returns an unused path for each image's mask, and the digests of the paths."""
         proposals = [self.outputs_of(image) for image in images]
         outputs = [os.fsencode(next(proposal)) for proposal in proposals]
         digests = digests_of(outputs).copy()
@@ -135,7 +136,7 @@ class _Listing:
 
 
 def _renew(ledger: Ledger, changed: dict[int, tuple[int, int]]) -> None:
-    """Writes the new sizes and times of images that have changed into their shards."""
+    """Writes the new sizes and times of changed images into their shards."""
     if not changed:
         return
     first = 0
@@ -148,17 +149,18 @@ def _renew(ledger: Ledger, changed: dict[int, tuple[int, int]]) -> None:
             sizes, times = table["size"].to_numpy().copy(), table["mtime_ns"].to_numpy().copy()
             for row, (size, mtime_ns) in mine.items():
                 sizes[row], times[row] = size, mtime_ns
-            table = table.set_column(3, "size", pa.array(sizes)).set_column(4, "mtime_ns", pa.array(times))
+            for name, values in (("size", sizes), ("mtime_ns", times)):
+                table = table.set_column(table.schema.get_field_index(name), name, pa.array(values))
             _write_inputs(ledger, shard, table, file.metadata.row_group(0).num_rows)
 
 
 def _write_inputs(ledger: Ledger, shard: int, table: pa.Table, rows_per_chunk: int) -> None:
-    """Writes the inputs of a shard; a row group is a chunk."""
+    """Writes the inputs of a shard. Each row group is a chunk."""
     storage.write_bytes(ledger.inputs_file(shard), to_parquet(table, row_group_size=rows_per_chunk))
 
 
 class _ShardWriter:
-    """Collects inputs and writes them, a shard at a time."""
+    """Collects inputs and writes them shard by shard."""
 
     def __init__(self, ledger: Ledger, shard: int, cost: RowCost) -> None:
         self.ledger, self.shard, self.cost = ledger, shard, cost

@@ -1,4 +1,4 @@
-"""How a prediction is scored: counts first, ratios last."""
+"""Scores predictions: counts first, ratios last."""
 
 from unet_ray.metrics.bootstrap import bootstrap_interval
 from unet_ray.metrics.comparison import Comparison, compare

@@ -1,4 +1,4 @@
-"""The interval of a mean."""
+"""Computes the interval of a mean."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ BOOTSTRAP_SAMPLES = 2000
 
 
 def bootstrap_interval(values_M: np.ndarray) -> tuple[float, float]:
-    """95 % interval of the mean of M values, by drawing with replacement (percentile bootstrap; Efron 1979)."""
+    """Returns the 95 % interval of the mean of M values, drawn with replacement (percentile bootstrap; Efron 1979)."""
     # The seed is fixed, so the same images always give the same interval.
     generator = np.random.default_rng(0)
     means = [values_M[generator.integers(0, len(values_M), len(values_M))].mean() for _ in range(BOOTSTRAP_SAMPLES)]

@@ -1,4 +1,4 @@
-"""Compare two models image by image."""
+"""Compares two models image by image."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from unet_ray.metrics.scores import ImageScores
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Two models on the same images, by the Dice of each image."""
+    """The comparison of two models on the same images, by the Dice of each image."""
 
     images: int
     difference: float
@@ -22,11 +22,11 @@ class Comparison:
     ci95: tuple[float, float]
     """Bootstrap 95 % interval of that mean."""
     p_value: float
-    """Wilcoxon's signed-rank test (1945), two-sided, of the differences; images without a difference are left out."""
+    """Two-sided p of Wilcoxon's signed-rank test (1945) on the differences, without images that have no difference."""
     better: int
-    """Images on which the first model is better."""
+    """Number of images on which the first model is better."""
     worse: int
-    """Images on which it is worse."""
+    """Number of images on which it is worse."""
 
     def to_json(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "ci95": list(self.ci95)}

@@ -1,4 +1,4 @@
-"""Count hits and misses of each class, and divide them into Dice, IoU, precision, recall and accuracy.
+"""Counts hits and misses of each class, and divides them into Dice, IoU, precision, recall and accuracy.
 
 A count is int64 [..., K, 3]: true positives, false positives, false negatives of each class. Counts add up over
 pixels, images and workers without rounding, so any number of workers gives the same score. For one class (a single
@@ -19,7 +19,7 @@ _BACKGROUND = "background"
 
 
 def count(predicted_NHW: Tensor, ground_truth_NHW: Tensor, num_classes: int) -> Tensor:
-    """Counts each image: int64 [N,K,3] from two masks of class ids, uint8 [N,H,W], on the device that they are on.
+    """Returns the counts of each image, int64 [N,K,3], from two masks of class ids, uint8 [N,H,W], on their device.
 
     Pixels that are `IGNORE` in the ground truth do not count.
     """
@@ -34,33 +34,33 @@ def count(predicted_NHW: Tensor, ground_truth_NHW: Tensor, num_classes: int) -> 
 
 
 def dice(counts: np.ndarray) -> np.ndarray:
-    """2 TP / (2 TP + FP + FN), float64 [...]; NaN where a class is neither in the ground truth nor predicted."""
+    """Returns 2 TP / (2 TP + FP + FN), float64 [...]; NaN for a class neither in the ground truth nor predicted."""
     tp, fp, fn = np.moveaxis(counts.astype(np.float64), -1, 0)
     return _ratio(2 * tp, 2 * tp + fp + fn)
 
 
 def iou(counts: np.ndarray) -> np.ndarray:
-    """TP / (TP + FP + FN), float64 [...]; NaN where a class is neither in the ground truth nor predicted."""
+    """Returns TP / (TP + FP + FN), float64 [...]; NaN for a class neither in the ground truth nor predicted."""
     tp, fp, fn = np.moveaxis(counts.astype(np.float64), -1, 0)
     return _ratio(tp, tp + fp + fn)
 
 
 def precision(counts: np.ndarray) -> np.ndarray:
-    """TP / (TP + FP), float64 [...]; NaN where a class is not predicted."""
+    """Returns TP / (TP + FP), float64 [...]; NaN where a class is not predicted."""
     tp, fp, _ = np.moveaxis(counts.astype(np.float64), -1, 0)
     return _ratio(tp, tp + fp)
 
 
 def recall(counts: np.ndarray) -> np.ndarray:
-    """TP / (TP + FN), float64 [...]; NaN where a class is not in the ground truth."""
+    """Returns TP / (TP + FN), float64 [...]; NaN where a class is not in the ground truth."""
     tp, _, fn = np.moveaxis(counts.astype(np.float64), -1, 0)
     return _ratio(tp, tp + fn)
 
 
 def pixel_accuracy(counts: np.ndarray, pixels: np.ndarray) -> np.ndarray:
-    """Share of the valid pixels with the right class, float64 [...], from counts [...,K,3] and valid pixels [...]."""
+    """Returns the share of valid pixels with the right class, float64 [...]; counts [...,K,3], valid pixels [...]."""
     counts = counts.astype(np.float64)
-    if counts.shape[-2] == 1:  # one class: all pixels that are not false are right, the background's too
+    if counts.shape[-2] == 1:  # one class: every pixel that is not false is right, also in the background
         right = pixels - counts[..., 0, 1] - counts[..., 0, 2]
     else:
         right = counts[..., 0].sum(axis=-1)
@@ -68,7 +68,7 @@ def pixel_accuracy(counts: np.ndarray, pixels: np.ndarray) -> np.ndarray:
 
 
 def image_mean(ratios_K: np.ndarray, class_names: Sequence[str] = ()) -> np.ndarray:
-    """Mean over the classes, float64 [...], from ratios of each class [...,K].
+    """Returns the mean over the classes, float64 [...], of the ratios of each class [...,K].
 
     A class without a ratio (NaN) does not count. An image without any ratio (an empty mask, predicted empty) is right
     and scores 1. A class 0 named `background` does not count.

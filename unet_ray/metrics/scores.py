@@ -1,4 +1,4 @@
-"""Score a set of images: means, intervals, totals over all pixels, tables and JSON."""
+"""Scores a set of images: means, intervals, totals over all pixels, tables and JSON."""
 
 from __future__ import annotations
 
@@ -86,10 +86,10 @@ class Score:
     total: float | None
     """Score over all pixels of all images together; None for distances. `global` in JSON."""
     undefined: int = 0
-    """Images without this score, which are not in the mean: they have no region to measure a distance to."""
+    """Number of images that the mean leaves out, since they have no region to measure a distance to."""
 
     def texts(self, digits: int) -> tuple[str, str, str] | None:
-        """Formats mean, interval and total; None if there is no mean. Without a total its text is empty."""
+        """Formats mean, interval and total; returns None without a mean. The text of a missing total is empty."""
         if self.mean is None or self.ci95[0] is None:
             return None
         interval = f"{self.ci95[0]:.{digits}f} – {self.ci95[1]:.{digits}f}"
@@ -109,8 +109,8 @@ class Scores:
     means: dict[str, Score]
     """dice, iou, pixel_accuracy, precision, recall, hd95, hd95_pooled, surface_dice."""
     per_class: dict[str, dict[str, float | None]]
-    """Class name -> mean of each score over the images where it is defined, and the value over all pixels of scores
-    from counts (`…_global`); empty for one class."""
+    """Class name -> mean of each score over the images where it is defined. Scores from counts also have their value
+    over all pixels (`…_global`). Empty for one class."""
     tolerance: float
     """Tolerance of surface_dice, in pixels."""
     each: ImageScores
@@ -134,7 +134,7 @@ class Scores:
         return "\n".join([self.table(), *(f"  not scored: {path}: {reason}" for path, reason in self.failures[:5])])
 
     def table(self) -> str:
-        """Formats each score's mean, interval and value over all pixels, one a line; then the classes."""
+        """Formats each score's mean, interval and value over all pixels, one score per line; then the classes."""
         lines = [f"{self.images} images           mean    95 % interval     all pixels"]
         labels = {**LABELS, "surface_dice": f"surface Dice {self.tolerance:g}px", "hd95": "Hausdorff95 px"}
         for name, label in labels.items():

@@ -1,4 +1,4 @@
-"""Measure how far the edges of two masks lie apart: Hausdorff distances and surface Dice."""
+"""Measures how far apart the edges of two masks are: Hausdorff distances and surface Dice."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ SURFACE = ("hd95", "hd95_pooled", "surface_dice")
 
 
 def surface_distances(predicted: np.ndarray, ground_truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Distances in pixels from each edge pixel of one region, bool [H,W], to the nearest edge pixel of the other.
+    """Returns the distance in pixels from each edge pixel of one region, bool [H,W], to the nearest of the other.
 
-    Returns float64 [P] from predicted to ground truth, and [T] back; two empty arrays if either region is empty. An
-    edge pixel has a side neighbour outside its region or outside the image, as in MONAI's `get_mask_edges`.
+    The result is float64 [P] from predicted to ground truth, and [T] back; both are empty if either region is. An edge
+    pixel has a side neighbour outside its region or outside the image, as in MONAI's `get_mask_edges`.
     """
     from scipy.spatial import KDTree  # imported here because prediction does not need it and should start fast
 

@@ -1,4 +1,4 @@
-"""The networks, built by name from a ModelConfig."""
+"""Builds the networks by name from a ModelConfig."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The base class of all networks: pixels in, logits of the same size out, activation checkpointing.
+"""The base class of all networks: turns pixels into logits of the same size, and checkpoints activations.
 
 Legend: N images, C channels, H, W pixels.
 """
@@ -18,8 +18,10 @@ from unet_ray.config import ModelConfig
 
 
 class SegmentationModel(nn.Module, ABC):
-    """uint8 [N, in_channels, H, W] -> float [N, num_classes, H, W] logits with padding `same`, for any H and W;
-    [N, num_classes, H - 2 * margin, W - 2 * margin] with `valid`, for sizes that `ModelConfig.check_size` accepts.
+    """Turns images, uint8 [N, in_channels, H, W], into logits.
+
+    With padding `same` they are float [N, num_classes, H, W], for any H and W. With `valid` they are
+    [N, num_classes, H - 2 * margin, W - 2 * margin], for sizes that `ModelConfig.check_size` accepts.
 
     A subclass defines `body`, from normalised pixels to logits, and `head`, its last convolution.
     """
@@ -42,12 +44,12 @@ class SegmentationModel(nn.Module, ABC):
 
     @property
     def step(self) -> int:
-        """With padding `same`, images are extended to sides that are multiples of this, in pixels."""
+        """Padding `same` extends the sides of an image to multiples of this, in pixels."""
         return self.multiple_of * self.config.patch
 
     @property
     def out_channels(self) -> int:
-        """Channels that `head` returns."""
+        """The number of channels that `head` returns."""
         return self.config.num_classes * self.config.patch**2
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""Networks to compare the U-Net with; the same code trains and scores them.
+"""Defines networks to compare the U-Net with; the same code trains and scores them.
 
 Legend: N images, C channels, K classes (1: a single logit), H, W pixels.
 """
@@ -66,7 +66,7 @@ class Smp(SegmentationModel):
 
 
 class Otsu(SegmentationModel):
-    """Otsu's threshold of each image's gray levels (Otsu 1979, equation 17).
+    """Separates each image's gray levels by Otsu's threshold (Otsu 1979, equation 17).
 
     Training learns only which side of the threshold is which class, and how certain that is: for each class, logits
     are a straight line over the distance from the threshold.

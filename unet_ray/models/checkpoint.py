@@ -1,10 +1,10 @@
-"""Save and load a model directory: all that predict needs. No pickle: safetensors and JSON.
+"""Saves and loads a model directory, which holds all that predict needs. No pickle: safetensors and JSON.
 
 model/model.safetensors  the weights; the card is in its header too, so one file holds a whole model
 model/model.json         the card, for people and other programs
 model/cleanup.json       the clean-up of masks that `evaluate --choose-cleanup` has chosen
 model/int8-*.xml, .bin   the network in int8 for OpenVINO, made by `unet-ray quantize`
-model/int8.json          which int8 network to use, and its score beside the network's own; only if that was good enough
+model/int8.json          which int8 network to use, its score and the network's own; absent if the score was too low
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def _parse_card(data: bytes | str, where: str) -> ModelCard:
 
 
 def load_model(location: str) -> tuple[SegmentationModel, ModelCard]:
-    """Loads the network of a model directory with its weights, on the CPU, and its card.
+    """Returns the network of a model directory, with its weights and on the CPU, and its card.
 
     Raises UserError if a file is damaged, or if the two files belong to different models.
     """
@@ -167,7 +167,7 @@ MAY_DIFFER = ("num_classes", "dropout", "pretrained")
 def model_settings_of(location: str) -> list[tuple[str, Any]]:
     """Returns the `model.` settings of the network in a run or model directory, for `load_train_config`.
 
-    Pairs of dotted name and value. Raises UserError if there is no model.
+    Each setting is (dotted name, value). Raises UserError if there is no model.
     """
     card = read_card(model_directory(storage.absolute(location)))
     values = dataclasses.asdict(dataclasses.replace(card.model, pretrained=False))
@@ -207,13 +207,13 @@ def _of_head(network: SegmentationModel) -> set[str]:
 
 
 def read_cleanup(location: str, card: ModelCard) -> str:
-    """Returns the clean-up chosen for the model in this directory; `none` if there is none for these weights."""
+    """Returns the clean-up chosen for the model in this directory; `none` if none was chosen for these weights."""
     chosen = read_choice(location, CLEANUP, card)
     return "none" if chosen is None else chosen["cleanup"]
 
 
 def read_choice(location: str, name: str, card: ModelCard) -> dict[str, Any] | None:
-    """Returns what validation has chosen for this model, from file `name`; None if nothing for these weights."""
+    """Returns the choice in file `name` that validation made for this model; None if none is for these weights."""
     path = storage.join(location, name)
     if not storage.exists(path):
         return None

@@ -1,4 +1,4 @@
-"""Compile a network with torch.compile, in prediction and training, if that saves time."""
+"""Compiles a network with torch.compile, in prediction and training, if that saves time."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unet_ray.config import ModelConfig
+from unet_ray.config import ModelConfig, first_line
 from unet_ray.models import SegmentationModel, build
 
 log = logging.getLogger("unet_ray")
 
 SECONDS = {"cpu": 30.0, "cuda": 60.0}
-"""Time that compiling takes for each size of batch. Measured for prediction: 19 s for base 64 on two cores, 7 to 28 s
+"""Seconds that compiling takes for each batch size. Measured for prediction: 19 s for base 64 on two cores, 7 to 28 s
 on others; for training: 28 s. CUDA is assumed, not measured."""
 GAIN = 0.05
 """Share of the time that a compiled network saves. Measured in bf16: 5 % on AVX-512 cores, 0 to 7 % in training there;
@@ -28,7 +28,7 @@ FLOPS = {"cpu": 0.2e12, "cuda": 200e12}
 def pays(operations: float, device: torch.device, *, bf16: bool, sizes: int = 1) -> bool:
     """Returns whether compiling saves twice the time it takes, in a process that will do this many operations.
 
-    `sizes`: how many sizes of batch it compiles for. The decision uses the network's operations and measured rates
+    `sizes`: number of batch sizes that it compiles for. The decision uses the network's operations and measured rates
     instead of a clock, so that a run that is stopped and resumed decides the same.
     """
     kind = device.type
@@ -70,8 +70,8 @@ class Compiled:
         except Exception as error:
             if self.run is self.model or isinstance(error, torch.OutOfMemoryError):
                 raise
-            # The usual cause: there is no C++ compiler, or Python's headers are missing.
-            log.warning("this network can't be compiled here, it runs uncompiled: %s", first_line(error))
+            # Usually a C++ compiler or Python's headers are missing.
+            log.warning("this network can't be compiled here, it runs uncompiled: %s", first_line(error)[:200])
             self.run = self.model
             return self.run(image_NCHW)
 
@@ -79,7 +79,3 @@ class Compiled:
 def without_cuda_chatter() -> None:
     """Silences torch's message about CUDA's compiler, which it prints even on machines without a GPU."""
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

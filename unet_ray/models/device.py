@@ -1,4 +1,4 @@
-"""Choose the device and precision of a network, run it on whole images, and decide classes."""
+"""Chooses the device and precision of a network, runs it on whole images, and decides class ids."""
 
 from __future__ import annotations
 
@@ -64,11 +64,11 @@ def check_precision(precision: str, device: str) -> None:
 def keep_freed_memory(*, of_any_size: bool = False) -> None:
     """Makes glibc keep the memory of freed arrays instead of returning it to the system.
 
-    Returned memory costs a page fault for every 4 KiB when it is taken again. Without them, on two CPU cores, decoding
-    and writing was 27 % faster, and a training step of U-Net base 64 on four images of 512² 14 %.
+    Returned memory costs a page fault for every 4 KiB when it is used again. Without these faults, on two CPU cores,
+    decoding and writing was 27 % faster, and a training step of U-Net base 64 on four images of 512² was 14 % faster.
 
-    `of_any_size`: also keep blocks over 32 MiB, which a network takes at every step. Not for arrays whose size keeps
-    changing, since gaps would add up. Does nothing without glibc (musl, macOS, Windows).
+    `of_any_size`: also keep blocks over 32 MiB, which a network takes at every step. Don't use it if the size of the
+    arrays keeps changing, since gaps would add up. Without glibc (musl, macOS, Windows) the function does nothing.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -82,8 +82,8 @@ def keep_freed_memory(*, of_any_size: bool = False) -> None:
 
 
 ONE_HEAP = {"MALLOC_ARENA_MAX": "1"}
-"""Environment of a process whose network does not run on the main thread, as in Ray's workers. glibc gives other
-threads heaps of 64 MiB, and takes larger blocks from the system in spite of `keep_freed_memory`."""
+"""Environment of a process whose network does not run on the main thread, as in Ray's workers. glibc gives the
+other threads heaps of 64 MiB, and takes larger blocks from the system in spite of `keep_freed_memory`."""
 
 
 def run_network(

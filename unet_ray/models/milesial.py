@@ -1,4 +1,4 @@
-"""Import networks that were trained with milesial/Pytorch-UNet."""
+"""Imports networks that were trained with milesial/Pytorch-UNet."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def import_milesial(
     and unet_ray repeats the edge. Images are resized bilinearly, as everywhere in unet_ray, not bicubically. Widths,
     depth, channels and classes are read from the shapes.
 
-    `image_size`: images are resized to this side of a square, or (height, width), for the network: their own size times
+    `image_size`: side of a square, or (height, width), that images are resized to for the network: their own size times
     milesial's `--scale`. `mask_values`: stored value of each class, which only evaluation uses; None: those in the
     checkpoint, otherwise 0 and 255 for one or two classes and the class ids for more. `classes`: their names; None:
     `background`, which mean scores leave out as milesial's do, and `foreground`, or `class 1` and so on.
 
-    Runs no code from the file. Raises UserError for a file that holds anything but weights, for another network or one
-    trained with `--bilinear`, and for an `out` that is not empty. `unet-ray import --help` lists what milesial's
-    commands, nnU-Net's and a notebook's cells become here.
+    Runs no code from the file. Raises UserError if the file does not hold only weights, for another network or one
+    trained with `--bilinear`, and if `out` is not empty. `unet-ray import --help` lists the counterparts of milesial's
+    commands, nnU-Net's commands and a notebook's cells.
 
         import_milesial("checkpoint_epoch5.pth", "MODEL", image_size=(640, 960))
     """
@@ -59,7 +59,7 @@ def import_milesial(
         data=DataConfig(image_size=image_size, mask_values=tuple(mask_values), classes=tuple(classes)),
         augment=AugmentConfig(hflip=0),  # milesial mirrors no image in training
     )
-    with torch.device("meta"):  # without memory: the widths in a strange file may be far too large
+    with torch.device("meta"):  # takes no memory: the widths in a strange file may be far too large
         expected = build(model).state_dict()
     found = _matched(expected, tensors, model.depth, checkpoint)
     network = build(model)
@@ -81,7 +81,7 @@ def _read(location: str) -> tuple[dict[str, Tensor], tuple[int, ...] | None]:
     try:
         # weights_only reads tensors, numbers and containers, and refuses the rest: a pickle can run any code.
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about what is then refused
+            warnings.simplefilter("ignore")  # about content that it then refuses
             state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         what = re.search(r"GLOBAL (\S+)", str(error))
@@ -142,7 +142,7 @@ def _architecture(tensors: Mapping[str, Tensor], location: str) -> ModelConfig:
 def _matched(ours: Mapping[str, Tensor], tensors: Mapping[str, Tensor], depth: int, location: str) -> dict[str, Tensor]:
     """Returns the tensors under our names. Raises UserError for the first that is missing, unknown or misshapen."""
     prefixes = {"head.": "outc.conv.", "down.0.": "inc.double_conv."}
-    for level in range(1, depth + 1):  # their first step up is from the deepest level
+    for level in range(1, depth + 1):  # milesial's first step up starts at the deepest level
         prefixes[f"down.{level}."] = f"down{level}.maxpool_conv.1.double_conv."
         prefixes[f"up.{depth - level}.conv."] = f"up{level}.up."
         prefixes[f"join.{depth - level}."] = f"up{level}.conv.double_conv."

@@ -1,7 +1,7 @@
-"""The names of the files in a run directory (`unet-ray train --out`); data.splits names split.csv."""
+"""Names the files in a run directory (`unet-ray train --out`); data.splits names split.csv."""
 
 CONFIG = "config.yaml"
-"""All settings of the run; it runs again as `--config`."""
+"""All settings of the run; `--config` with this file repeats the run."""
 METRICS = "metrics.jsonl"
 """One line for each epoch."""
 MODEL = "model"

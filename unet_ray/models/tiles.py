@@ -1,7 +1,7 @@
-"""Run an unpadded network on a whole image by tiles: the overlap-tile strategy (Ronneberger et al. 2015, figure 2).
+"""Runs an unpadded network on a whole image by tiles: the overlap-tile strategy (Ronneberger et al. 2015, figure 2).
 
 Legend: N images, C channels, K classes, H, W pixels. *Margin*: the pixels that unpadded convolutions remove at each
-side (`ModelConfig.margin`). An image is extended by as many pixels, mirrored at its edges.
+side (`ModelConfig.margin`). Each image is extended by its margin, mirrored at its edges.
 """
 
 from __future__ import annotations

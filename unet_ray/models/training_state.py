@@ -1,4 +1,4 @@
-"""Save and load the state of a training, so that a stopped one can be resumed. No pickle: safetensors.
+"""Saves and loads the state of a training, so that a stopped one can be resumed. No pickle: safetensors.
 
 last/state.safetensors holds the weights, their moving average, the optimizer, the gradient scaler and the epoch in one
 file, so a stop at any moment leaves the old state or the new one.
@@ -25,7 +25,7 @@ STATE = "state.safetensors"
 
 @dataclass(slots=True)
 class TrainingState:
-    """Where a training stands after a finished epoch."""
+    """The state of a training after a finished epoch."""
 
     epoch: int
     """Number of finished epochs."""
@@ -103,7 +103,7 @@ def read_state(location: str) -> TrainingState | None:
 
 
 def _by_owner(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Sorts the file's tensors into those of `model`, `ema` and `optimizer`, under the names these give them."""
+    """Groups the file's tensors by owner (`model`, `ema`, `optimizer`), under the names that the owner gives them."""
     owners: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "optimizer": {}}
     for name, tensor in tensors.items():
         owner, _, own_name = name.partition(".")

@@ -1,4 +1,4 @@
-"""The U-Net family: Ronneberger, Fischer, Brox 2015, https://arxiv.org/abs/1505.04597.
+"""Defines the U-Net family: Ronneberger, Fischer, Brox 2015, https://arxiv.org/abs/1505.04597.
 
 Legend: N images, C, G channels, H, W pixels. Level 0 is the finest, level `depth` the deepest.
 """
@@ -100,7 +100,7 @@ class AttentionGate(nn.Module):
 
 
 class DoubleConv(nn.Sequential):
-    """Twice: 3x3 convolution, norm, ReLU. Shape: [N,i,H,W] -> [N,o,H,W], or [N,o,H-4,W-4] without padding."""
+    """Applies 3x3 convolution, norm and ReLU twice. Shape: [N,i,H,W] -> [N,o,H,W], or [N,o,H-4,W-4] without padding."""
 
     def __init__(self, in_channels: int, out_channels: int, config: ModelConfig) -> None:
         layers: list[nn.Module] = []
@@ -120,7 +120,7 @@ class Up(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, up: str) -> None:
         super().__init__()
         self.bilinear = up == "bilinear"
-        # Interpolation and a 1x1 convolution commute, both being linear: the convolution first takes a quarter.
+        # Interpolation and a 1x1 convolution are linear and commute. The convolution first takes a quarter of the work.
         self.conv: nn.Module = (
             nn.Conv2d(in_channels, out_channels, 1)
             if self.bilinear
@@ -136,19 +136,19 @@ def norm_layer(norm: str, channels: int) -> nn.Module:
     """Builds the layer that `ModelConfig.norm` names (not `none`)."""
     if norm == "batch":
         return nn.BatchNorm2d(channels)
-    # Groups have 8 channels or more if these divide evenly: Wu & He 2018 found 16 best, and used at most 32 groups.
+    # Groups have 8 channels or more if that divides evenly. Wu & He 2018 found 16 best, and used at most 32 groups.
     groups = next(g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0 and (channels // g >= 8 or g == 1))
     return nn.GroupNorm(groups, channels) if norm == "group" else nn.InstanceNorm2d(channels, affine=True)
 
 
 def crop_centre(skip: Tensor, like: Tensor) -> Tensor:
-    """Cuts the middle of `skip`, as large as `like`: the copy-and-crop of figure 1."""
+    """Cuts the middle out of `skip`, in the size of `like`: the copy-and-crop of figure 1."""
     top, left = ((s - t) // 2 for s, t in zip(skip.shape[-2:], like.shape[-2:], strict=True))
     return skip[..., top : top + like.shape[-2], left : left + like.shape[-1]]
 
 
 def initialise(model: nn.Module) -> None:
-    """He initialisation, the paper's sqrt(2 / N) with N incoming nodes (section 3); biases zero."""
+    """Applies He initialisation, the paper's sqrt(2 / N) with N incoming nodes (section 3); sets biases to zero."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")

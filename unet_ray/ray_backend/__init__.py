@@ -1,1 +1,1 @@
-"""Everything that uses Ray."""
+"""Holds all code that uses Ray."""

@@ -18,22 +18,22 @@ from unet_ray.ray_backend.nodes import Bundle
 log = logging.getLogger("unet_ray")
 
 SIGN_SECONDS = 30.0
-"""How long an autoscaler may take until it starts a node that was asked for: it looks every five seconds."""
+"""Seconds that an autoscaler may take to start a requested node: it looks every five seconds."""
 STALL_SECONDS = 900.0
-"""How long a machine may take from being ordered to being a node: minutes for one with a GPU."""
+"""Seconds that an ordered machine may take to become a node: one with a GPU takes minutes."""
 FIRST_REPORT_SECONDS = 15.0
-"""How long an autoscaler that has just been started may take to see the first node: it looks every five seconds."""
+"""Seconds that a newly started autoscaler may take to see the first node: it looks every five seconds."""
 ASK_SECONDS, MOST_AT_ONCE = 5.0, 16
-"""Time for new nodes to be put to use before more are asked for, and the most that are asked for at once."""
+"""Seconds for new nodes to be put to use before the next request, and the most bundles in one request."""
 STEP_SECONDS = 1.0
-"""Time between two looks at the cluster."""
+"""Seconds between two looks at the cluster."""
 
 
 def pick_device(wanted: str) -> str:
     """Returns `cuda` or `cpu` for `auto`, `cuda` or `cpu`.
 
-    `auto` is CUDA if the cluster has a GPU, or if it has no node that works yet and gets one with a GPU when it asks.
-    Raises UserError if CUDA is asked for and there is no GPU to be had.
+    `auto` is CUDA if the cluster has a GPU, or if it has no working node yet and gets one with a GPU on request.
+    Raises UserError if CUDA is wanted and the cluster can't get a GPU.
     """
     if wanted == "cpu":
         return "cpu"
@@ -52,11 +52,11 @@ def pick_device(wanted: str) -> str:
     return "cuda"
 
 
-def check_workers(workers: int, device: str, cpus_per_worker: int = 1, most: int | None = None) -> bool:
+def make_room_for_workers(workers: int, device: str, cpus_per_worker: int = 1, most: int | None = None) -> bool:
     """Waits until that many workers fit on the cluster at once, and asks its autoscaler for nodes if they don't.
 
     `most`: the number of workers to ask for; `workers` if None. Returns whether nodes were added. Raises UserError if
-    the workers can't fit, where Ray would wait for ever.
+    the workers can't fit; Ray would wait for ever.
     """
     cpus = max(1, cpus_per_worker)
     bundle: Bundle = {"GPU": 1.0} if device == "cuda" else {"CPU": float(cpus)}
@@ -68,17 +68,17 @@ def check_workers(workers: int, device: str, cpus_per_worker: int = 1, most: int
 
 
 def make_room(workers: int, bundle: Bundle, problem: str, remedy: str, most: int | None = None) -> bool:
-    """Waits until `workers` such bundles fit on the nodes. Asks a cluster that can grow for nodes for `most` of them
-    (`workers` if None). Returns whether it had to wait.
+    """Waits until `workers` of these bundles fit on the nodes. Returns whether it had to wait.
 
-    Raises UserError(`problem`: `remedy`) if the cluster can't grow, or does not start to.
+    Asks a cluster that can grow for enough nodes for `most` bundles (`workers` if None). Raises
+    UserError(`problem`: `remedy`) if the cluster can't grow, or starts no node.
     """
     if nodes.room(bundle) >= workers:
         return False
     if not may_grow():
         raise UserError(f"{problem}: {remedy}")
     log.warning("%s: asking for nodes", problem)
-    # An autoscaler provides for placement groups that are pending. They end with the job, which a request through
+    # An autoscaler starts nodes for pending placement groups. These groups end with the job; a request through
     # `ray.autoscaler.sdk` does not.
     group = placement_group([bundle] * max(workers, most or 0), strategy="PACK")
     try:
@@ -100,12 +100,15 @@ def make_room(workers: int, bundle: Bundle, problem: str, remedy: str, most: int
 
 @contextmanager
 def asking_for_more(bundle: Bundle) -> Iterator[None]:
-    """Asks the autoscaler for nodes during a `with` block: whenever everything is in use, for as many such bundles as
-    fit on the nodes already. Ray Data's own requests are off, see `internals.DATA_SCALING_VARIABLES`."""
+    """Asks the autoscaler for nodes during a `with` block, whenever all nodes are in use.
+
+    Each request asks for as many of these bundles as the nodes already hold, up to `MOST_AT_ONCE`. Ray Data's own
+    requests are off, see `internals.DATA_SCALING_VARIABLES`.
+    """
     ended = threading.Event()
 
     def ask_once() -> None:
-        # A group for each bundle: KubeRay's autoscaler provides for all bundles of a group or for none.
+        # One group per bundle: KubeRay's autoscaler starts nodes for all bundles of a group or for none.
         groups = [placement_group([bundle]) for _ in range(min(max(1, nodes.room(bundle)), MOST_AT_ONCE))]
         ours = {group.id.hex() for group in groups}
         try:
@@ -141,7 +144,7 @@ def may_grow() -> bool:
         kinds = report.get("active_nodes", {})
         if kinds or time.monotonic() > deadline:
             return any(map(_is_launched, kinds))
-        time.sleep(STEP_SECONDS)  # the first report knows of no node yet
+        time.sleep(STEP_SECONDS)  # the first report has no node yet
     status = _status()
     there = [] if status is None else [*status.active_nodes, *status.idle_nodes]
     return any(_is_launched(node.ray_node_type_name) for node in there)
@@ -167,6 +170,6 @@ def _nodes_starting() -> int:
 def _status() -> Any:
     try:
         return internals.autoscaler_status()
-    except Exception as error:  # whatever it is, no node is known to be starting
+    except Exception as error:  # after any error, no node is known to be starting
         log.info("the autoscaler can't be asked: %s", error)
         return None

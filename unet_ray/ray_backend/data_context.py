@@ -1,4 +1,4 @@
-"""Ray Data's settings."""
+"""Sets Ray Data's options."""
 
 from __future__ import annotations
 

@@ -21,27 +21,29 @@ from unet_ray.models.device import keep_freed_memory
 from unet_ray.ray_backend import autoscaling, internals, nodes
 from unet_ray.ray_backend.shared_files import check_shared
 
-NUMBERS_A_TASK = 4096
-"""Chunk numbers per read task, which makes a block of each number."""
+NUMBERS_PER_TASK = 4096
+"""Chunk numbers per read task. The task makes a block of each number."""
 
-A_TASK, A_TASK_BESIDE_A_MODEL = 0.5, 0.24
-"""CPUs that Ray reserves for a task that decodes or writes. Such a task waits part of the time, and when it ends the
-next must be there already, since Ray Data takes a while to start one.
+TASK_CPUS, TASK_CPUS_BESIDE_A_MODEL = 0.5, 0.24
+"""CPUs that Ray reserves for a task that decodes or writes: if models run on GPUs, and if they run on CPUs.
 
-On CPUs, a replica of the model leaves these tasks one CPU or a thousandth less (`nodes.cpus_reserved_by_replica`), on
-which four fit. With two, decoding and writing alone took 1.3 times as long on two cores."""
+These tasks reserve less than they use. They wait part of the time, and when one ends the next must be there already,
+since Ray Data takes a while to start one.
 
-RESERVED = 0.05
-"""Share of the CPUs that Ray Data splits evenly over all stages, if nodes may be added: with its default of a half,
-the replicas of the model would not fit on them. Ray Data keeps what each stage needs at least in any case."""
+Replicas on CPUs leave a node of two or more CPUs at least 0.999 CPUs (`nodes.cpus_reserved_by_replica`). Four tasks fit
+on that: 4 x 0.24 <= 0.999. With two tasks, decoding and writing alone took 1.3 times as long on two cores."""
+
+SHARE_SPLIT_EVENLY = 0.05
+"""Share of the CPUs that Ray Data splits evenly over all stages, if nodes may be added. With its default of a half,
+the replicas of the model would not fit. Ray Data always keeps the least that each stage needs."""
 
 RAISED = "raised"
 """Column of a chunk that stands for an exception, pickled. Ray Data would turn an exception of a task or an actor into
 text, and the command could not tell a UserError from a bug. Pickle is safe here and the simplest: only our own
-processes write these chunks, and Ray itself sends everything between them as pickles."""
+processes write these chunks, and Ray itself sends all data between them as pickles."""
 
-NO_LIMIT = 4096
-"""Most replicas on a cluster that can grow: in effect, as many as fit."""
+MOST_REPLICAS = 4096
+"""Limit of replicas on a cluster that can grow. It is so high that the cluster's room decides."""
 
 
 def run_on_cluster(
@@ -54,8 +56,7 @@ def run_on_cluster(
     device: str,
     shared: Mapping[str, str],
 ) -> Iterator[Chunk]:
-    """Runs the stages of `local.run_here` through Ray Data. Yields what `postprocess` returns, chunk by chunk, in the
-    order in which chunks are finished.
+    """Runs the stages of `local.run_here` through Ray Data. Yields the chunks of `postprocess` as they are finished.
 
     `preprocess` and `postprocess` run in tasks, and `model(device=, threads=, replicas=)` in a pool of actors, each of
     which calls it once. Ray keeps tasks off nodes with a GPU as long as others have room.
@@ -68,10 +69,10 @@ def run_on_cluster(
     check_shared(shared)
     grows = not workers and autoscaling.may_grow()
     if grows and pool.device == "cpu":
-        DataContext.get_current().op_resource_reservation_ratio = RESERVED
-    # All replicas start at once: if it may choose, Ray Data gives a stage only a part of the CPUs.
+        DataContext.get_current().op_resource_reservation_ratio = SHARE_SPLIT_EVENLY
+    # All replicas start at once: if Ray Data could choose, it would give a stage only a part of the CPUs.
     compute = ActorPoolStrategy(
-        min_size=min(pool.replicas, len(numbers)), max_size=NO_LIMIT if grows else pool.replicas
+        min_size=min(pool.replicas, len(numbers)), max_size=MOST_REPLICAS if grows else pool.replicas
     )
     as_blocks: dict[str, Any] = {"batch_size": None, "batch_format": "numpy"}
     # The stages reserve different numbers of CPUs, which keeps Ray Data from fusing them: decoding in the model's
@@ -88,7 +89,7 @@ def run_on_cluster(
         },
         compute=compute,
         runtime_env=nodes.runtime_env(pool.device),
-        **pool.reserved,
+        **pool.replica_resources,
     )
     finished = segmented.map_batches(_UnlessEmpty(postprocess), num_cpus=pool.task_cpus, **as_blocks)
     with autoscaling.asking_for_more(pool.bundle) if grows else nullcontext():
@@ -101,17 +102,17 @@ def run_on_cluster(
 
 @dataclass(frozen=True, slots=True)
 class _Pool:
-    """Replicas of the model, and what they and the tasks beside them take of the nodes."""
+    """The replicas of the model, and the resources that they and the tasks beside them take."""
 
     replicas: int
     device: str
     """`cuda` or `cpu`."""
     threads: int | None
-    """Per replica; None on a GPU."""
+    """Threads per replica; None on a GPU."""
     bundle: nodes.Bundle
-    """What a node must have for a replica."""
-    reserved: dict[str, float]
-    """What Ray reserves for a replica."""
+    """Resources that a node must have for a replica."""
+    replica_resources: dict[str, float]
+    """Resources that Ray reserves for a replica."""
     task_cpus: float
 
 
@@ -119,27 +120,27 @@ def _pool_of_replicas(workers: int, device: str) -> _Pool:
     """Waits until the replicas fit on the cluster. Raises UserError if they can't."""
     device = autoscaling.pick_device(device)
     if workers:
-        autoscaling.check_workers(workers, device)
+        autoscaling.make_room_for_workers(workers, device)
     if device == "cuda":
         bundle = {"GPU": 1.0}
-        # No CPU: on a node with as many GPUs as CPUs, none would be left to decode images.
-        reserved = {"num_gpus": 1.0, "num_cpus": 0.0}
-        return _Pool(workers or nodes.room(bundle), device, None, bundle, reserved, A_TASK)
+        # A replica reserves no CPU: a node with as many GPUs as CPUs would have none left to decode images.
+        resources = {"num_gpus": 1.0, "num_cpus": 0.0}
+        return _Pool(workers or nodes.room(bundle), device, None, bundle, resources, TASK_CPUS)
     autoscaling.make_room(1, {"CPU": 1.0}, "no node of the cluster has a CPU", "add one")
-    # A replica runs as many threads as it has CPUs: decoding is short beside the model, and idle CPUs would cost more.
+    # A replica runs one thread per CPU, and decoding takes turns with it: decoding is short, idle CPUs would cost more.
     threads, replicas = (nodes.cpus_for_each(workers, spare=0), workers) if workers else nodes.replicas_on_cpus()
-    reserved = {"num_cpus": nodes.cpus_reserved_by_replica(threads)}
-    return _Pool(replicas, device, threads, {"CPU": float(threads)}, reserved, A_TASK_BESIDE_A_MODEL)
+    resources = {"num_cpus": nodes.cpus_reserved_by_replica(threads)}
+    return _Pool(replicas, device, threads, {"CPU": float(threads)}, resources, TASK_CPUS_BESIDE_A_MODEL)
 
 
 class _Numbers(Datasource):
-    """Chunk numbers, `NUMBERS_A_TASK` per read task: a hundred million images are not a million objects at once."""
+    """Reads chunk numbers, `NUMBERS_PER_TASK` per task, so that a hundred million images are not a million objects."""
 
     def __init__(self, numbers: Sequence[int]) -> None:
         super().__init__()
         self.groups = [
-            np.asarray(numbers[start : start + NUMBERS_A_TASK], np.int64)
-            for start in range(0, len(numbers), NUMBERS_A_TASK)
+            np.asarray(numbers[start : start + NUMBERS_PER_TASK], np.int64)
+            for start in range(0, len(numbers), NUMBERS_PER_TASK)
         ]
 
     def estimate_inmemory_data_size(self) -> int | None:
@@ -168,12 +169,11 @@ def _reader(group: np.ndarray) -> Callable[[], list[pa.Table]]:
 def _one_block_each(numbers: Sequence[int]) -> ray.data.Dataset:
     """Returns a lazy dataset with the column `number`, one row per block.
 
-    Ray Data splits what each read task returns evenly, into as many blocks as are asked for per task: one for each of
-    `NUMBERS_A_TASK` rows, and none for rows that the last task lacks. A task holds no CPU, since replicas of the model
-    may leave none.
+    Ray Data splits the rows of each read task evenly into the requested number of blocks, which is `NUMBERS_PER_TASK`.
+    A last task with fewer rows makes fewer blocks. A task reserves no CPU, since replicas of the model may leave none.
     """
     source = _Numbers(numbers)
-    return ray.data.read_datasource(source, override_num_blocks=len(source.groups) * NUMBERS_A_TASK, num_cpus=0)
+    return ray.data.read_datasource(source, override_num_blocks=len(source.groups) * NUMBERS_PER_TASK, num_cpus=0)
 
 
 def _rows(chunk: Chunk) -> int:
@@ -185,14 +185,14 @@ class _Preprocess:
     preprocess: Callable[[int], Chunk]
 
     def __call__(self, table: Chunk) -> Chunk:
-        keep_freed_memory()  # of photographs at full size
+        keep_freed_memory()  # of images at full size
         assert len(table["number"]) == 1, "a block holds one chunk"
         return _or_raised(self.preprocess, int(table["number"][0]))
 
 
 @dataclass(frozen=True, slots=True)
 class _UnlessEmpty:
-    """Applies a stage to chunks with rows; passes on empty ones, and those that stand for an exception."""
+    """Applies a stage to chunks with rows; returns empty ones, and those that stand for an exception, unchanged."""
 
     stage: Stage
 
@@ -220,7 +220,7 @@ class _ModelActor:
 
 
 def _or_raised(stage: Callable[[Any], Chunk], argument: Any) -> Chunk:
-    """Returns what the stage returns, or a chunk that stands for an exception that the user can act on."""
+    """Returns the stage's chunk, or one that stands for an exception that the user can act on."""
     try:
         return stage(argument)
     except (UserError, OSError) as error:

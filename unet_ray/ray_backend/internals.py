@@ -1,4 +1,4 @@
-"""Every name of Ray that we use and that Ray's API reference does not promise to keep.
+"""Holds every name of Ray that we use but that Ray's API reference does not promise to keep.
 
 Each one says why it is used, what breaks without it, and which public way was tried. `tests/test_internals.py` checks
 that the installed Ray still has it. The figures are of Ray 2.60 on two CPU cores, medians of runs in turns. Functions
@@ -17,9 +17,9 @@ DATA_SCALING_VARIABLES = tuple(
     f"RAY_DATA_DEFAULT_CLUSTER_SCALING_UP_{resource}_UTIL_THRESHOLD"
     for resource in ("CPU", "GPU", "MEMORY", "OBJECT_STORE_MEMORY")
 )
-"""Use of a resource from which Ray Data asks an autoscaler for nodes. 1e9 switches that off, and
+"""Utilisation of a resource at which Ray Data asks an autoscaler for nodes. 1e9 switches that off, and
 `autoscaling.asking_for_more` asks instead. Otherwise Ray Data asks for fractions of a CPU and then rounds down what
-each node has left: on small nodes the next replica of a model no longer fits. No field of `DataContext` or
+each node has left, so that on small nodes the next replica of a model no longer fits. No field of `DataContext` or
 `ExecutionOptions` switches it off."""
 
 TRAIN_PRINT_VARIABLE = "RAY_TRAIN_ENABLE_PRINT_PATCH"
@@ -27,12 +27,13 @@ TRAIN_PRINT_VARIABLE = "RAY_TRAIN_ENABLE_PRINT_PATCH"
 does this."""
 
 TRAIN_PREEMPTION_VARIABLE = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
-"""0: Ray Train starts no actor that waits for a cloud's notice of preemption. Each epoch is in a checkpoint, so we
-don't need one, and like every Ray process it wakes a hundred times a second. No argument of `RunConfig` does this."""
+"""0: Ray Train starts no actor that waits for a cloud's notice of preemption. We don't need one, since each
+epoch is in a checkpoint, and like every Ray process it would wake a hundred times a second. No argument of `RunConfig`
+does this."""
 
 BACKEND_LOG_VARIABLE = "RAY_BACKEND_LOG_LEVEL"
-"""Level of Ray's C++ logs. `logging_level` of `ray.init` covers Python only: without this variable C++ warnings stand
-between our own lines on stderr."""
+"""Level of Ray's C++ logs. `logging_level` of `ray.init` covers Python only: without this variable C++ warnings
+appear between our own lines on stderr."""
 
 ENVIRONMENT = {
     TRAIN_PRINT_VARIABLE: "0",
@@ -51,25 +52,26 @@ argument for this."""
 
 
 def own_ray_options(folder: str) -> dict[str, Any]:
-    """Arguments of `ray.init` for a Ray that this process starts for itself.
+    """Returns the arguments of `ray.init` for a Ray that this process starts for itself.
 
     `_temp_dir`: a folder of its own, which `session` deletes afterwards. By default each run leaves its logs and
     sockets in a folder that all users of the machine share. `_node_ip_address`: with 127.0.0.1 other machines can't
     reach its ports; by default all listen on the outer address. `ray start` has public flags for both, `ray.init` has
-    not.
+    none.
     """
     return {"_temp_dir": folder, "_node_ip_address": "127.0.0.1", "_system_config": SYSTEM_CONFIG}
 
 
 LOOK_SECONDS = 0.02
-"""How long Ray Data waits at most before it looks which tasks have finished."""
+"""The longest time, in seconds, that Ray Data waits before it looks which tasks have finished."""
 
 
 def look_for_finished_tasks_often() -> None:
     """Lets Ray Data look every `LOOK_SECONDS` which tasks have finished, instead of every 0.1 s.
 
     Until it looks, the CPUs of a finished task stand idle: three stages of 0.1 s each made 14.1 chunks per second, and
-    8.8 with Ray's own 0.1 s. It is a constant of a module; `DataContext` and `ExecutionOptions` have no field for it.
+    8.8 with Ray's own 0.1 s. The time is a constant of a module; `DataContext` and `ExecutionOptions` have no field
+    for it.
     """
     from ray.data._internal.execution import streaming_executor_state
 
@@ -79,8 +81,8 @@ def look_for_finished_tasks_often() -> None:
 def map_whole_blocks(dataset: ray.data.Dataset, actor: type, **options: Any) -> ray.data.Dataset:
     """Applies an actor class to whole blocks, like `map_batches` with `batch_size=None`; it may have `num_gpus`.
 
-    A `DeveloperAPI` of Ray, which `map_groups` is built on. `map_batches` takes `num_gpus` only with a number of rows
-    per batch, and then cuts and joins the blocks, each of which is a chunk. The public way is `map(num_gpus=)` with
+    It uses a `DeveloperAPI` of Ray, the base of `map_groups`. `map_batches` takes `num_gpus` only with a number of rows
+    per batch, and would then cut and join the blocks, although each is a chunk. The public way is `map(num_gpus=)` with
     each chunk pickled into one row: 11 chunks of 64 images of 256² per second instead of 25.
     """
     return dataset.map_batches_internal(actor, batch_size=None, batch_format="numpy", **options)
@@ -100,10 +102,10 @@ def autoscaler_report() -> dict[str, Any] | None:
 
 
 def autoscaler_status() -> Any:
-    """Returns the `ClusterStatus` of the newer autoscaler, which KubeRay starts. Needed for the same as
-    `autoscaler_report`, and takes 2 ms.
+    """Returns the `ClusterStatus` of the newer autoscaler, which KubeRay starts.
 
-    Raises whatever Ray raises where there is no such autoscaler.
+    It serves the same purpose as `autoscaler_report`, and takes 2 ms. Without such an autoscaler it raises whatever Ray
+    raises.
     """
     import ray
     from ray.autoscaler.v2.sdk import get_cluster_status

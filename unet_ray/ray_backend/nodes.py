@@ -1,4 +1,4 @@
-"""Which nodes the cluster has now, and how many workers or replicas of a model fit on them."""
+"""Finds the nodes that the cluster has now, and how many workers or replicas of a model fit on them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ THREADS_PER_REPLICA = 8
 """CPUs of a replica of the model: more threads than this gain little on one image."""
 
 Bundle = dict[str, float]
-"""What one worker takes of a node: resource -> amount."""
+"""Resources that one worker takes of a node: name -> amount."""
 
 
 def alive() -> list[dict[str, Any]]:
@@ -31,13 +31,13 @@ def total(resource: str) -> float:
 
 
 def object_store_of_smallest() -> int:
-    """Returns the bytes of shared memory that every node that runs anything has at least."""
+    """Returns the shared memory, in bytes, of the node that has least, among those that can run anything."""
     stores = [node["Resources"].get("object_store_memory", 0) for node in able_to_work()]
     return int(min((store for store in stores if store), default=0))
 
 
 def room(bundle: Bundle) -> int:
-    """Returns how many workers that take such a bundle fit on the nodes at once. No worker spans two nodes."""
+    """Returns how many workers with this bundle fit on the nodes at once. No worker spans two nodes."""
     return sum(
         min(int(node["Resources"].get(name, 0) / amount + 1e-9) for name, amount in bundle.items()) for node in alive()
     )
@@ -63,9 +63,9 @@ def replicas_on_cpus() -> tuple[int, int]:
 def cpus_reserved_by_replica(threads: int) -> float:
     """Returns the CPUs that Ray reserves for a replica that runs `threads` threads.
 
-    One less than it uses, so that the tasks that decode and write have a CPU on its node. More where with one less
-    another replica would fit on some node. A replica must never take a node's last CPU, not even one that moved there
-    from a node that was lost: no image could be decoded, and the prediction would never end.
+    Ray reserves one CPU less than the replica uses, so that the tasks that decode and write have a CPU on its node. It
+    reserves more if, with one less, another replica would fit on some node. A replica must never take a node's last
+    CPU, not even if it moved there from a lost node: no image could be decoded, and the prediction would never end.
     """
     reserved = threads - 1.0
     for node in able_to_work():

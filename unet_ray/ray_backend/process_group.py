@@ -1,4 +1,4 @@
-"""How training processes on several machines find each other."""
+"""Lets training processes on several machines find each other."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from unet_ray.models.device import check_gpu
 def choose_interface() -> None:
     """Makes gloo use the network interface of this node's address in Ray, unless GLOO_SOCKET_IFNAME is set.
 
-    By default gloo takes the address that the machine's own name stands for. On Debian and Ubuntu that is 127.0.1.1,
-    where other machines cannot reach it. NCCL leaves that network out by itself.
+    By default gloo takes the address that the machine's own name resolves to. On Debian and Ubuntu that is 127.0.1.1,
+    where other machines cannot reach it. NCCL avoids that network by itself.
     """
     address = ray.util.get_node_ip_address()
     for name, addresses in psutil.net_if_addrs().items():
@@ -25,7 +25,7 @@ def choose_interface() -> None:
 
 
 def _prepare() -> None:
-    """Runs on each worker before there is a process group. Raises UserError where torch cannot use the GPU."""
+    """Prepares a worker before the process group exists. Raises UserError if torch cannot use the GPU."""
     if ray.get_runtime_context().get_accelerator_ids()["GPU"]:
         check_gpu()
     choose_interface()
@@ -38,7 +38,7 @@ class _Backend(TorchConfig().backend_cls):  # type: ignore[misc]
 
 
 class OnRaysNetwork(TorchConfig):
-    """Ray's process group, set up after `_prepare` on every worker."""
+    """Sets up Ray's process group, after `_prepare` on every worker."""
 
     @property
     def backend_cls(self) -> type[_Backend]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +19,7 @@ from unet_ray.data.pairs import Pair
 from unet_ray.data.rows import Batch, Decodes
 from unet_ray.ray_backend.data_context import configure
 
-ROWS_A_BLOCK = 16
+ROWS_PER_BLOCK = 16
 """Decoded rows per block: 16 MB at 512²; small enough to spread over many CPUs, large enough to be worth a task."""
 
 
@@ -62,59 +62,67 @@ def _errors_of(block: pa.Table) -> list[str]:
     return [error for error in block["error"].to_pylist() if error]
 
 
-class MaterialisedRows:
-    """Rows that Ray Data decodes once, kept as uint8 in the cluster's object store for all workers.
+class _Opened(NamedTuple):
+    """Blocks of rows that are mapped into this process."""
 
-    Any worker reads any row: on its own node without a copy, from another node once. So the batches of an epoch can be
-    the same for every number of workers.
+    places: np.ndarray
+    """(block, offset) of each row, int64 [M,2]."""
+    columns: list[dict[str, np.ndarray]]
+    """Columns of each block: name -> values of its rows."""
+
+
+class MaterialisedRows:
+    """Keeps rows that Ray Data decodes once, as uint8 in the cluster's object store, for all workers.
+
+    Any worker can read any row: without a copy on its own node, with one copy of a block from another node. So the
+    batches of an epoch can be the same for every number of workers.
     """
 
     def __init__(self, pairs: Sequence[Pair], decoder: Decodes) -> None:
         self.count = len(pairs)
-        groups = np.array_split(np.arange(self.count), -(-self.count // ROWS_A_BLOCK))
+        groups = np.array_split(np.arange(self.count), -(-self.count // ROWS_PER_BLOCK))
         dataset = _dataset_of(pairs, groups, decoder).materialize()
         self.blocks = dataset.to_arrow_refs()
-        # Collected where the blocks are, so that the blocks stay there.
+        # Collect the errors where the blocks are, so that the blocks stay there.
         for error in chain.from_iterable(ray.get([_errors_of.remote(block) for block in self.blocks])):
             raise UserError(error)
-        self._place: np.ndarray | None = None
-        self._columns: list[dict[str, np.ndarray]] = []
+        self._opened: _Opened | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {"count": self.count, "blocks": self.blocks}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _place=None, _columns=[])
+        self.__dict__.update(state, _opened=None)
 
     def __len__(self) -> int:
         return self.count
 
-    def _open(self) -> np.ndarray:
-        """Maps every block into this process. Returns (block, offset) of each row, int64 [M,2]."""
-        place = np.empty((self.count, 2), np.int64)
+    def _open(self) -> _Opened:
+        """Maps every block into this process."""
+        places, columns_of_blocks = np.empty((self.count, 2), np.int64), []
         for number, block in enumerate(ray.get(self.blocks)):
             # Views of shared memory, not copies.
             names = [name for name in block.column_names if name not in ("index", "error")]
             columns = {name: block[name].combine_chunks().to_numpy_ndarray() for name in names}
             index = block["index"].to_numpy()
-            place[index] = np.stack([np.full(len(index), number), np.arange(len(index))], axis=1)
-            self._columns.append(columns)
-        return place
+            places[index] = np.stack([np.full(len(index), number), np.arange(len(index))], axis=1)
+            columns_of_blocks.append(columns)
+        return _Opened(places, columns_of_blocks)
 
     def batches(self, plan: Sequence[np.ndarray]) -> Iterator[Batch]:
-        if self._place is None:
-            self._place = self._open()
+        if self._opened is None:
+            self._opened = self._open()
+        places, columns = self._opened
         for indices in plan:
-            where = self._place[indices]
             batch = {
-                name: np.stack([self._columns[block][name][offset] for block, offset in where])
-                for name in self._columns[0]
+                name: np.stack([columns[block][name][offset] for block, offset in places[indices]])
+                for name in columns[0]
             }
             yield {**batch, "index": indices}
 
 
 class RayStreamedRows:
-    """Rows that Ray Data tasks anywhere on the cluster decode in every epoch, streamed to this worker in order."""
+    """Streams rows to this worker in order; Ray Data tasks anywhere on the cluster decode them in every epoch."""
 
     def __init__(self, pairs: Sequence[Pair], decoder: Decodes) -> None:
         self.pairs, self.decoder = pairs, decoder
@@ -132,7 +140,7 @@ class RayStreamedRows:
             for error in batch["error"]:
                 if error:
                     raise UserError(error)
-            # Copies: blocks are read-only views of shared memory, and torch needs writable arrays.
+            # Blocks are read-only views of shared memory. They are copied, since torch needs writable arrays.
             yield {name: values.copy() for name, values in batch.items() if name != "error"}
 
 

@@ -21,10 +21,10 @@ _own_ray = False
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
-    """Where work is done: in this process, or on Ray."""
+    """The place where work is done: this process, or Ray."""
 
     local: bool = False
-    """In this process; Ray is neither started nor imported."""
+    """Work in this process; Ray is neither started nor imported."""
     verbose: bool = False
     """Show Ray's messages."""
 
@@ -47,8 +47,8 @@ def is_own_ray() -> bool:
 def ray_session(verbose: bool = False) -> Iterator[None]:
     """Provides Ray for a `with` block.
 
-    Uses the connection that this process already has; else the cluster that RAY_ADDRESS names, which is set in a job;
-    else starts one on this machine, and stops it and deletes its files at the end.
+    Uses the connection that this process already has, or else the cluster that RAY_ADDRESS names (it is set in a job).
+    Otherwise starts a Ray on this machine, and at the end stops it and deletes its files.
     """
     for name, value in internals.ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -91,7 +91,7 @@ def _own_folder() -> Iterator[str]:
 
 
 def _own_options(folder: str) -> dict[str, Any]:
-    """Arguments of `ray.init` for a Ray of our own: never one that already runs here, which may be somebody else's."""
+    """Returns arguments with which `ray.init` starts a new Ray: one that already runs here may be somebody else's."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # At least two: a worker would hold the only CPU, and no image could be decoded.
     options = {"address": "local", "num_cpus": max(2, cpus), "include_dashboard": False}

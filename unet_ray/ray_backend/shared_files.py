@@ -23,7 +23,7 @@ ANSWER_SECONDS = 120.0
 def check_shared(places: Mapping[str, str]) -> None:
     """Raises UserError unless every node sees the files that this node sees.
 
-    `places`: what to call a file in the message -> its path or URI. A bucket is assumed to be visible everywhere.
+    `places`: name of a file in the message -> its path or URI. A bucket is assumed to be visible everywhere.
     """
     others = [node for node in nodes.able_to_work() if node["NodeID"] != ray.get_runtime_context().get_node_id()]
     seen_here = {

@@ -1,4 +1,4 @@
-"""Ray Train: runs a plain function in a group of processes, and says whether a failure may be retried."""
+"""Runs a plain function in a group of processes with Ray Train, and decides whether a failure may be retried."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device
 
-from unet_ray.config import UserError
+from unet_ray.config import UserError, first_line
 from unet_ray.data import storage
 from unet_ray.ray_backend import nodes
 from unet_ray.ray_backend.process_group import OnRaysNetwork
-from unet_ray.ray_backend.worker_errors import WorkerError, causes_of, first_line, read_errors, writing_errors
+from unet_ray.ray_backend.worker_errors import WorkerError, causes_of, read_errors, writing_errors
 
 POLL_SECONDS = 1.0
 
 
 class WorkersLostError(Exception):
-    """Processes, nodes or connections were lost: another attempt may succeed. The text is the reason, in one line."""
+    """Reports lost processes, nodes or connections; another attempt may succeed. The text is the reason in one line."""
 
 
 def run_workers(
@@ -37,16 +37,16 @@ def run_workers(
     cpus_per_worker: int,
     while_running: Callable[[], None],
 ) -> None:
-    """Calls `worker` with its device in each of a group of processes that share a torch.distributed group.
+    """Calls `worker` with its device in each process of a torch.distributed group.
 
     `out`/`name` is a folder that all machines see, for Ray's bookkeeping and the workers' errors; it is emptied first.
-    `workers`: as many, or (fewest, most). `device`: `cpu` or `cuda`, for which each worker has one GPU.
-    `cpus_per_worker` is for `cpu`. `while_running` is called every second, and once at the end.
+    `workers`: their number, or (fewest, most). `device`: `cpu` or `cuda`; with `cuda` each worker has one GPU.
+    `cpus_per_worker` applies to `cpu`. `while_running` is called every second, and once at the end.
 
-    Raises UserError for what the user must fix, WorkersLostError where another attempt may succeed, and re-raises
-    non-retryable errors as Ray's.
+    Raises UserError for what the user must fix, and WorkersLostError if another attempt may succeed. Re-raises Ray's
+    exception for other errors.
     """
-    # A folder per attempt: a worker of the last one may still be writing there.
+    # Each attempt has its own folder: a worker of the last one may still be writing into that one's.
     errors = storage.join(out, name, f"errors-{uuid.uuid4().hex}")
     on_gpu = device == "cuda"
     trainer = TorchTrainer(
@@ -66,7 +66,7 @@ def run_workers(
             worker_runtime_env=nodes.runtime_env(device),
         ),
     )
-    # What an interrupted run left would make Ray take this one for finished and train nothing.
+    # Files of an interrupted run would make Ray take this run for finished and train nothing.
     storage.delete_folder(storage.join(out, name))
     try:
         _fit(trainer, while_running)
@@ -75,8 +75,8 @@ def run_workers(
 
 
 @contextmanager
-def losses_may_be_retried() -> Iterator[None]:
-    """Raises WorkersLostError for what Ray says of lost nodes, processes and objects."""
+def raising_workers_lost() -> Iterator[None]:
+    """Raises WorkersLostError for Ray's errors about lost nodes, processes and objects."""
     try:
         yield
     except ray.exceptions.RayError as error:
@@ -84,13 +84,13 @@ def losses_may_be_retried() -> Iterator[None]:
 
 
 def _run_worker(arguments: dict[str, Any]) -> None:
-    """What each of Ray Train's workers runs."""
+    """Runs in each of Ray Train's workers."""
     with writing_errors(arguments["errors"], ray.train.get_context().get_world_rank()):
         arguments["worker"](get_device())
 
 
 def _fit(trainer: TorchTrainer, while_running: Callable[[], None]) -> None:
-    """Fits in a thread: in the main one Ray Train takes Ctrl-C for itself and ends with exit code 0."""
+    """Fits in a thread: in the main thread Ray Train would handle Ctrl-C itself and end with exit code 0."""
     failures: list[BaseException] = []
 
     def fit() -> None:
@@ -111,7 +111,7 @@ def _fit(trainer: TorchTrainer, while_running: Callable[[], None]) -> None:
 
 
 def raise_failure(error: ray.train.TrainingFailedError, reported: dict[int, WorkerError]) -> None:
-    """Raises what a failed fit comes to; `reported`: rank -> what that worker has written."""
+    """Raises the error that describes a failed fit; `reported`: rank -> error that this worker has written."""
     if isinstance(error, ray.train.ControllerError):
         _raise_not_started(error)
     failures = error.worker_failures if isinstance(error, ray.train.WorkerGroupError) else {}
@@ -119,7 +119,7 @@ def raise_failure(error: ray.train.TrainingFailedError, reported: dict[int, Work
     messages = [report.message for report in reported.values() if report.kind == "user"]
     for message in [*messages, *filter(None, map(_user_error_in, silent.values()))]:
         raise UserError(message) from None
-    # Before lost connections: one rank's own exception takes the others' connections with it.
+    # Check this before lost connections: one rank's own exception also ends the others' connections.
     if any(report.kind == "program" for report in reported.values()):
         raise error
     reasons = [" ".join(str(failure).split("\n")[:2]) for failure in silent.values()]
@@ -128,7 +128,7 @@ def raise_failure(error: ray.train.TrainingFailedError, reported: dict[int, Work
 
 
 def _raise_not_started(error: ray.train.ControllerError) -> None:
-    """Raises UserError: the one of a worker that could not be prepared, or else what there was no room for."""
+    """Raises the UserError of a worker that could not be prepared, or else one about workers that did not start."""
     causes = causes_of(error.controller_failure)
     for cause in reversed(causes):
         if isinstance(cause, UserError):
@@ -140,8 +140,10 @@ def _raise_not_started(error: ray.train.ControllerError) -> None:
 
 
 def _user_error_in(failure: BaseException) -> str | None:
-    """The UserError of a worker that could not write it, as on a full disk: the last line of its traceback, which is
-    the text of Ray's exception."""
+    """Returns the text of a UserError that the worker could not write, as on a full disk; None if it raised none.
+
+    The text is the last line of the worker's traceback, which is the text of Ray's exception.
+    """
     lines = str(failure).strip().splitlines()
     _, found, message = lines[-1].partition(f"{UserError.__name__}: ") if lines else ("", "", "")
     return message if found else None

@@ -1,4 +1,4 @@
-"""The errors of training workers: written by each worker into a folder that all machines share, read by the driver.
+"""Passes errors of training workers to the driver, through a folder that all machines share.
 
 Ray hands a worker's exception to the driver in wrappers of its own, which keep it in private attributes.
 """
@@ -16,7 +16,7 @@ from typing import Literal
 
 import ray.exceptions
 
-from unet_ray.config import UserError
+from unet_ray.config import UserError, first_line
 from unet_ray.data import storage
 
 PREFIX, SUFFIX = "error-", ".json"
@@ -24,32 +24,32 @@ PREFIX, SUFFIX = "error-", ".json"
 
 @dataclass(frozen=True, slots=True)
 class WorkerError:
-    """What a worker has raised."""
+    """An error that a worker has raised."""
 
     kind: Literal["user", "lost", "program"]
     """`user`: a UserError. `lost`: from lost processes, objects or connections, so another attempt may succeed.
-    `program`: all others, which come again."""
+    `program`: all others, which another attempt would raise again."""
     message: str
     """A UserError's text; otherwise the exception's type and the first line of its text."""
     traceback: str
 
     @classmethod
     def of(cls, error: BaseException) -> WorkerError:
-        """The description of an exception, as its first cause decides."""
+        """Describes an exception by its first cause."""
         causes = causes_of(error)
         text = "".join(traceback.format_exception(error))
         users = [cause for cause in causes if isinstance(cause, UserError)]
         if users:
-            # The last: what Ray makes of it is a UserError too, with a traceback for its text.
+            # Take the last one: Ray wraps it in a UserError too, whose text is a traceback.
             return cls("user", str(users[-1]), text)
-        # A lost peer is a RuntimeError of torch.distributed.
+        # torch.distributed raises RuntimeError for a lost peer.
         lost = isinstance(causes[-1], (ray.exceptions.RayError, RuntimeError, ConnectionError))
         return cls("lost" if lost else "program", f"{type(causes[-1]).__name__}: {first_line(causes[-1])}", text)
 
 
 @contextmanager
 def writing_errors(folder: str, rank: int) -> Iterator[None]:
-    """Writes what is raised inside into the folder, as the error of this rank, and re-raises it."""
+    """Writes an exception of the `with` block into the folder, as the error of this rank, and re-raises it."""
     try:
         yield
     except BaseException as error:
@@ -60,7 +60,7 @@ def writing_errors(folder: str, rank: int) -> Iterator[None]:
 
 
 def read_errors(folder: str) -> dict[int, WorkerError]:
-    """Rank -> what that worker has raised and written. A worker whose process or node is lost writes nothing."""
+    """Returns rank -> error that this worker has written. A worker whose process or node is lost writes nothing."""
     names = [name for name in storage.names_in(folder) if name.startswith(PREFIX) and name.endswith(SUFFIX)]
     return {
         int(name.removeprefix(PREFIX).removesuffix(SUFFIX)): WorkerError(
@@ -71,17 +71,12 @@ def read_errors(folder: str) -> dict[int, WorkerError]:
 
 
 def causes_of(error: BaseException) -> list[BaseException]:
-    """An exception and what caused it, the first cause last."""
+    """Returns an exception and its causes, the first cause last."""
     chain = [error]
     while True:
-        # `cause` is that of ray.exceptions.RayTaskError.
+        # ray.exceptions.RayTaskError has `cause`.
         causes = (getattr(chain[-1], name, None) for name in ("cause", "__cause__"))
         cause = next((c for c in causes if isinstance(c, BaseException) and c not in chain), None)
         if cause is None:
             return chain
         chain.append(cause)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's text that is not empty; its type if there is none."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

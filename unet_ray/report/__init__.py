@@ -1,1 +1,1 @@
-"""report.html, and what a command shows while it works."""
+"""Writes report.html, and shows the progress of a command."""

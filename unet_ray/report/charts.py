@@ -1,4 +1,4 @@
-"""Charts as SVG inside the page: text and axes have the page's own colour, the background is transparent."""
+"""Draws charts as SVG inside the page: text and axes have the page's own colour, the background is transparent."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 INK = "#010203"
-"""What matplotlib draws text and axes in; `currentColor` takes its place."""
+"""Colour in which matplotlib draws text and axes; `currentColor` replaces it."""
 TRAINED, VALIDATED, SECOND = "#d9822b", "#2f80d0", "#8a63d2"
 STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
@@ -58,7 +58,7 @@ def svg(name: str, draw: Callable[[Axes], None], xlabel: str) -> str:
 
 
 def curves(history: Sequence[dict[str, Any]], best_epoch: int) -> list[Chart]:
-    """Returns loss, validation scores and learning rate over the epochs; `history`: lines of metrics.jsonl."""
+    """Returns charts of loss, validation scores and learning rate over epochs; `history`: lines of metrics.jsonl."""
     epochs = [line["epoch"] for line in history]
 
     def plot(axes: Axes, column: str, color: str, label: str | None = None) -> None:
@@ -87,7 +87,7 @@ def curves(history: Sequence[dict[str, Any]], best_epoch: int) -> list[Chart]:
 
 
 def dice_histogram(dice: np.ndarray) -> Chart:
-    """Returns the images by their Dice."""
+    """Returns a histogram of the images' Dice."""
 
     def histogram(axes: Axes) -> None:
         from matplotlib.ticker import MaxNLocator
@@ -100,7 +100,7 @@ def dice_histogram(dice: np.ndarray) -> Chart:
 
 
 def mask_histograms(foreground: np.ndarray, confidence: np.ndarray) -> list[Chart]:
-    """Returns the images by share of foreground (0 to 1) and by mean confidence."""
+    """Returns histograms of the images' share of foreground (0 to 1) and of their mean confidence."""
 
     def areas(axes: Axes) -> None:
         axes.hist(100 * foreground, bins=np.linspace(0, 100, 41).tolist(), color=VALIDATED)

@@ -1,4 +1,4 @@
-"""What the page of a prediction needs of the manifest: a bounded amount, however long the manifest is."""
+"""Samples the manifest for the page of a prediction: a bounded amount, however long the manifest is."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ COLUMNS = ["path", "status", "error", "height", "width", "output", "pixels", "co
 GALLERY = 12
 """Images in each gallery."""
 NAMES = 5
-"""File names for each reason of failure."""
+"""The most paths for each reason of failure."""
 
 
 class ManifestSample:
@@ -21,9 +21,9 @@ class ManifestSample:
 
     def __init__(self) -> None:
         self.count = 0
-        """Rows."""
+        """Number of rows."""
         self.ok = 0
-        """Rows that are not failures."""
+        """Number of rows that are not failures."""
         self.names: dict[str, list[str]] = {}
         """Reason of failure -> some of the paths."""
         self.pixels: np.ndarray = np.zeros(0, np.int64)
@@ -54,7 +54,7 @@ class ManifestSample:
             row = ok.slice(i, 1).to_pylist()[0]
             self._least_confident.append((row["confidence"], row["path"], row))
         self._least_confident = sorted(self._least_confident, key=lambda entry: entry[:2])[:GALLERY]
-        # By a hash of the name: the same dozen on every machine and in every run.
+        # A hash of the path chooses the same dozen on every machine and in every run.
         hashes = [hashlib.sha256(path.encode()).hexdigest() for path in ok["path"].to_pylist()]
         for i in np.argsort(hashes)[:GALLERY].tolist():
             row = ok.slice(i, 1).to_pylist()[0]

@@ -1,4 +1,4 @@
-"""The page of a prediction."""
+"""Builds the page of a prediction."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from unet_ray.report.progress import duration
 from unet_ray.report.sections import Group, Page, Section, Table, name_of, plural, short
 
 SHARDS = 64
-"""Shards of the manifest that are read, 4,096 images each; evenly spaced where there are more."""
+"""The most shards of the manifest that are read, 4,096 images each, evenly spaced."""
 REASONS = 20
-"""Reasons of failure that are listed."""
+"""The most reasons of failure that are listed."""
 STAGES = {
     "listing": "finding the images",
     "starting": "starting, up to the first masks",
@@ -29,7 +29,7 @@ STAGES = {
     "postprocess": "resizing back and clean-up, all processes together",
     "write": "writing, all processes together",
 }
-"""Names in summary.json, and what the page calls them."""
+"""Name in summary.json -> name on the page."""
 
 
 def of_prediction(out: str) -> str:
@@ -70,7 +70,7 @@ def _tiles(summary: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _notes(summary: dict[str, Any], sample: ManifestSample | None) -> list[str]:
-    """`sample` if it is not the whole manifest."""
+    """Returns the notes; `sample` is None if it is the whole manifest."""
     notes = []
     if sample is not None:
         notes.append(
@@ -114,7 +114,7 @@ def _galleries(out: str, sample: ManifestSample) -> list[Section]:
 
 
 def _masks(sample: ManifestSample) -> list[Section]:
-    """Returns how areas and confidences are distributed."""
+    """Returns the distributions of areas and confidences."""
     if not sample.ok:
         return []
     foreground, confidence = sample.foreground(), sample.confidence()

@@ -1,4 +1,4 @@
-"""The page of a training run."""
+"""Builds the page of a training run."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from unet_ray.settings import load_train_config
 from unet_ray.training.results import result_of
 
 SCORED = 128
-"""Validation images that are scored for the page at their own size; evenly spaced where there are more."""
+"""The most validation images that are scored for the page at their own size, evenly spaced."""
 BACKEND: Literal["torch"] = "torch"
-"""Loading and compiling for OpenVINO takes longer than so few images."""
+"""OpenVINO would take longer to load and compile than torch takes for so few images."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoredPairs:
-    """The validation pairs of a run, scored at their own size; `scores` is None where that was not possible."""
+    """The validation pairs of a run, scored at their own size; `scores` is None if that was not possible."""
 
     scores: Scores | None = None
     pairs: list[Pair]
-    """Those that were scored."""
+    """The pairs that were scored."""
     notes: list[str]
 
 
@@ -83,7 +83,7 @@ def of_run(run: str, runtime: Runtime, on_progress: OnProgress) -> str:
 
 
 def _scored(run: str, config: TrainConfig, runtime: Runtime, on_progress: OnProgress) -> ScoredPairs:
-    """Scores up to `SCORED` validation images. Where images were moved, say, a note says so instead."""
+    """Scores up to `SCORED` validation images. If that fails, e.g. because they were moved, returns a note instead."""
     try:
         held_out = pairs_of_run(run, "val")
         pairs = evenly(held_out, SCORED)

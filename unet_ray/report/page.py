@@ -1,6 +1,6 @@
-"""Writes report.html: one page, complete in itself, that shows a training run or a prediction.
+"""Writes report.html: one self-contained page that shows a training run or a prediction.
 
-Charts are SVG in the page's own text colour, so that they are right in light and dark. Pictures are small JPEGs, a
+Charts are SVG in the page's own text colour, so that they suit light and dark themes. Pictures are small JPEGs, a
 bounded number of them, so that the page stays small however large the run is.
 """
 
@@ -22,9 +22,9 @@ def write(
     runtime: Runtime = LOCAL,
     on_progress: OnProgress = lambda _done, _failed, _all: None,
 ) -> str:
-    """Writes report.html into a run directory or a prediction's folder. Returns where it is.
+    """Writes report.html into a run directory or a prediction's output folder. Returns its location.
 
-    Of a run, up to 128 validation images are scored at their own size: in this process, or through Ray Data with
+    For a run, it scores up to 128 validation images at their own size: in this process, or through Ray Data with
     `runtime=Runtime(local=False)`. `on_progress` receives (done, failed, all). Raises UserError if `location` is
     neither.
     """

@@ -1,4 +1,4 @@
-"""Small pictures inside the page: JPEG as data URIs."""
+"""Encodes small pictures for the page: JPEG as data URIs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 SIDE = 360
-"""Longer side of the pictures, pixels."""
+"""Longer side of the pictures, in pixels."""
 QUALITY = 82
 
 

@@ -1,4 +1,4 @@
-"""The pictures on the page of a prediction: each image with its mask drawn in."""
+"""Draws the pictures on the page of a prediction: each image with its mask."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from unet_ray.report.sections import short
 
 @dataclass(frozen=True, slots=True)
 class PredictionPictures:
-    """Draws masks into their pictures; reads masks from PNG files or from masks.parquet, whichever there is."""
+    """Draws masks over their images; reads the masks from PNG files or from masks.parquet, whichever exists."""
 
     out: str
     classes: int
-    """2 or more: background counts."""
+    """Number of classes, background included: 2 or more."""
 
     def draw(self, rows: Iterable[dict[str, Any]]) -> Iterator[tuple[str, str]]:
         """Yields (data URI, caption) for the manifest's rows whose mask can be read."""
@@ -46,7 +46,7 @@ class PredictionPictures:
             return None
 
     def _picture(self, row: dict[str, Any]) -> np.ndarray:
-        """Returns the picture, or gray where it can't be read: moved, inside a Parquet file, or of many channels."""
+        """Returns the picture, or plain gray if the image was moved, is inside a Parquet file, or has many channels."""
         size_hw = row["height"], row["width"]
         try:
             data = storage.read_bytes(os.fsdecode(row["location"]))
@@ -56,7 +56,7 @@ class PredictionPictures:
 
 
 def _from_parquet(folder: str, path: str) -> bytes | None:
-    """Returns the mask, PNG bytes, that masks.parquet holds for an image."""
+    """Returns the mask, PNG bytes, that masks.parquet holds for an image; None if it holds none."""
     import pyarrow.parquet as pq
 
     if not storage.exists(folder):

@@ -1,4 +1,4 @@
-"""Shows progress: on a terminal one line that is kept up to date, elsewhere a new line now and then."""
+"""Shows progress: on a terminal it updates one line, elsewhere it prints a new line now and then."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 
 LOG_EVERY_SECONDS = 10.0
-"""Time between lines on images, where there is no terminal."""
+"""Seconds between lines about images, without a terminal."""
 STEPS_EVERY_SECONDS = 60.0
-"""Time between lines on training steps, where there is no terminal."""
+"""Seconds between lines about training steps, without a terminal."""
 
 
 def say(text: str, *, err: bool = False) -> None:
@@ -56,7 +56,7 @@ def speed(images_per_second: float) -> str:
 
 
 class _Display:
-    """A line at the bottom of a terminal that is kept up to date; without a terminal `bar` is None. Used by `with`."""
+    """Shows and updates a line at the bottom of a terminal; without one, `bar` is None. Use it in a `with` block."""
 
     def __init__(self, bar: Progress | None) -> None:
         self.bar, self.task = bar, None if bar is None else bar.add_task("", details="", visible=False)
@@ -69,13 +69,13 @@ class _Display:
             self.bar.stop()
 
     def show(self, what: str, done: int, total: int | None, details: str) -> None:
-        """Updates the line, where there is a terminal."""
+        """Updates the line, if there is a terminal."""
         if self.bar is not None and self.task is not None:
             self.bar.start()
             self.bar.update(self.task, description=what, completed=done, total=total, details=details, visible=True)
 
     def tell(self, text: str, *, err: bool = False) -> None:
-        """Prints a message that stays, above the line where there is one."""
+        """Prints a message that stays, above the line if there is one."""
         if self.bar is not None and self.bar.live.is_started:
             self.bar.console.print(_filled(text, self.bar.console.width), markup=False, highlight=False, soft_wrap=True)
         else:
@@ -97,12 +97,12 @@ class TrainingDisplay(_Display):
         self.first: int | None = None
 
     def start(self) -> None:
-        """A training begins, perhaps one of several."""
+        """Starts the display of a training, perhaps one of several."""
         self.first = None
         self.show("starting", 0, None, "")
 
     def epoch(self, line: dict[str, Any]) -> None:
-        """Prints a finished epoch; `line`: of metrics.jsonl."""
+        """Prints a finished epoch; `line`: its line of metrics.jsonl."""
         now, epoch = time.monotonic(), line["epoch"]
         if self.first is None:  # the first epoch of this process, which may resume an earlier run
             self.first, self.begun = epoch, now
@@ -138,7 +138,7 @@ class TrainingDisplay(_Display):
 
 
 class ImagesDisplay(_Display):
-    """Shows images done, as `on_progress` of prediction and evaluation; on stderr, since stdout is for results."""
+    """Counts finished images, as `on_progress` of prediction and evaluation; on stderr, since stdout is for results."""
 
     def __init__(self, verb: str) -> None:
         super().__init__(_bar(err=True) if sys.stderr.isatty() else None)

@@ -1,4 +1,4 @@
-"""The pictures on the page of a training run: true mask, predicted mask and where they differ."""
+"""Draws the pictures on the page of a training run: ground truth, predicted mask and their differences."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from unet_ray.report.pictures import SIDE, data_uri, picture_uri, resized_ids
 from unet_ray.report.sections import Group, Row, Section, anchor, short
 
 WORST, MIDDLE, BEST = 6, 3, 3
-"""How many images of each kind are shown."""
+"""Number of images of each kind that are shown."""
 FALSE_POSITIVE, FALSE_NEGATIVE = (230, 60, 40), (60, 110, 255)
 
 
 def compared(run: str, scores: Scores, pairs: dict[str, Pair], card: ModelCard, backend: Literal["torch"]) -> Section:
-    """Returns the worst, the middle and the best images by Dice; `pairs` by the image's path."""
+    """Returns the worst, the middle and the best images by Dice; `pairs`: path of the image -> pair."""
     dice = scores.each.means()["dice"]
     chosen = _chosen(np.argsort(dice, kind="stable").tolist())
     segmenter = Segmenter(run, backend=backend)
@@ -43,7 +43,7 @@ def compared(run: str, scores: Scores, pairs: dict[str, Pair], card: ModelCard, 
 
 
 def _chosen(order: list[int]) -> dict[str, list[int]]:
-    """Returns the images of each group, none twice; `order`: all images, the worst first."""
+    """Returns the images of each group, no image twice; `order`: all images, the worst first."""
     middle = max(0, len(order) // 2 - MIDDLE // 2)
     wanted = {"Worst": order[:WORST], "Best": order[::-1][:BEST], "In the middle": order[middle : middle + MIDDLE]}
     chosen: dict[str, list[int]] = {}
@@ -65,7 +65,7 @@ def _legend(card: ModelCard) -> list[tuple[str, str]]:
 
 
 def _row(segmenter: Segmenter, pair: Pair, card: ModelCard, caption: str) -> Row:
-    """Returns picture | true mask | prediction | differences."""
+    """Returns the row: picture, ground truth, prediction, differences."""
     classes = card.model.num_classes
     data = storage.read_bytes(pair.image)
     ground_truth, _ = imaging.decode_mask(storage.read_bytes(pair.mask), card.data, None)
@@ -84,7 +84,7 @@ def _row(segmenter: Segmenter, pair: Pair, card: ModelCard, caption: str) -> Row
 
 
 def _differences(picture: np.ndarray, true_ids: np.ndarray, predicted_ids: np.ndarray, classes: int) -> np.ndarray:
-    """Returns the picture, paler, with the wrong pixels coloured. uint8 [H,W,3] and class ids, uint8 [H,W]."""
+    """Returns a paler picture, uint8 [H,W,3], with wrong pixels coloured, from class ids, uint8 [H,W]."""
     pale = picture.astype(np.float32) * 0.55 + 60
     valid = true_ids != IGNORE
     if classes == 1:

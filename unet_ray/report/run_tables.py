@@ -1,4 +1,4 @@
-"""The tables on the page of a training run."""
+"""Builds the tables on the page of a training run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from unet_ray.report.progress import duration
 from unet_ray.report.sections import Section, Table, anchor, plural, short
 
 OUTLIERS = 6
-"""Images far below the rest that are linked to their pictures, which `run_pictures.WORST` shows."""
+"""The most outliers that are linked to their pictures; `run_pictures.WORST` shows as many."""
 UNETS = {"unet": "U-Net", "attention_unet": "Attention U-Net", "unet++": "U-Net++"}
 
 
@@ -58,7 +58,7 @@ def _outliers(dice: np.ndarray) -> list[int]:
 
 
 def classes(scores: Scores) -> list[Section]:
-    """Returns the scores of each class, where there are several."""
+    """Returns the scores of each class, if there are several."""
     if not scores.per_class:
         return []
     columns = {name: metrics.LABELS[name] for name in metrics.RATIOS} | {"iou_global": "IoU, all pixels"}
@@ -82,7 +82,7 @@ def network(config: TrainConfig) -> str:
 
 
 def settings(config: TrainConfig, card: ModelCard, sides: Counter[str]) -> Table:
-    """Returns the settings that say most; `sides`: number of images of `train` and `val`."""
+    """Returns the most important settings; `sides`: number of images of `train` and `val`."""
     data, fit, (height, width) = config.data, config.train, config.data.size_hw
     operations = compiling.floating_point_operations(config.model, card.image_size)
     binary = card.model.num_classes == 1
@@ -113,7 +113,7 @@ def _split(data: DataConfig) -> str:
 
 
 def times(history: Sequence[dict[str, Any]]) -> Table:
-    """Returns what the epochs' time was spent on; `history`: lines of metrics.jsonl."""
+    """Returns how the epochs spent their time; `history`: lines of metrics.jsonl."""
     whole = sum(line["seconds"] for line in history)
     training = sum(line["train_seconds"] for line in history)
     waiting = sum(line["wait_seconds"] for line in history)

@@ -1,4 +1,4 @@
-"""What a page consists of, and how it becomes HTML."""
+"""Defines the parts of a page, and turns a page into HTML."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Pictures of one image beside each other."""
+    """Pictures of one image, side by side."""
 
     anchor: str
     pictures: list[tuple[str, str]]
@@ -55,7 +55,7 @@ class Section:
     groups: list[Group] = field(default_factory=list)
     command: str = ""
     keep: bool = False
-    """Print on one page."""
+    """Keep the section on one page when printed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

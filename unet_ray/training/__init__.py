@@ -1,1 +1,1 @@
-"""Train a network."""
+"""Trains a network."""

@@ -1,9 +1,11 @@
-"""What is done to the images of a training batch and their masks.
+"""Changes the images of a training batch and their masks at random.
 
 The same (seed, epoch, image) gives the same picture, whatever the batch, the number of workers or the order.
 
 To add an augmentation, give `AugmentConfig` its setting and write one class here, of one of three kinds: `Exact`,
-`Geometric` or `Tonal`. Register it with `@_augmentation` below all others, so that their draws stay as they are.
+`Geometric` or `Tonal`. Register it with `@_augmentation` below all others, so that their draws stay as they are. A
+change that fits none of the kinds, such as noise on each pixel, needs a new one: a subclass of `Augmentation` with an
+abstract method, and lines in `augment` that apply it. `draw` does not know the image's size: let it draw a seed then.
 
 Legend: N images, C channels, H, W pixels. Grid positions are grid_sample's: -1 and 1 are the outer edges of an image.
 """
@@ -23,12 +25,12 @@ from torch import Tensor
 from unet_ray.config import AugmentConfig
 
 Arrays = dict[str, Tensor]
-"""`image` uint8 [N,H,W,C]; `mask` and whatever else goes with it, uint8 [N,H,W]; all on one device."""
+"""`image` uint8 [N,H,W,C]; `mask` and perhaps `border`, uint8 [N,H,W]; all on one device."""
 
 
 def augment(arrays: Arrays, indices: Iterable[int], *, config: AugmentConfig, seed: int, epoch: int) -> Arrays:
-    """The arrays, changed as `config` says; shapes and dtypes stay. Random draws of each image depend on `seed`,
-    `epoch` and its number in `indices`."""
+    """Returns the arrays, changed as `config` says; shapes and dtypes stay. The random draws of an image depend on
+    `seed`, `epoch` and its number in `indices`."""
     by_image = []
     for index in indices:
         generator = np.random.default_rng([seed, epoch, int(index)])
@@ -55,7 +57,7 @@ class Augmentation(ABC):
 
     @abstractmethod
     def draw(self, config: AugmentConfig, generator: Generator) -> Any:
-        """What is random about one image."""
+        """Draws the random numbers for one image."""
 
 
 class Exact(Augmentation):
@@ -63,7 +65,7 @@ class Exact(Augmentation):
 
     @abstractmethod
     def apply(self, values: Tensor, draws: Sequence[Any]) -> Tensor:
-        """Images [N,H,W,C] or masks [N,H,W], changed; `draws`: one per image."""
+        """Returns the images [N,H,W,C] or masks [N,H,W] changed; `draws`: one per image."""
 
 
 class Geometric(Augmentation):
@@ -71,7 +73,8 @@ class Geometric(Augmentation):
 
     @abstractmethod
     def move(self, grid_NHWx: Tensor, draws: Sequence[Any]) -> Tensor:
-        """Where each output pixel comes from, float32 [N,H,W,2] (x, y), given where it came from so far."""
+        """Returns the place that each output pixel comes from, float32 [N,H,W,2] (x, y). `grid_NHWx`: that of the
+        augmentations of this kind before it."""
 
 
 class Tonal(Augmentation):
@@ -79,14 +82,15 @@ class Tonal(Augmentation):
 
     @abstractmethod
     def tone(self, value: np.ndarray, draw: Any) -> np.ndarray:
-        """The new brightness of each of 256 values; both float64 [256], nominally 0 to 1."""
+        """Returns the new brightness of each of 256 values; both float64 [256], nominally 0 to 1."""
 
 
 AUGMENTATIONS: list[Augmentation] = []
-"""In the order of their draws. They are applied in this order too, but `Tonal` from the last to the first."""
+"""All augmentations, in the order of their draws. They are applied in this order too, except that `Tonal` are applied
+from the last to the first."""
 
 Draws = dict[Augmentation, list[Any]]
-"""What each augmentation has drawn, for every image of a batch."""
+"""Augmentation -> its draw for each image of a batch."""
 
 
 def _augmentation(cls: type[Augmentation]) -> type[Augmentation]:
@@ -99,7 +103,7 @@ def _either_way(generator: Generator, largest: float) -> float:
 
 
 def _factor(generator: Generator, largest: float) -> float:
-    """From 1 / (1 + largest) to 1 + largest."""
+    """Draws a factor from 1 / (1 + largest) to 1 + largest, log-uniformly."""
     return float(np.exp(_either_way(generator, np.log1p(largest))))
 
 
@@ -169,7 +173,7 @@ class Affine(Geometric):
         )
 
     def move(self, grid_NHWx: Tensor, draws: Sequence[_AffineDraw]) -> Tensor:
-        # The first of its kind, so the grid is still the identity.
+        # `Affine` is the first `Geometric` augmentation: the given grid is the identity, so a new one replaces it.
         count, height, width, _ = grid_NHWx.shape
         affine = []
         for draw in draws:
@@ -229,7 +233,7 @@ class Elastic(Geometric):
     """Points on each side of the grid (the paper's)."""
 
     def draw(self, config: AugmentConfig, generator: Generator) -> np.ndarray:
-        """Pixels, float64 [2,side,side]: x and y."""
+        """Draws the displacements in pixels, float64 [2,side,side]: x and y."""
         return config.elastic * generator.standard_normal((2, self.side, self.side))
 
     def move(self, grid_NHWx: Tensor, draws: Sequence[np.ndarray]) -> Tensor:
@@ -244,7 +248,7 @@ class Elastic(Geometric):
 
 
 def _grid(draws: Draws, like_NHW: Tensor) -> Tensor:
-    """Where each output pixel comes from, float32 [N,H,W,2] (x, y)."""
+    """Returns the place that each output pixel comes from, float32 [N,H,W,2] (x, y)."""
     count, height, width = like_NHW.shape
     theta = torch.eye(2, 3, device=like_NHW.device)[None]
     grid = F.affine_grid(theta, [1, 1, height, width], align_corners=False).expand(count, -1, -1, -1)
@@ -255,7 +259,7 @@ def _grid(draws: Draws, like_NHW: Tensor) -> Tensor:
 
 
 def _sample(values: Tensor, grid_NHWx: Tensor) -> Tensor:
-    """Images [N,H,W,C] bilinearly, masks [N,H,W] by nearest neighbour; beyond the edge both are mirrored."""
+    """Samples images [N,H,W,C] bilinearly, masks [N,H,W] by nearest neighbour. Mirrors both beyond the edge."""
     is_image = values.ndim == 4
     planes = (values.permute(0, 3, 1, 2) if is_image else values[:, None]).float()
     mode = "bilinear" if is_image else "nearest"
@@ -265,8 +269,8 @@ def _sample(values: Tensor, grid_NHWx: Tensor) -> Tensor:
 
 
 def _recolour(image_NHWC: Tensor, draws: Draws) -> Tensor:
-    """Images with their brightness changed: by one table of 256 values per image, so that it costs one look-up however
-    much is changed."""
+    """Changes the brightness of images by one table of 256 values per image, so that all changes together cost one
+    look-up."""
     table_N256 = np.tile(np.linspace(0, 1, 256), (len(image_NHWC), 1))
     for each, of_images in reversed(draws.items()):
         if isinstance(each, Tonal):

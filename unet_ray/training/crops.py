@@ -1,4 +1,4 @@
-"""Random tiles of training images (`data.tile`)."""
+"""Cuts random tiles out of training images (`data.tile`)."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from unet_ray.models.tiles import _window
 def random_tiles(
     arrays: dict[str, Tensor], indices: Iterable[int], tile: int, *, margin: int, seed: int, epoch: int
 ) -> dict[str, Tensor]:
-    """A square of `tile` pixels from each image and its mask, at a place drawn from (seed, epoch, index); images with
-    `margin` pixels more on each side.
+    """Cuts a square of `tile` pixels out of each image and its mask, at a place drawn from (seed, epoch, index). The
+    square of an image has `margin` more pixels on each side.
 
     Shapes: `image` [N,H,W,C] -> [N,tile+2*margin,tile+2*margin,C], all others [N,H,W] -> [N,tile,tile].
     """
     height, width = arrays["mask"].shape[1:]
     corners = []
     for index in indices:
-        generator = np.random.default_rng([seed, epoch, int(index), 1])  # other numbers than augment's
+        generator = np.random.default_rng([seed, epoch, int(index), 1])  # draws other numbers than augment
         corners.append((int(generator.integers(height - tile + 1)), int(generator.integers(width - tile + 1))))
 
     def cut(name: str, values: Tensor) -> Tensor:

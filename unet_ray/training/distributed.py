@@ -1,4 +1,4 @@
-"""Sums and averages over the processes of a training, its ranks."""
+"""Sums and averages over the ranks, the processes of a training."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from unet_ray.models import SegmentationModel
 
 
 def world_size() -> int:
-    """How many processes train together."""
+    """Returns the number of processes that train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """This process's number among them."""
+    """Returns the number of this process among them, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -37,10 +37,10 @@ def average_buffers(model: nn.Module, device: torch.device) -> None:
 
 
 def over_ranks(network: SegmentationModel, device: torch.device) -> DistributedDataParallel:
-    """The network with its gradients averaged over ranks."""
+    """Wraps the network so that its gradients are averaged over ranks."""
     on_gpu = device.type == "cuda"
     if on_gpu:
-        # Normalises over the whole batch, as one worker would. There is no such layer for CPUs. Converted in place,
-        # because the outermost module is no norm itself.
+        # These layers normalise over the whole batch, as one worker would; there are none for CPUs. This converts in
+        # place, because the outermost module is no norm itself.
         nn.SyncBatchNorm.convert_sync_batchnorm(network)
     return DistributedDataParallel(network, device_ids=[device] if on_gpu else None, broadcast_buffers=False)

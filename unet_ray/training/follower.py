@@ -1,4 +1,4 @@
-"""What the driver knows of a training on other machines: it reads the run directory."""
+"""Follows a training on other machines: the driver reads the run directory."""
 
 from __future__ import annotations
 

@@ -26,12 +26,12 @@ from unet_ray.training import distributed
 from unet_ray.training.progress import OnStep, ProgressTimer
 from unet_ray.training.results import read_metrics, rounded, write_metrics
 from unet_ray.training.sampler import EpochBatches, Sampler
-from unet_ray.training.schedules import learning_rate_at, plateau_factor, stops_early
+from unet_ray.training.schedules import decay_after_plateaus, learning_rate_at, stops_early
 from unet_ray.training.step import Training, prepare
 from unet_ray.training.validation import validate
 
 Report = Callable[[dict[str, Any]], None]
-"""Called on every rank after each epoch with that epoch's line of metrics.jsonl."""
+"""Gets the line of metrics.jsonl of each finished epoch, on every rank."""
 
 
 def fit(
@@ -46,14 +46,14 @@ def fit(
 ) -> None:
     """Trains from the run's last finished epoch, or from the start, and writes the run directory.
 
-    The same in one process and in each of many: with an initialised torch.distributed group, only rank 0 writes and
-    calls `on_step`. Raises UserError if the loss is not finite.
+    Each process of a training calls it in the same way. With an initialised torch.distributed group, only rank 0 writes
+    and calls `on_step`. Raises UserError if the loss is not finite.
     """
     rank, world_size = distributed.rank(), distributed.world_size()
     training, state = _start(config, out, device)
     sampler = Sampler.of(config.train, len(train_rows), rank=rank, world_size=world_size)
     if _compiles(config, sampler, device):
-        training.forward = compiling.Compiled(training.model)
+        training.forward = compiling.Compiled(training.ddp_network)
     history = [line for line in read_metrics(out) if line["epoch"] <= state.epoch]
 
     for epoch in range(state.epoch + 1, config.train.epochs + 1):
@@ -64,8 +64,8 @@ def fit(
         _seed_dropout(config.train.seed, epoch, rank)
         batches = EpochBatches(train_rows, sampler.epoch(epoch))
         timer = ProgressTimer(on_step if rank == 0 else None, epoch, steps=batches.steps, images=len(train_rows))
-        factor = plateau_factor(config.train, val_dices)
-        train_loss = train_epoch(training, batches, epoch=epoch, factor=factor, on_step=timer)
+        decay = decay_after_plateaus(config.train, val_dices)
+        train_loss = train_epoch(training, batches, epoch=epoch, decay=decay, on_step=timer)
         for network in training.networks:
             distributed.average_buffers(network, device)
         train_seconds = time.perf_counter() - started
@@ -81,7 +81,7 @@ def fit(
             "wait_seconds": batches.wait_seconds,
             "seconds": time.perf_counter() - started,
         }
-        # As it will be read from the file, so that a resumed run decides as an uninterrupted one.
+        # Rounded as in the file, so that a resumed run, which reads it, decides the same as an uninterrupted one.
         history.append(line := rounded(line))
         is_best = line["val_dice"] > state.best
         state = TrainingState(epoch, max(state.best, line["val_dice"]), config.to_yaml())
@@ -95,22 +95,22 @@ def train_epoch(
     batches: EpochBatches,
     *,
     epoch: int,
-    factor: float = 1.0,
+    decay: float = 1.0,
     on_step: Callable[[int, Tensor], None] = lambda _step, _total: None,
 ) -> float:
-    """One pass over an epoch's micro-batches. Returns the mean loss over all ranks.
+    """Trains on an epoch's micro-batches once. Returns the mean loss over all ranks.
 
-    `factor`: see `learning_rate_at`. `on_step` gets the number of steps done and the sum of this rank's losses.
+    `decay`: see `learning_rate_at`. `on_step` gets the number of steps done and the sum of this rank's losses.
     Raises UserError if the loss is not finite.
     """
-    training.model.train()
+    training.ddp_network.train()
     step, total_loss = 0, torch.zeros((), dtype=torch.float64, device=training.device)
     step_loss = torch.zeros((), device=training.device)
     for arrays, weight, ends_step in batches:
         step_loss += training.backward(arrays, weight, epoch=epoch, ends_step=ends_step)
         if not ends_step:
             continue
-        _set_learning_rate(training, (epoch - 1 + step / batches.steps) / training.config.train.epochs, factor)
+        _set_learning_rate(training, (epoch - 1 + step / batches.steps) / training.config.train.epochs, decay)
         training.update()
         step += 1
         total_loss += step_loss
@@ -123,26 +123,26 @@ def train_epoch(
     return float(mean_loss)
 
 
-def _set_learning_rate(training: Training, progress: float, factor: float) -> None:
-    rate = learning_rate_at(training.config.train, progress, factor)
+def _set_learning_rate(training: Training, progress: float, decay: float) -> None:
+    rate = learning_rate_at(training.config.train, progress, decay)
     for group in training.optimizer.param_groups:
         group["lr"] = rate * group.get("scale", 1.0)
 
 
 def _validate(training: Training, val_rows: Rows) -> dict[str, Any]:
-    """Scores over the validation rows, which the ranks divide among themselves."""
+    """Scores the network on the validation rows, which the ranks divide among themselves."""
     config, rank, world_size = training.config, distributed.rank(), distributed.world_size()
     own = np.arange(len(val_rows))[rank::world_size]
     size = max(1, config.train.batch_size // world_size)
     batches = val_rows.batches([own[start : start + size] for start in range(0, len(own), size)])
-    return validate(training.scored, batches, training.loss, config, training.device)
+    return validate(training.saved_network, batches, training.loss, config, training.device)
 
 
 def _save(out: str, training: Training, state: TrainingState, history: list[dict[str, Any]], *, is_best: bool) -> None:
     """Writes the best model, metrics.jsonl and `last/`. The state comes last: a run that is stopped before it repeats
     the epoch and writes the same files again."""
     if is_best:
-        checkpoint.save_model(storage.join(out, MODEL), training.scored, training.config, history[-1])
+        checkpoint.save_model(storage.join(out, MODEL), training.saved_network, training.config, history[-1])
     write_metrics(out, history)
     training_state.save_state(
         storage.join(out, LAST), state, training.network, training.optimizer, training.scaler, training.ema
@@ -150,14 +150,14 @@ def _save(out: str, training: Training, state: TrainingState, history: list[dict
 
 
 def _start(config: TrainConfig, out: str, device: torch.device) -> tuple[Training, TrainingState]:
-    """The training as its last finished epoch has left it, or a fresh one."""
+    """Builds the training and loads the state of its last finished epoch, if there is one."""
     if device.type == "cpu":
         keep_freed_memory(of_any_size=True)
     last = storage.join(out, LAST)
     training = prepare(config, device, resumes=training_state.has_state(last))
     state = training_state.load_state(last, training.network, training.optimizer, training.scaler, training.ema)
     if distributed.world_size() > 1:
-        training.model = training.forward = distributed.over_ranks(training.network, device)
+        training.ddp_network = training.forward = distributed.over_ranks(training.network, device)
     return training, state or TrainingState(0, -1.0, config.to_yaml())
 
 
@@ -167,13 +167,13 @@ def _seed_dropout(seed: int, epoch: int, rank: int) -> None:
 
 
 def _compiles(config: TrainConfig, sampler: Sampler, device: torch.device) -> bool:
-    """Whether the network is compiled for training."""
+    """Returns whether the network is compiled for training."""
     if config.compute.compile is not None:
         return config.compute.compile
     size_hw = (config.data.tile, config.data.tile) if config.data.tile else config.data.size_hw
     # The backward pass computes the gradients of inputs and of weights, each as much as the forward pass.
     per_image = 3 * compiling.floating_point_operations(config.model, size_hw)
     operations = per_image * sampler.rows * config.train.epochs / sampler.world_size
-    # Of rank 0, so that all ranks decide alike.
+    # All ranks use the sizes of rank 0, so that they decide alike.
     sizes = len({len(micro.indices) for micro in dataclasses.replace(sampler, rank=0).epoch(1)})
     return compiling.pays(operations, device, bf16=in_bf16(device, config.train.precision), sizes=sizes)

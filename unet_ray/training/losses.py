@@ -1,6 +1,6 @@
 """The losses. Each gives one number per image, so that a batch's mean does not depend on how the batch is divided.
 
-To add one, write a function here and name it in `registry.LOSSES`: (pixels, config) -> float32 [N].
+To add one, write a function (pixels, config) -> float32 [N] here and name it in `registry.LOSSES`.
 
 Legend: N images, K classes (1: a single logit), H, W pixels. Masks hold class ids, uint8, `IGNORE` where a pixel does
 not count. All losses are computed in float32, whatever precision the network ran in.
@@ -22,7 +22,7 @@ from unet_ray.registry import LOSSES, load
 
 @dataclass(frozen=True)
 class Pixels:
-    """What a loss is computed from."""
+    """The arrays from which a loss is computed."""
 
     logits: Tensor
     """float32 [N,K,H,W]."""
@@ -33,20 +33,22 @@ class Pixels:
 
     @cached_property
     def cross_entropy(self) -> Tensor:
-        """Of each pixel, float32 [N,H,W]: binary for a single logit, softmax for more; finite also where ignored."""
+        """Cross-entropy of each pixel, float32 [N,H,W]: binary for a single logit, softmax for more. It is finite for
+        ignored pixels too."""
         if self.logits.shape[1] == 1:
             target = (self.mask == 1).to(self.logits.dtype)
             return F.binary_cross_entropy_with_logits(self.logits[:, 0], target, reduction="none")
         return F.cross_entropy(self.logits, self.mask.long(), ignore_index=IGNORE, reduction="none")
 
     def mean(self, loss_NHW: Tensor) -> Tensor:
-        """Weighted mean over each image's pixels, float32 [N], as torch's cross-entropy takes it; 0 for an image
-        without any."""
+        """Returns the weighted mean over each image's pixels, float32 [N], as torch's cross-entropy takes it. It is 0
+        for an image whose weights are all 0."""
         total = self.weights.sum(dim=(1, 2))
         return (loss_NHW * self.weights).sum(dim=(1, 2)) / torch.where(total > 0, total, 1)
 
     def sums(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Over each image's valid pixels, float32 [N,K] each: Σpt, Σp, Σt of probabilities p and one-hot targets t."""
+        """Returns Σpt, Σp and Σt over each image's valid pixels, float32 [N,K] each: p are probabilities, t one-hot
+        targets."""
         if self.logits.shape[1] == 1:
             probability, target = self.logits.sigmoid(), (self.mask == 1)[:, None]
         else:
@@ -67,7 +69,7 @@ def cross_entropy(pixels: Pixels, _config: OptimizationConfig) -> Tensor:
 
 def focal(pixels: Pixels, config: OptimizationConfig) -> Tensor:
     """(1 - p) ** gamma * cross-entropy, p the probability of the true class (Lin et al. 2017, equation 4)."""
-    # Not from 0: a power below 1 has no finite slope there.
+    # At 0 a power below 1 has no finite slope, so the base stays above 0.
     wrong = (-torch.expm1(-pixels.cross_entropy)).clamp(min=1e-7)
     return pixels.mean(wrong**config.focal_gamma * pixels.cross_entropy)
 
@@ -115,7 +117,7 @@ class Loss:
 
 
 def pixel_weights(mask_NHW: Tensor, border_NHW: Tensor | None, config: OptimizationConfig) -> Tensor:
-    """float32 [N,H,W], 0 where a pixel does not count: w_c + w0 * border, equation 2 of Ronneberger et al. 2015.
+    """Returns w_c + w0 * border, float32 [N,H,W] (Ronneberger et al. 2015, equation 2); 0 where a pixel does not count.
 
     w_c: `class_weights`, for a single logit those of background and foreground; w0: `border_weight`.
     """
@@ -130,7 +132,7 @@ def pixel_weights(mask_NHW: Tensor, border_NHW: Tensor | None, config: Optimizat
 
 
 def build(config: OptimizationConfig, num_classes: int) -> Loss:
-    """The loss that a training's settings name; `inverse` class weights must have been resolved to numbers."""
+    """Builds the loss that the settings name. Class weights `inverse` must have been resolved to numbers."""
     assert config.class_weights != "inverse", "resolve class_weights first: see masks.inverse_frequencies"
     name = config.loss
     if name == "auto":

@@ -1,4 +1,4 @@
-"""Muon, an optimizer for the weights of convolutions: fewer images to the same score than AdamW."""
+"""Muon, an optimizer for the weights of convolutions. It needs fewer images than AdamW for the same score."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose steps are made orthogonal (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/).
+    """Momentum with orthogonalised steps (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/).
 
     The weight of a convolution is a matrix with one row per output channel (of a transposed convolution: per input
     channel). All singular values of its step are near 1, so that rare directions move as fast as common ones. Groups
@@ -41,7 +41,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal_step(parameter: Tensor, state: dict[str, Tensor], momentum: float = 0.95) -> Tensor:
-    """Nesterov momentum 0.95 (the paper's), orthogonalised; a tall matrix's step is scaled by sqrt(rows / columns)."""
+    """Returns the orthogonalised step of Nesterov momentum (0.95 as in the paper). A tall matrix's step is scaled by
+    sqrt(rows / columns)."""
     assert parameter.grad is not None
     state["exp_avg"].lerp_(parameter.grad, 1 - momentum)
     update = parameter.grad.lerp(state["exp_avg"], momentum)
@@ -50,12 +51,12 @@ def orthogonal_step(parameter: Tensor, state: dict[str, Tensor], momentum: float
 
 
 def orthogonalise(matrix: Tensor) -> Tensor:
-    """The nearest matrix whose singular values are all about 1; float32 [R,C].
+    """Returns the nearest matrix whose singular values are all about 1; float32 [R,C].
 
-    Five Newton–Schulz steps with the source's coefficients, which end between 0.7 and 1.2. Each step multiplies the
-    matrix X from the left by a polynomial P of XXᵀ. Only XXᵀ, which becomes P·XXᵀ·P, and the product of all P are
-    computed in each step, both as small as the shorter side; X itself is multiplied once. For U-Net base 64 that takes
-    0.4 of the time.
+    Takes five Newton–Schulz steps with the source's coefficients; the values end between 0.7 and 1.2. Each step
+    multiplies the matrix X from the left by a polynomial P of XXᵀ. A step computes only XXᵀ, which becomes P·XXᵀ·P, and
+    the product of all P. Both are as small as the shorter side. X itself is multiplied once, at the end. For U-Net base
+    64 that takes 0.4 of the time.
     """
     wide = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
     wide = wide / (wide.norm() + 1e-7)
@@ -70,7 +71,7 @@ def orthogonalise(matrix: Tensor) -> Tensor:
 
 
 def adam_step(parameter: Tensor, state: dict[str, Tensor]) -> Tensor:
-    """Adam's step with torch's defaults: betas 0.9 and 0.999, epsilon 1e-8."""
+    """Returns Adam's step with torch's defaults: betas 0.9 and 0.999, epsilon 1e-8."""
     assert parameter.grad is not None
     state["exp_avg"].lerp_(parameter.grad, 0.1)
     state["exp_avg_sq"].mul_(0.999).addcmul_(parameter.grad, parameter.grad, value=0.001)

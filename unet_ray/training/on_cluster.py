@@ -1,4 +1,4 @@
-"""Training on a Ray cluster: what each attempt is given, and when another follows. `ray_backend` talks to Ray."""
+"""Trains on a Ray cluster: prepares each attempt, and decides whether another follows. `ray_backend` talks to Ray."""
 
 from __future__ import annotations
 
@@ -17,7 +17,14 @@ from unet_ray.training.follower import Follower
 from unet_ray.training.loop import fit
 from unet_ray.training.progress import RAY_FOLDER, progress_writer
 from unet_ray.training.results import epochs_done
-from unet_ray.training.setup import MARK, Split, explain_shortages, first_weights, row_decoder, write_start
+from unet_ray.training.setup import (
+    MARK,
+    Split,
+    decoder_with_filled_cache,
+    explain_shortages,
+    first_weights,
+    write_start,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -26,15 +33,15 @@ if TYPE_CHECKING:
 def train_on_cluster(
     config: TrainConfig, split: Split, out: str, follower: Follower, on_retry: Callable[[str, int], None]
 ) -> None:
-    """Trains, and starts again from the last finished epoch where workers or nodes are lost, up to `compute.retries`
-    times in a row without a finished epoch between them.
+    """Trains, and restarts from the last finished epoch after workers or nodes were lost: up to `compute.retries` times
+    in a row without a finished epoch between them.
 
-    Ours rather than Ray's max_failures, which also repeats what fails every time, and does not decode again the rows
-    that were lost with a node. Raises UserError for what the user must fix.
+    Ray's own retries (`max_failures`) are off: they also repeat failures that come every time, and do not decode the
+    rows again that were lost with a node. Raises UserError for what the user must fix.
     """
     from unet_ray.ray_backend import autoscaling
     from unet_ray.ray_backend.data_context import configure
-    from unet_ray.ray_backend.training import WorkersLostError, losses_may_be_retried
+    from unet_ray.ray_backend.training import WorkersLostError, raising_workers_lost
 
     configure()
     device = autoscaling.pick_device(config.compute.device)
@@ -43,7 +50,7 @@ def train_on_cluster(
     while True:
         epochs_before = epochs_done(out)
         try:
-            with losses_may_be_retried():
+            with raising_workers_lost():
                 _attempt(config, split, out, device, follower)
             break
         except WorkersLostError as error:
@@ -84,19 +91,22 @@ def _check_nodes(config: TrainConfig, split: Split, out: str, device: str) -> No
         places = {f"--out {out}": mark, "--images": first.image, "--masks": first.mask}
         if (init := first_weights(config, out)) is not None:
             places["--init"] = storage.join(checkpoint.model_directory(init), checkpoint.CARD)
-        # Before there are workers, too: a node that has just died is asked for its answer until Ray knows.
+        # Also before the room for workers is counted: this asks every node, and waits for a node that has just died
+        # until Ray knows of it.
         check_shared(places)
-        if autoscaling.check_workers(compute.fewest_workers, device, compute.cpus_per_worker, compute.most_workers):
+        if autoscaling.make_room_for_workers(
+            compute.fewest_workers, device, compute.cpus_per_worker, compute.most_workers
+        ):
             check_shared(places)
 
 
 def _rows_and_threads(config: TrainConfig, split: Split, device: str) -> tuple[int, Subset, Subset]:
-    """CPUs of each worker, rows to train on and rows to validate on. Raises UserError."""
+    """Returns the CPUs of each worker, the rows to train on and the rows to validate on. Raises UserError."""
     from unet_ray.ray_backend import nodes
     from unet_ray.ray_backend.rows import MaterialisedRows, RayStreamedRows, fill_cache
 
     compute = config.compute
-    decoder = row_decoder(config, split.pairs, fill_cache)
+    decoder = decoder_with_filled_cache(config, split.pairs, fill_cache)
     # Every node may come to hold every row, so the smallest object store decides.
     fits = len(split.pairs) * decoder.row_bytes() <= compute.memory_fraction * nodes.object_store_of_smallest()
     cpus = int(nodes.total("CPU"))
@@ -113,7 +123,7 @@ def _rows_and_threads(config: TrainConfig, split: Split, device: str) -> tuple[i
 
 @contextmanager
 def _marked(out: str) -> Iterator[str]:
-    """A file in the run directory, for other nodes to look for."""
+    """Puts a file into the run directory, for other nodes to look for, and removes it at the end."""
     mark = storage.join(out, f"{uuid.uuid4().hex}{MARK}")
     storage.write_bytes(mark, b"")
     try:
@@ -124,21 +134,20 @@ def _marked(out: str) -> Iterator[str]:
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """What each process of a training on a cluster runs: called with its device, inside the process group."""
+    """Trains in one process of a training on a cluster. It is called with its device, inside the process group."""
 
     config: TrainConfig
     train_rows: Subset
     val_rows: Subset
     out: str
     threads: int | None
-    """Of torch; None leaves it to torch."""
+    """Threads of torch; None leaves the number to torch."""
 
     def __call__(self, device: torch.device) -> None:
         import torch
 
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        # Nothing is reported to Ray, which takes two seconds for a report, however short the epochs: the driver reads
-        # the run directory.
+        # The driver reads the run directory. Nothing is reported to Ray, which takes two seconds for each report.
         with explain_shortages(self.out), progress_writer(self.out) as on_step:
             fit(self.config, self.train_rows, self.val_rows, self.out, device=device, on_step=on_step)

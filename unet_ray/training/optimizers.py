@@ -1,7 +1,7 @@
 """Optimizers, and the moving average of the weights.
 
-To add one, write a function here and name it in `registry.OPTIMIZERS`. Weight decay is for weights only, the parameters
-of more than one dimension: not for biases and norms.
+To add one, write a function here and name it in `registry.OPTIMIZERS`. Weight decay applies to weights only, the
+parameters of more than one dimension, and not to biases and norms.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from unet_ray.registry import OPTIMIZERS, load
 from unet_ray.training.muon import Muon
 
 MUON_SCALE = 7.0
-"""Orthogonal steps are this much larger than AdamW's: 0.02, the source's, where those are 0.003."""
+"""The learning rate of orthogonal steps divided by AdamW's. The source has 0.02; AdamW's usual rate is 0.003."""
 
 
 def build_optimizer(config: OptimizationConfig, network: SegmentationModel) -> torch.optim.Optimizer:
-    """The optimizer that a training's settings name."""
+    """Builds the optimizer that the settings name."""
     return load(OPTIMIZERS, config.optimizer)(config, network)
 
 
 def adamw(config: OptimizationConfig, network: SegmentationModel) -> torch.optim.Optimizer:
-    """Loshchilov & Hutter 2019."""
+    """AdamW (Loshchilov & Hutter 2019)."""
     return torch.optim.AdamW(_groups(config, network), lr=config.learning_rate, fused=True)
 
 
 def adam(config: OptimizationConfig, network: SegmentationModel) -> torch.optim.Optimizer:
-    """Kingma & Ba 2015."""
+    """Adam (Kingma & Ba 2015)."""
     return torch.optim.Adam(_groups(config, network), lr=config.learning_rate, fused=True)
 
 
@@ -42,13 +42,13 @@ def sgd(config: OptimizationConfig, network: SegmentationModel) -> torch.optim.O
 
 
 def rmsprop(config: OptimizationConfig, network: SegmentationModel) -> torch.optim.Optimizer:
-    """Hinton 2012."""
+    """RMSprop (Hinton 2012)."""
     return torch.optim.RMSprop(_groups(config, network), lr=config.learning_rate)
 
 
 def muon(config: OptimizationConfig, network: SegmentationModel) -> torch.optim.Optimizer:
-    """Orthogonal steps for weights (Jordan et al. 2024); AdamW's for biases, norms and the last layer, whose outputs
-    are scores rather than features."""
+    """Muon (Jordan et al. 2024): orthogonal steps for weights. Biases, norms and the last layer, whose outputs are
+    scores rather than features, take AdamW's steps."""
     weights, others = _weights_and_others(network)
     last = {id(p) for p in network.head.parameters()}
     return Muon(
@@ -71,13 +71,13 @@ def _groups(config: OptimizationConfig, network: SegmentationModel) -> list[dict
 
 
 def _weights_and_others(network: SegmentationModel) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Parameters of more than one dimension, and the rest."""
+    """Returns the parameters of more than one dimension, and the rest."""
     parameters = list(network.parameters())
     return [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]
 
 
 def average_of(network: nn.Module, decay: float) -> AveragedModel:
-    """The exponential moving average of a network's weights and running statistics.
+    """Returns an exponential moving average of a network's weights and running statistics.
 
     Over the first steps the decay is (1 + steps) / (10 + steps), as in TensorFlow's ExponentialMovingAverage.
     """

@@ -1,4 +1,4 @@
-"""Where an epoch stands, told every few seconds: in this process, or through a file in the run directory."""
+"""Reports the progress of an epoch every few seconds: in this process, or through a file in the run directory."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from unet_ray.data import storage
 
 SECONDS_BETWEEN = 2.0
 RAY_FOLDER = ".ray"
-"""In a run directory, while it trains through Ray: Ray Train's bookkeeping, and what the workers tell the driver."""
+"""Folder in a run directory during a training on Ray: Ray Train's bookkeeping, the workers' errors and progress."""
 PROGRESS = "progress.json"
 
 
 @dataclass(frozen=True, slots=True)
 class EpochProgress:
-    """Where an epoch stands."""
+    """The progress of an epoch."""
 
     epoch: int
     step: int
     """Steps done."""
     steps: int
     loss: float
-    """Mean of the epoch's steps so far, over this rank's images."""
+    """Mean loss of the epoch's steps so far, over this rank's images."""
     images_per_second: float
-    """Of all ranks."""
+    """Speed of all ranks together."""
 
 
 OnStep = Callable[[EpochProgress], None]
 
 
 class ProgressTimer:
-    """Reports where an epoch stands, every `SECONDS_BETWEEN` only: a GPU must wait while the loss is read."""
+    """Reports the progress of an epoch only every `SECONDS_BETWEEN`: a GPU must wait while the loss is read."""
 
     def __init__(self, on_step: OnStep | None, epoch: int, *, steps: int, images: int) -> None:
         self.on_step, self.epoch, self.steps, self.images = on_step, epoch, steps, images
@@ -58,7 +58,7 @@ def _file(out: str) -> str:
 
 
 def read_progress(out: str) -> EpochProgress | None:
-    """What a worker has last written into the run directory; None if it has written nothing."""
+    """Returns the progress that a worker wrote last into the run directory; None if it has written nothing."""
     try:
         return EpochProgress(**json.loads(storage.read_bytes(_file(out))))
     except OSError:
@@ -67,12 +67,12 @@ def read_progress(out: str) -> EpochProgress | None:
 
 @contextmanager
 def progress_writer(out: str) -> Iterator[OnStep]:
-    """A callback that writes progress into the run directory, for `read_progress` on another machine."""
+    """Yields a callback that writes progress into the run directory, for `read_progress` on another machine."""
     writing: Future[None] | None = None
 
     def write(progress: EpochProgress) -> None:
         nonlocal writing
-        # In a thread, so that training never waits for a bucket; skipped while the last one is still being written.
+        # A thread writes, so that training never waits for a bucket. While it still writes, new progress is skipped.
         if writing is None or writing.done():
             text = json.dumps(dataclasses.asdict(progress))
             writing = thread.submit(storage.write_bytes, _file(out), text.encode())

@@ -36,7 +36,7 @@ class TrainResult:
 
 
 def read_metrics(out: str) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; empty if there is no such file."""
+    """Returns the lines of a run's metrics.jsonl; empty if there is no such file."""
     path = storage.join(out, METRICS)
     if not storage.exists(path):
         return []
@@ -44,24 +44,24 @@ def read_metrics(out: str) -> list[dict[str, Any]]:
 
 
 def write_metrics(out: str, history: Iterable[dict[str, Any]]) -> None:
-    """Writes the whole of metrics.jsonl: in a bucket nothing can be appended."""
+    """Writes the whole of metrics.jsonl, because nothing can be appended to a file in a bucket."""
     text = "".join(json.dumps(line) + "\n" for line in history)
     storage.write_bytes(storage.join(out, METRICS), text.encode(), durable=True)
 
 
 def rounded(line: dict[str, Any]) -> dict[str, Any]:
-    """The line with 8 significant digits."""
+    """Rounds the numbers of a line to 8 significant digits."""
     return {key: float(f"{value:.8g}") if isinstance(value, float) else value for key, value in line.items()}
 
 
 def result_of(out: str) -> TrainResult:
-    """The result of a run directory."""
+    """Reads the result of a run directory."""
     history = read_metrics(out)
     best = max(history, key=lambda line: line["val_dice"])
     return TrainResult(out=out, epochs=len(history), best=best, history=history)
 
 
 def epochs_done(out: str) -> int:
-    """How many epochs a run has finished, as `last/` says; 0 where there is none."""
+    """Returns the number of epochs that a run has finished, as `last/` says; 0 if there is no `last/`."""
     state = training_state.read_state(storage.join(out, LAST))
     return state.epoch if state else 0

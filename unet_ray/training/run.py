@@ -23,24 +23,24 @@ from unet_ray.training.results import TrainResult, result_of
 from unet_ray.training.setup import (
     Split,
     check_out,
+    decoder_with_filled_cache,
     explain_shortages,
     first_weights,
     resolved,
-    row_decoder,
     write_start,
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Callbacks:
-    """What whoever starts a training is told."""
+    """Functions that a training calls while it runs."""
 
     on_start: Callable[[Split], None] = lambda _split: None
     """Gets the images to train and validate on, before the first epoch."""
     on_epoch: Callable[[dict[str, Any]], None] = lambda _line: None
     """Gets each line of metrics.jsonl, after it is written."""
     on_step: Callable[[EpochProgress], None] = lambda _progress: None
-    """Gets where the epoch stands, every few seconds."""
+    """Gets the progress of the epoch, every few seconds."""
     on_retry: Callable[[str, int], None] = lambda _reason, _epoch: None
     """Gets why a worker was lost, and the epoch after which training goes on."""
 
@@ -55,8 +55,8 @@ def train(
 ) -> TrainResult:
     """Trains `config` into the run directory `out`: on Ray, or with `runtime.local` in this process.
 
-    Ray is started only once all has been checked that needs no Ray. `resume` goes on from the last finished epoch, or
-    starts anew where there is none. Raises UserError for what the user must fix.
+    Checks everything that needs no Ray before it starts Ray. `resume` goes on from the last finished epoch, or starts
+    from the beginning if there is none. Raises UserError for what the user must fix.
     """
     _check_settings(config)
     out = storage.absolute(out)
@@ -104,7 +104,7 @@ def _train_here(config: TrainConfig, split: Split, out: str, on_epoch: OnEpoch, 
     check_precision(config.train.precision, device.type)
     if config.compute.cpus_per_worker:
         torch.set_num_threads(config.compute.cpus_per_worker)
-    decoder = row_decoder(config, split.pairs, cache.in_threads(os.cpu_count() or 1))
+    decoder = decoder_with_filled_cache(config, split.pairs, cache.in_threads(os.cpu_count() or 1))
     fits = rows.fits_in_memory(len(split.pairs), decoder, config.compute.memory_fraction)
     kind = rows.MemoryRows if fits else rows.StreamedRows
     train_rows, val_rows = split.rows(kind(split.pairs, decoder))

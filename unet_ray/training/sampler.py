@@ -1,4 +1,4 @@
-"""Which rows make a batch, and how a batch is cut into micro-batches."""
+"""Draws the rows of each batch, and cuts a batch into micro-batches."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class MicroBatch(NamedTuple):
     indices: np.ndarray
     """Row numbers, int64 [N]; never empty."""
     weight: float
-    """Factor of these rows' mean loss: the sum over a step's micro-batches, averaged over ranks, is the mean over the
-    whole batch. 0: the rows do not count."""
+    """Factor of these rows' mean loss. The sum over a step's micro-batches, averaged over ranks, is then the mean over
+    the whole batch. 0: the rows do not count."""
     ends_step: bool
     """Whether the optimizer step follows."""
 
@@ -43,7 +43,7 @@ class Sampler:
 
     @classmethod
     def of(cls, config: OptimizationConfig, rows: int, *, rank: int = 0, world_size: int = 1) -> Sampler:
-        """The sampler of these settings."""
+        """Returns the sampler of these settings."""
         return cls(
             rows=rows,
             batch_size=config.batch_size,
@@ -59,16 +59,19 @@ class Sampler:
         return math.ceil(self.rows / self.batch_size)
 
     def epoch(self, epoch: int) -> list[MicroBatch]:
-        """The micro-batches of an epoch: all rows in an order drawn from (seed, epoch), in batches of equal size give
-        or take one row. Each batch is dealt out to the ranks; each rank cuts its share into `accumulate` parts."""
+        """Returns this rank's micro-batches of an epoch.
+
+        All rows, in an order drawn from (seed, epoch), are divided into batches whose sizes differ by at most one row.
+        Each batch is dealt out to the ranks, and each rank cuts its share into `accumulate` parts.
+        """
         order = np.random.default_rng([self.seed, epoch]).permutation(self.rows)
         return [micro for batch in np.array_split(order, self.steps) for micro in self._of_step(batch)]
 
     def _of_step(self, batch: np.ndarray) -> Iterator[MicroBatch]:
         own = batch[self.rank :: self.world_size]
         if not len(own):
-            # The gradients' all-reduce needs every rank: one that a small batch leaves without rows takes one with
-            # weight 0.
+            # The gradients' all-reduce needs every rank. If a small batch leaves this one without rows, it takes one
+            # row with weight 0.
             yield MicroBatch(batch[:1], 0.0, True)
             return
         parts = np.array_split(own, min(self.accumulate, len(own)))
@@ -86,7 +89,7 @@ class LoadedMicroBatch(NamedTuple):
 
 
 class EpochBatches:
-    """The micro-batches of an epoch with their arrays, which a thread fetches ahead; can be iterated over once."""
+    """The micro-batches of an epoch with their arrays, which a thread fetches ahead. Can be iterated over once."""
 
     def __init__(self, rows: Rows, micro_batches: list[MicroBatch]) -> None:
         self.steps = sum(micro.ends_step for micro in micro_batches)
@@ -99,5 +102,5 @@ class EpochBatches:
 
     @property
     def wait_seconds(self) -> float:
-        """How long the training has waited for arrays so far."""
+        """Seconds that the training has waited for arrays so far."""
         return self._arrays.seconds

@@ -1,4 +1,4 @@
-"""What is settled before the first epoch: the split, the settings that the data decides, the run directory."""
+"""Prepares a training before its first epoch: the split, the settings that depend on the data, the run directory."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from unet_ray.config import DataConfig, TrainConfig, UserError
+from unet_ray.config import DataConfig, TrainConfig, UserError, first_line
 from unet_ray.data import cache, masks, storage
 from unet_ray.data.pairs import Pair
 from unet_ray.data.rows import Decoder, Decodes, Rows, Subset
 from unet_ray.data.splits import SPLIT, read_split, split_pairs, write_split
 from unet_ray.models import run_files, training_state
+from unet_ray.models.training_state import TrainingState
 from unet_ray.settings import load_train_config
 
 MARK = ".seen"
@@ -21,16 +22,16 @@ MARK = ".seen"
 
 
 class Split(NamedTuple):
-    """The pairs of a training, and which of them it trains and validates on."""
+    """The pairs of a training, divided into those to train on and those to validate on."""
 
     pairs: list[Pair]
     train: list[int]
-    """Numbers of pairs."""
+    """Indices into `pairs`."""
     val: list[int]
 
     @classmethod
     def of(cls, pairs: list[Pair], config: DataConfig, seed: int) -> Split:
-        """The split of the settings, with only the pairs that it uses, in their order."""
+        """Splits the pairs as the settings say, and keeps only those that are used, in their order."""
         train, val = split_pairs([pair.key for pair in pairs], config, seed)
         used = sorted([*train, *val])
         number = {index: row for row, index in enumerate(used)}
@@ -45,16 +46,16 @@ class Split(NamedTuple):
         return [self.pairs[index].key for index in self.val]
 
     def subset_by_key(self) -> dict[str, str]:
-        """Key -> `train` or `val`."""
+        """Returns key -> `train` or `val`."""
         return dict.fromkeys(self.train_keys, "train") | dict.fromkeys(self.val_keys, "val")
 
     def rows(self, decoded: Rows) -> tuple[Subset, Subset]:
-        """Rows to train on and rows to validate on, from the rows of `pairs`."""
+        """Divides the rows of `pairs` into those to train on and those to validate on."""
         return Subset(decoded, self.train), Subset(decoded, self.val)
 
 
 def resolved(config: TrainConfig, images: str, masks_folder: str, mask_paths: list[str]) -> TrainConfig:
-    """The settings with those filled in that the data decides: mask values and class weights; paths are absolute."""
+    """Fills in the settings that depend on the data, mask values and class weights, and makes paths absolute."""
     data, optimization = dataclasses.replace(config.data, images=images, masks=masks_folder), config.train
     if optimization.init is not None:
         optimization = dataclasses.replace(optimization, init=storage.absolute(optimization.init))
@@ -66,7 +67,7 @@ def resolved(config: TrainConfig, images: str, masks_folder: str, mask_paths: li
 
 
 def check_out(config: TrainConfig, split: Split, out: str, resume: bool) -> None:
-    """Raises UserError if `out` holds something that this training would overwrite, or can't go on from."""
+    """Raises UserError if `out` holds files that this training would overwrite, or a run that it can't go on from."""
     names = [name for name in storage.names_in(out) if not name.endswith(MARK)]
     if not names:
         return
@@ -75,9 +76,13 @@ def check_out(config: TrainConfig, split: Split, out: str, resume: bool) -> None
         what, remedy = ("another run", ", or --resume") if is_run else ("other files", "")
         raise UserError(f"{out} holds {what}: choose another --out{remedy}")
     state = training_state.read_state(storage.join(out, run_files.LAST))
-    if state is None:
-        return
-    if _resumable(load_train_config(config_file=state.settings)) != _resumable(config):
+    if state is not None:
+        _check_resumable(config, split, out, state)
+
+
+def _check_resumable(config: TrainConfig, split: Split, out: str, state: TrainingState) -> None:
+    """Raises UserError if the run in `out` has other settings or another split, or is finished."""
+    if _settings_that_must_match(load_train_config(config_file=state.settings)) != _settings_that_must_match(config):
         raise UserError(
             f"{out} was trained with other settings, so --resume can't go on: "
             f"`--config {storage.join(out, run_files.CONFIG)}` has the old ones, or choose another --out"
@@ -94,12 +99,12 @@ def check_out(config: TrainConfig, split: Split, out: str, resume: bool) -> None
 
 
 def first_weights(config: TrainConfig, out: str) -> str | None:
-    """`train.init`, until the run has weights of its own."""
+    """Returns `train.init`, or None if the run has weights of its own already."""
     return None if training_state.has_state(storage.join(out, run_files.LAST)) else config.train.init
 
 
-def _resumable(config: TrainConfig) -> TrainConfig:
-    """The settings that must be the same for a run to go on: all but `compute` and `train.epochs`."""
+def _settings_that_must_match(config: TrainConfig) -> TrainConfig:
+    """Returns the settings with fixed values for those that may change when a run goes on: `compute` and `train.epochs`."""
     return dataclasses.replace(
         config, compute=type(config.compute)(), train=dataclasses.replace(config.train, epochs=1)
     )
@@ -111,15 +116,16 @@ def write_start(config: TrainConfig, split: Split, out: str) -> None:
     storage.write_bytes(storage.join(out, run_files.CONFIG), config.to_yaml().encode())
 
 
-def row_decoder(config: TrainConfig, pairs: list[Pair], run: cache.Run) -> Decodes:
-    """The decoder of pairs into rows; with `compute.cache`, one that reads the cache, which `run` has filled."""
+def decoder_with_filled_cache(config: TrainConfig, pairs: list[Pair], run: cache.Run) -> Decodes:
+    """Returns the decoder of pairs into rows. With `compute.cache`, first adds all missing pairs to the cache, through
+    `run`, and returns a decoder that reads the cache."""
     decoder, location = Decoder.of(config), config.compute.cache
     return cache.filled(pairs, decoder, location, run) if location else decoder
 
 
 @contextmanager
 def explain_shortages(out: str) -> Iterator[None]:
-    """Raises a full disk and a full GPU as UserError."""
+    """Turns the errors of a full disk and of a full GPU into UserError."""
     import torch
 
     try:
@@ -132,6 +138,6 @@ def explain_shortages(out: str) -> Iterator[None]:
         ) from None
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"out of memory ({str(error).splitlines()[0][:120]}): raise train.accumulate, set "
+            f"out of memory ({first_line(error)[:120]}): raise train.accumulate, set "
             "train.checkpoint_activations=true, or lower --batch-size or --image-size"
         ) from None

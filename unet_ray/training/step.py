@@ -1,4 +1,4 @@
-"""One training step: what is trained, the gradients of a micro-batch, the update of the weights.
+"""One training step: the gradients of its micro-batches, then the update of the weights.
 
 Legend: N images, C channels, H, W pixels.
 """
@@ -28,17 +28,22 @@ from unet_ray.training.optimizers import average_of, build_optimizer
 
 @dataclass(slots=True)
 class Training:
-    """What is trained, and with what."""
+    """A network in training, with its optimizer and loss.
+
+    `network` holds the weights. `ddp_network` wraps it if there are several ranks, and `forward` is `ddp_network`,
+    perhaps compiled: both train the same weights. `ema`, if any, averages these weights in a second network.
+    `networks` lists both, and `saved_network` is the one that is validated and saved.
+    """
 
     network: SegmentationModel
-    model: nn.Module
-    """The network itself, or DistributedDataParallel around it."""
+    ddp_network: nn.Module
+    """DistributedDataParallel around `network`, or `network` itself if there is one process."""
     forward: Callable[[Tensor], Tensor]
-    """`model`, perhaps compiled."""
+    """Images to logits: `ddp_network`, or the same compiled."""
     optimizer: torch.optim.Optimizer
     loss: losses.Loss
     scaler: torch.amp.GradScaler
-    """Changes something with fp16 only."""
+    """Has no effect except with fp16."""
     ema: AveragedModel | None
     config: TrainConfig
     device: torch.device
@@ -49,12 +54,13 @@ class Training:
         return [self.network] if self.ema is None else [self.network, self.ema.module]
 
     @property
-    def scored(self) -> nn.Module:
-        """The network that is validated and saved."""
+    def saved_network(self) -> nn.Module:
+        """The network that is validated and saved: the average if there is one."""
         return self.networks[-1]
 
     def inputs(self, arrays: Batch, epoch: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The augmented batch on the device: image uint8 [N,C,H,W] as the network takes it, mask and border [N,H,W]."""
+        """Moves a batch to the device and augments it. Returns the image uint8 [N,C,H,W] as the network takes it, and
+        mask and border [N,H,W]."""
         data, model, seed = self.config.data, self.config.model, self.config.train.seed
         tensors = {
             name: torch.from_numpy(values).to(self.device, non_blocking=True)
@@ -71,8 +77,8 @@ class Training:
         """Adds the gradients of a micro-batch to those of the step; returns its mean loss times `weight`."""
         image, mask, border = self.inputs(arrays, epoch)
         # Ranks exchange gradients once per step, with those of its last micro-batch.
-        local = isinstance(self.model, DistributedDataParallel) and not ends_step
-        with self.model.no_sync() if local else contextlib.nullcontext():  # type: ignore[operator]
+        local = isinstance(self.ddp_network, DistributedDataParallel) and not ends_step
+        with self.ddp_network.no_sync() if local else contextlib.nullcontext():  # type: ignore[operator]
             with autocast(self.device, self.config.train.precision):
                 logits = self.forward(image)
             loss = self.loss(logits, mask, border).mean() * weight
@@ -80,7 +86,7 @@ class Training:
         return loss.detach()
 
     def update(self) -> None:
-        """Changes the weights by the step's gradients, and clears these."""
+        """Changes the weights by the step's gradients, and clears the gradients."""
         if self.config.train.clip_norm:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.network.parameters(), self.config.train.clip_norm)
@@ -92,9 +98,9 @@ class Training:
 
 
 def prepare(config: TrainConfig, device: torch.device, *, resumes: bool = False) -> Training:
-    """A fresh training: network, optimizer and the rest, for this process alone.
+    """Builds a new training in this process: network, optimizer, loss and average.
 
-    `resumes`: weights are loaded later, so those of `train.init` and those that libraries download are not needed.
+    `resumes`: weights are loaded later, so neither `train.init` nor weights that libraries download are needed.
     """
     settings = config.train
     check_precision(settings.precision, device.type)
@@ -109,7 +115,7 @@ def prepare(config: TrainConfig, device: torch.device, *, resumes: bool = False)
         network = network.to(memory_format=torch.channels_last)
     return Training(
         network=network,
-        model=network,
+        ddp_network=network,
         forward=network,
         optimizer=build_optimizer(settings, network),
         loss=losses.build(settings, config.model.num_classes),

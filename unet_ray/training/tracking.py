@@ -1,6 +1,6 @@
-"""Metrics for other programs: TensorBoard files beside the run, MLflow where it is asked for.
+"""Writes metrics for other programs: TensorBoard files in the run directory, and MLflow if it is asked for.
 
-They get what `metrics.jsonl` says, line by line. Neither needs an account.
+They get each line of `metrics.jsonl`. Neither needs an account.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ TENSORBOARD = "tensorboard"
 
 @contextmanager
 def trackers(config: TrainConfig, out: str, name: str) -> Iterator[Track]:
-    """Yields a function that takes each line of metrics.jsonl. `name`: that of the run."""
+    """Yields a function that takes each line of metrics.jsonl. `name`: the name of the run."""
     with ExitStack() as stack:
         tracks: list[Track] = []
         if not storage.is_uri(out):  # TensorBoard's writer appends, which is not possible in a bucket
@@ -34,7 +34,7 @@ def trackers(config: TrainConfig, out: str, name: str) -> Iterator[Track]:
 
 
 def scalars(line: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a line that can be plotted over epochs."""
+    """Returns the numbers of a line that can be plotted over epochs."""
     return {key: float(value) for key, value in line.items() if key != "epoch" and isinstance(value, (int, float))}
 
 
@@ -46,7 +46,7 @@ def _tensorboard(folder: str) -> Iterator[Track]:
 
     def track(line: dict[str, Any]) -> None:
         if not writers:
-            # Only at the first line, whose epoch it needs: what an earlier run wrote of later epochs is void.
+            # Only now, since `purge_step` needs the first epoch: it voids that and later epochs of an earlier run.
             writers.append(SummaryWriter(folder, purge_step=line["epoch"]))
         for key, value in scalars(line).items():
             subset, _, rest = key.partition("_")

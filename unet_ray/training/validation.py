@@ -1,4 +1,4 @@
-"""Scores of a network on the validation rows, while it trains."""
+"""Scores a network on the validation rows during its training."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from unet_ray.training.distributed import sum_over_ranks
 def validate(
     model: nn.Module, batches: Iterable[Batch], loss: losses.Loss, config: TrainConfig, device: torch.device
 ) -> dict[str, Any]:
-    """The `val_` figures of metrics.jsonl, over the batches of all ranks together, at the size of the rows.
+    """Returns the `val_` figures of metrics.jsonl, over the batches of all ranks together, at the size of the rows.
 
     Ranks may have different numbers of batches. Counts are summed over ranks and divided once.
     """
@@ -60,7 +60,7 @@ def validate(
 def image_ratios(
     counts: np.ndarray, pixels: np.ndarray, class_names: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Dice, IoU and pixel accuracy, float64 [...], from counts [...,K,3] and valid pixels [...]."""
+    """Returns Dice, IoU and pixel accuracy, float64 [...], from counts [...,K,3] and valid pixels [...]."""
     return (
         metrics.image_mean(metrics.dice(counts), class_names),
         metrics.image_mean(metrics.iou(counts), class_names),

@@ -1,4 +1,4 @@
-"""What an output format is, and what it is given of each image.
+"""Defines what an output format does, and what it receives of each image.
 
 To add a format, write its class in a file of this folder and name it in `registry.FORMATS`.
 """
@@ -18,53 +18,54 @@ from unet_ray.data.chunks import Chunk, readable
 from unet_ray.data.imaging import Source
 from unet_ray.inference.ledger import Ledger, SideTable
 from unet_ray.inference.reader import Reader
-from unet_ray.inference.segmenter import WholeImage
+from unet_ray.inference.segmenter import SegmentedMask
 from unet_ray.models.checkpoint import ModelCard
 
 
 @dataclass(frozen=True)
 class ImageResult:
-    """One segmented image, as the formats write it. What several of them need is computed once."""
+    """Gives the formats one segmented image. Values that several formats need are computed once."""
 
     out: str
     """The output folder."""
-    image: WholeImage
-    """The mask, its confidence, perhaps the probabilities."""
+    segmented: SegmentedMask
     output: str
-    """Path of the mask below a format's folder, as the file system has it; it ends with `.png`."""
+    """Path of the mask below a format's folder, in the file system's encoding (`os.fsdecode`); it ends with `.png`."""
     chunk: Chunk
     row: int
-    """Of the chunk."""
+    """The image's row in the chunk."""
     num_classes: int
     reader: Reader
 
     @property
     def mask(self) -> np.ndarray:
         """Class ids, uint8 [H,W]."""
-        return self.image.mask
+        return self.segmented.mask
 
     @property
     def name(self) -> str:
-        """The image's path below its input."""
+        """The image's path below its input, as valid UTF-8."""
         return readable(self.chunk["name"][self.row])
 
     @property
-    def readable_output(self) -> str:
+    def output_in_manifest(self) -> str:
+        """`output` as valid UTF-8, see `chunks.readable`."""
         return readable(self.chunk["output"][self.row])
 
     @cached_property
     def pixels(self) -> list[int]:
-        """How many pixels each class id has."""
+        """Number of pixels per class id."""
         return masks.pixel_counts(self.mask, max(2, self.num_classes))
 
     @cached_property
     def png(self) -> bytes:
+        """The mask as a PNG file."""
         return pictures.encode_png(self.mask, self.num_classes)
 
     @cached_property
     def regions(self) -> list[dict[str, Any]]:
-        """COCO's run lengths: `class_id`, `area`, `bbox`, `counts` of each class that occurs; of one class, the
-        foreground alone."""
+        """COCO's run lengths: `class_id`, `area`, `bbox`, `counts` of each class in the mask. A model with one class
+        gives the foreground alone."""
         return [
             {
                 "class_id": class_id,
@@ -77,16 +78,17 @@ class ImageResult:
 
     def write_file(self, name: str, data: bytes) -> None:
         """Writes a file; `name`: its path below the output folder."""
-        storage.write_bytes(location(self.out, name), data)
+        storage.write_bytes(output_path(self.out, name), data)
 
     def source(self) -> Source | str:
-        """Reads the image again: at its own size it is kept nowhere. Returns its file, or why there is none."""
+        """Reads the image again, since no stage keeps it at its own size. Returns its file, or the reason of the
+        failure."""
         row = {name: column[self.row : self.row + 1] for name, column in self.chunk.items()}
         return next(self.reader.encoded(row))
 
 
 class OutputFormat(ABC):
-    """A format that masks are written in.
+    """Writes masks in one format.
 
     Instances are made once per prediction and copied to the processes that write.
     """
@@ -94,29 +96,33 @@ class OutputFormat(ABC):
     owned_names: ClassVar[tuple[str, ...]] = ()
     """Files and folders below the output folder that this format alone writes: `--overwrite` removes them."""
     wants_probabilities: ClassVar[bool] = False
-    """Whether `ImageResult.image.probabilities` must be there."""
+    """Whether `ImageResult.segmented.probabilities` is needed."""
     table: SideTable | None = None
-    """The Parquet files that it fills beside the manifest."""
+    """The Parquet files that it fills beside the manifest. Its columns must not repeat a column of the manifest."""
 
     def __init__(self, card: ModelCard, formats: Sequence[str]) -> None:  # noqa: ARG002 - subclasses use it
-        """`formats`: the names of all formats of this prediction. Raises UserError if it can't hold such masks."""
+        """Raises UserError if the format can't hold the model's masks. `formats`: all formats of this prediction."""
         self.card = card
 
     @abstractmethod
     def write(self, result: ImageResult) -> dict[str, Any]:
-        """Writes the files of one image. Returns columns of its row: of `table`, or `output` of the manifest."""
+        """Writes the files of one image. Returns its columns of `table`, or `output` of the manifest, or nothing."""
 
     def files(self, output: str) -> list[str]:  # noqa: ARG002 - subclasses use it
         """Returns the files below the output folder that `write` makes for an image whose mask is named `output`.
 
-        They are deleted when the image has changed and can't be segmented any more.
+        They are deleted if the image has changed and can't be segmented any more.
         """
         return []
 
-    def finish(self, ledger: Ledger) -> None:  # noqa: B027 - most have nothing to do
-        """Writes what is one file for all images, from the complete ledger."""
+    def write_final(self, ledger: Ledger) -> None:  # noqa: B027 - most have nothing to do
+        """Writes the one file that holds all images, once the ledger is complete.
+
+        It may read `ledger.side_rows(self.table)`. A format without a table may read `ledger.manifest`, which has the
+        path, size, pixels per class and confidence of each image, but no mask.
+        """
 
 
-def location(out: str, name: str) -> str:
-    """Returns where a file lies whose path below the output folder is `name`."""
+def output_path(out: str, name: str) -> str:
+    """Returns the location of a file of the output folder. `name`: its path below the folder, with slashes."""
     return storage.join(out, *name.split("/"))

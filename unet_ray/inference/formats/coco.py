@@ -1,4 +1,4 @@
-"""`coco`: one JSON file in COCO's object detection format."""
+"""Writes `coco`: one JSON file in COCO's object detection format."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ COCO = "coco.json"
 
 
 class Coco(OutputFormat):
-    """`coco.json`: an annotation for each class of each image, its mask as compressed run lengths.
+    """Writes `coco.json`: an annotation for each class of each image, with its mask as compressed run lengths.
 
-    Category ids are class ids (of one class: 1, the foreground). Images that failed are left out.
+    Category ids are class ids; a model with one class has the category 1, the foreground. Images that failed are left
+    out.
     """
 
     owned_names = (COCO,)
@@ -27,14 +28,14 @@ class Coco(OutputFormat):
 
     def __init__(self, card: ModelCard, formats: Sequence[str]) -> None:
         super().__init__(card, formats)
-        # The table of `rle` serves both; alone it is an intermediate result.
+        # With `rle`, both formats share its table. Without it, the table is an intermediate result.
         folder = run_lengths.FOLDER if "rle" in formats else f"{WORK}/rle"
         self.table = SideTable(folder, run_lengths.COLUMNS, run_lengths.rows_of)
 
     def write(self, result: ImageResult) -> dict[str, Any]:
         return {"rle": result.regions}
 
-    def finish(self, ledger: Ledger) -> None:
+    def write_final(self, ledger: Ledger) -> None:
         with storage.writing(storage.join(ledger.out, COCO)) as stream:
             ids = _write_images(stream, ledger)
             self._write_annotations(stream, ledger, ids)
@@ -58,7 +59,7 @@ class Coco(OutputFormat):
 
 
 def _write_images(stream: IO[bytes], ledger: Ledger) -> dict[str, int]:
-    """Writes the file up to its annotations. Returns path -> id of each image."""
+    """Writes the file's beginning, up to its annotations. Returns path -> id of each image."""
     stream.write(b'{"images": [')
     ids: dict[str, int] = {}
     for number, (path, name, height, width) in enumerate(_images(ledger), start=1):
@@ -70,7 +71,7 @@ def _write_images(stream: IO[bytes], ledger: Ledger) -> dict[str, int]:
 
 
 def _images(ledger: Ledger) -> Iterator[tuple[str, str, int, int]]:
-    """Yields (path, name, height, width) of each image that was segmented, in the order of the manifest."""
+    """Yields (path, name, height, width) of each segmented image, in the order of the manifest."""
     columns = ["path", "status", "height", "width"]
     for shard, table in zip(ledger.shards(), ledger.manifest(columns), strict=True):
         names = [readable(name) for name in ledger.names(shard)]

@@ -1,4 +1,4 @@
-"""`kaggle`: one CSV file, as Kaggle's Carvana challenge took it."""
+"""Writes `kaggle`: one CSV file in the form of Kaggle's Carvana challenge."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def rows_of(results: pa.Table) -> pa.Table:
 
 
 class KaggleSubmission(OutputFormat):
-    """`submission.csv`: `img,rle_mask`, a line for each image: file name, run lengths (`run_lengths.row_runs`)."""
+    """Writes `submission.csv`: `img,rle_mask`, then each image's file name and run lengths (`run_lengths.row_runs`)."""
 
     owned_names = (SUBMISSION,)
     table = SideTable(f"{WORK}/runs", pa.schema([("name", pa.string()), ("runs", pa.string())]), rows_of)
@@ -37,7 +37,7 @@ class KaggleSubmission(OutputFormat):
     def write(self, result: ImageResult) -> dict[str, Any]:
         return {"name": result.name, "runs": run_lengths.row_runs(result.mask)}
 
-    def finish(self, ledger: Ledger) -> None:
+    def write_final(self, ledger: Ledger) -> None:
         with storage.writing(storage.join(ledger.out, SUBMISSION)) as stream:
             stream.write(b"img,rle_mask\n")
             for table in ledger.side_rows(self.table):

@@ -1,4 +1,4 @@
-"""`overlay`: pictures with the mask drawn in, for people to look at."""
+"""Writes `overlay`: pictures with the mask drawn in, for people to look at."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ FOLDER = "overlays"
 
 
 class Overlays(OutputFormat):
-    """`overlays/…jpg`: the image, 1,024 pixels a side at most, with the mask drawn in."""
+    """Writes `overlays/…jpg`: the image, 1,024 pixels a side at most, with the mask drawn in."""
 
     owned_names = (FOLDER,)
 
     def write(self, result: ImageResult) -> dict[str, Any]:
         try:
             drawn = result.reader.overlay(result.source(), result.mask, result.num_classes)
-        except ImageError:  # gone or changed meanwhile: the mask is what counts
+        except ImageError:  # the image was removed or changed; its mask is written, so the row does not fail
             return {}
         [name] = self.files(result.output)
         result.write_file(name, drawn)

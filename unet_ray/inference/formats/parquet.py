@@ -1,4 +1,4 @@
-"""`parquet`: all masks in few files."""
+"""Writes `parquet`: all masks in few files."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def rows_of(results: pa.Table) -> pa.Table:
 
 
 class MaskParquet(OutputFormat):
-    """`masks.parquet`: a row for each image, its mask as PNG."""
+    """Writes `masks.parquet`: a row for each image, with its mask as a PNG file."""
 
     owned_names = (FOLDER,)
-    # Masks are compressed already: to do it again costs time and saves nothing.
+    # PNG files are compressed: to compress them again costs time and saves nothing.
     table = SideTable(FOLDER, pa.schema([("mask", pa.binary())]), rows_of, compression="none")
 
     def write(self, result: ImageResult) -> dict[str, Any]:

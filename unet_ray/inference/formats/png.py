@@ -1,4 +1,4 @@
-"""`png`: a mask file for each image."""
+"""Writes `png`: a mask file for each image."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ MASKS = "masks"
 
 
 class Png(OutputFormat):
-    """`masks/…png`: 1 bit per pixel for one class; a palette whose indices are the class ids for more."""
+    """Writes `masks/…png`: 1 bit per pixel for one class; for more, a palette indexed by class id."""
 
     owned_names = (MASKS,)
 
     def write(self, result: ImageResult) -> dict[str, Any]:
         [name] = self.files(result.output)
         result.write_file(name, result.png)
-        return {"output": f"{MASKS}/{result.readable_output}"}
+        return {"output": f"{MASKS}/{result.output_in_manifest}"}
 
     def files(self, output: str) -> list[str]:
         return [f"{MASKS}/{output}"]

@@ -1,4 +1,4 @@
-"""`prob`: what the network is sure of, pixel by pixel."""
+"""Writes `prob`: the network's probability at each pixel."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ FOLDER = "probabilities"
 
 
 class Probabilities(OutputFormat):
-    """`probabilities/…png`: 8-bit gray, 255 being certain; of one class the foreground's, else a file for each class
-    (`….0.png`, `….1.png`)."""
+    """Writes `probabilities/…png`: 8-bit gray, 255 for certainty. A model with one class gives the foreground's; others
+    give a file for each class (`….0.png`, `….1.png`)."""
 
     owned_names = (FOLDER,)
     wants_probabilities = True
 
     def write(self, result: ImageResult) -> dict[str, Any]:
-        assert result.image.probabilities is not None
-        for name, values in zip(self.files(result.output), result.image.probabilities, strict=True):
+        assert result.segmented.probabilities is not None
+        for name, values in zip(self.files(result.output), result.segmented.probabilities, strict=True):
             result.write_file(name, pictures.encode_gray(values))
         return {}
 

@@ -1,4 +1,4 @@
-"""`rle`: COCO's compressed run lengths as a table."""
+"""Writes `rle`: COCO's compressed run lengths as a table."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COLUMNS = pa.schema([("rle", pa.list_(pa.struct(REGION)))])
 
 
 def rows_of(results: pa.Table) -> pa.Table:
-    """Makes a row of each class that occurs in an image."""
+    """Makes a row for each class in each image."""
     regions = results["rle"].combine_chunks()
     image = pc.list_parent_indices(regions)
     flat = regions.flatten()
@@ -25,7 +25,7 @@ def rows_of(results: pa.Table) -> pa.Table:
 
 
 class RunLengths(OutputFormat):
-    """`rle.parquet`: a row for each class of each image, with its area, box and run lengths (`data.run_lengths`)."""
+    """Writes `rle.parquet`: a row for each class of each image: its area, box and run lengths (`data.run_lengths`)."""
 
     owned_names = (FOLDER,)
     table = SideTable(FOLDER, COLUMNS, rows_of)
