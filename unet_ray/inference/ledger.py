@@ -203,7 +203,7 @@ class Ledger:
         }
         return {name: values[todo] for name, values in columns.items()}
 
-    def first(self, number: int) -> str:
+    def first_location(self, number: int) -> str:
         """Returns the location of a chunk's first image, or of the Parquet file that holds it."""
         shard, chunk = divmod(number, SHARD_ROWS)
         row = self.open_inputs(shard).read_row_group(chunk, ["path", "source"]).slice(0, 1).to_pylist()[0]

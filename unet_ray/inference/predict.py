@@ -158,7 +158,7 @@ class _Run:
         numbers = [number for state in self.states.values() for number in state.todo]
         shared = {f"--out {self.ledger.out}": storage.join(self.ledger.out, SETTINGS)}
         if numbers:
-            shared["INPUT"] = self.ledger.first(numbers[0])
+            shared["INPUT"] = self.ledger.first_location(numbers[0])
         chunks = pipeline.run(
             numbers,
             self.ledger.load,

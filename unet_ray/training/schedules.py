@@ -42,7 +42,7 @@ def stops_early(config: OptimizationConfig, val_dices: Sequence[float]) -> bool:
 
 
 def decay_after_plateaus(config: OptimizationConfig, val_dices: Sequence[float]) -> float:
-    """Returns the factor of the learning rate in the schedule `plateau`, after epochs with these scores. 1 for others.
+    """Returns the factor of the learning rate after epochs with these scores: 1 unless the schedule is `plateau`.
 
     As in torch's ReduceLROnPlateau, it is multiplied by the setting `plateau_factor` each time that `plateau_patience`
     + 1 epochs were no better.

@@ -104,7 +104,7 @@ def first_weights(config: TrainConfig, out: str) -> str | None:
 
 
 def _settings_that_must_match(config: TrainConfig) -> TrainConfig:
-    """Returns the settings with fixed values for those that may change when a run goes on: `compute` and `train.epochs`."""
+    """Returns the settings with fixed values for those that may change on --resume: `compute` and `train.epochs`."""
     return dataclasses.replace(
         config, compute=type(config.compute)(), train=dataclasses.replace(config.train, epochs=1)
     )

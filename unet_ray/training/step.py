@@ -50,7 +50,7 @@ class Training:
 
     @property
     def networks(self) -> list[nn.Module]:
-        """The network and, where there is one, its average; in the same order on every rank."""
+        """The network and its average, if there is one. The order is the same on every rank."""
         return [self.network] if self.ema is None else [self.network, self.ema.module]
 
     @property
