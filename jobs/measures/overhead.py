@@ -6,8 +6,9 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -82,17 +83,17 @@ class Way:
     def stages(self) -> tuple[Preprocess, _NoModel, Stage]:
         reader = Reader.of(self.card, 10**9)
         write = Write(Ledger(self.out, (), False), formats_of(("png",), self.card), self.card, reader)
-        after = MasksToSink(ToOwnSize(self.card, Cleanup(), False), write)
-        return Preprocess(self.load, DecodeImages(reader, self.card.image_size)), _NoModel(self.card), after
+        postprocess = MasksToSink(ToOwnSize(self.card, Cleanup(), False), write)
+        return Preprocess(self.load, DecodeImages(reader, self.card.image_size)), _NoModel(self.card), postprocess
 
     def bare(self, numbers: Sequence[int]) -> None:
         """Runs all stages one after the other, in this process."""
         keep_freed_memory()
         torch.set_num_threads(1)
-        before, model, after = self.stages()
+        preprocess, model, postprocess = self.stages()
         segment = model()
         for number in numbers:
-            after(segment(before(number)))
+            postprocess(segment(preprocess(number)))
 
 
 def overhead_section(job: Job) -> Iterator[Line]:
@@ -100,6 +101,10 @@ def overhead_section(job: Job) -> Iterator[Line]:
     count = 40
     notes = {}
     seconds: dict[str, list[float]] = {}
+    runs: dict[str, Callable[..., Iterator[Chunk]]] = {
+        "--local": partial(run_here, range(count)),
+        "through Ray": partial(run_on_cluster, range(count), workers=1, device="cpu", shared={}),
+    }
     context = multiprocessing.get_context("spawn")
     with ray_session(), context.Pool(cores) as pool:
         pool.map(_imported, range(cores))
@@ -110,13 +115,7 @@ def overhead_section(job: Job) -> Iterator[Line]:
             pool.map(way.bare, [range(start, count, cores) for start in range(cores)], chunksize=1)
             name = f"{cores} bare processes"
             seconds.setdefault(name, []).append((time.perf_counter() - started) / (count * way.chunk))
-            for name, run in (
-                ("--local", lambda *parts: run_here(range(count), parts[0], parts[1], parts[2])),
-                (
-                    "through Ray",
-                    lambda *parts: run_on_cluster(range(count), *parts, workers=1, device="cpu", shared={}),
-                ),
-            ):
+            for name, run in runs.items():
                 way = Way(job.card, str(job.folder / f"{name}{turn}"), job.images)
                 times = [time.perf_counter() for _ in run(*way.stages())]
                 # Take the middle half: processes have started, and the last chunks don't have the machine alone.
