@@ -5,14 +5,15 @@ Legend: N images, C channels, K classes (1 for a single logit), H, W pixels.
 
 from __future__ import annotations
 
-import importlib.util
+import hashlib
+import importlib.metadata
 import itertools
 import logging
+import platform
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from unet_ray import __version__
 from unet_ray.config import UserError, first_line
 from unet_ray.data import storage
-from unet_ray.models import SegmentationModel, checkpoint, compiling
+from unet_ray.inference.arithmetic import Arithmetic
+from unet_ray.models import SegmentationModel, checkpoint
 from unet_ray.models.base import continue_edge
 from unet_ray.models.checkpoint import ModelCard
-from unet_ray.models.compiling import Compiled, floating_point_operations, without_weights
-from unet_ray.models.device import autocast, in_bf16
+from unet_ray.models.compiling import Compiled, without_weights
+from unet_ray.models.device import autocast
 
 log = logging.getLogger("unet_ray")
 
@@ -36,97 +39,56 @@ Network = Callable[[Tensor], Tensor]
 
 EXPORTED = "openvino"
 """Folder of a model directory for the network in OpenVINO's format; it may be deleted."""
-INSTALL = "pip install 'unet_ray[cpu]'"
 
 
-@dataclass(frozen=True, slots=True)
-class RuntimeOptions:
-    """Holds the options with which networks run."""
+def load(location: str, arithmetic: Arithmetic) -> tuple[Network, ModelCard]:
+    """Returns the network of a model directory, ready to compute in this arithmetic, and its card.
 
-    device: torch.device
-    precision: str = "auto"
-    """`auto`, `fp32`, `bf16`, `fp16`, `int8`."""
-    backend: str = "auto"
-    """`torch`, `compiled`, `openvino`. `auto`: OpenVINO on a CPU if it is installed, else torch, compiled if that pays
-    for `images` (`compiling_pays`)."""
-    images: int = 0
-    """Number of images to segment; 0 if it is not known."""
-
-    @property
-    def bf16(self) -> bool:
-        """Whether the network computes in bfloat16, apart from what it computes in int8."""
-        return in_bf16(self.device, "auto" if self.precision == "int8" else self.precision)
-
-
-def load(location: str, options: RuntimeOptions, quantized: str | None = None) -> tuple[Network, ModelCard]:
-    """Returns the network of a model directory, ready to run, and its card.
-
-    `quantized`: stem of the files of the network in int8. On a CPU this network replaces the other, unless another
-    precision is asked for. Raises UserError if the options can't be used.
+    It never falls back to another arithmetic. Raises UserError if this process can't compute so.
     """
-    card = checkpoint.read_card(location)
-    on_cpu, installed = options.device.type == "cpu", importlib.util.find_spec("openvino") is not None
-    _check(options, quantized, installed=installed)
-    if on_cpu and installed and options.backend in ("auto", "openvino"):
-        network = _load_openvino(location, card, options, quantized)
-        if network is not None:
-            return network, card
+    if arithmetic.backend == "openvino":
+        card = checkpoint.read_card(location)
+        return OpenVino(_openvino_network(location, card, arithmetic.int8), card, arithmetic), card
     model, card = checkpoint.load_model(location)
     fold_batch_norm(model.eval())
-    model = model.to(options.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    compiled = options.backend == "compiled" or (options.backend == "auto" and compiling_pays(card, options))
-    return Torch(model, options, compiled=compiled), card
+    model = model.to(torch.device(arithmetic.device), memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return Torch(model, arithmetic), card
 
 
-def _check(options: RuntimeOptions, quantized: str | None, *, installed: bool) -> None:
-    """Raises UserError if OpenVINO or int8 is asked for and not available."""
-    on_cpu = options.device.type == "cpu"
-    if options.backend == "openvino" and not (on_cpu and installed):
-        raise UserError(
-            f"--backend openvino: {INSTALL}" if on_cpu else "--backend openvino is for CPUs: add --device cpu"
-        )
-    if options.precision == "int8" and not (installed and quantized):
-        raise UserError(f"--precision int8: {'make it first with `unet-ray quantize`' if installed else INSTALL}")
-
-
-def _load_openvino(location: str, card: ModelCard, options: RuntimeOptions, quantized: str | None) -> OpenVino | None:
-    """Returns the network for OpenVINO. If OpenVINO can't run it, raises UserError if OpenVINO or int8 was asked for,
-    else returns None."""
+def _openvino_network(location: str, card: ModelCard, int8: str) -> Any:
+    """Returns the openvino.Model, in int8 if `int8` names its files. Raises UserError if OpenVINO can't run it here."""
     try:
-        if quantized and options.precision in ("auto", "int8"):
-            return OpenVino(_read(quantized), card, options)
-        return OpenVino(exported(location, card), card, options)
+        return read_int8(storage.join(location, int8)) if int8 else exported(location, card)
     except UserError:
         raise
     except Exception as error:  # the converter raises errors of many types
-        if options.precision == "int8" or options.backend == "openvino":
-            raise UserError(f"{location}: OpenVINO can't run it: {error}") from None
-        log.warning("OpenVINO can't run this network, torch does: %s", first_line(error)[:200])
-        return None
+        where = f"{storage.without_secrets(location)}: OpenVINO can't run this network on {platform.node()}"
+        raise UserError(f"{where}: {first_line(error)[:200]}") from None
+
+
+def openvino_problem(location: str) -> str:
+    """Returns why OpenVINO can't run the network of a model directory; or an empty text. Keeps the exported network."""
+    try:
+        _openvino_network(location, checkpoint.read_card(location), "")
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 class Torch:
     """Runs a network with torch, compiled or not."""
 
-    def __init__(self, model: SegmentationModel, options: RuntimeOptions, *, compiled: bool) -> None:
-        self.options = options
+    def __init__(self, model: SegmentationModel, arithmetic: Arithmetic) -> None:
+        self.device, self.precision = torch.device(arithmetic.device), arithmetic.precision
         self.run: Callable[[Tensor], Tensor] = model
-        if compiled:
+        if arithmetic.backend == "compiled":
             # With frozen weights, the compiler can arrange them in memory for the processor.
-            settings: dict[str, Any] = {"freezing": True} if options.device.type == "cpu" else {}
-            self.run = Compiled(model, **settings)
+            settings: dict[str, Any] = {"freezing": True} if arithmetic.device == "cpu" else {}
+            self.run = Compiled(model, required=True, **settings)
 
     def __call__(self, image_NCHW: Tensor) -> Tensor:
-        with autocast(self.options.device, self.options.precision):
+        with autocast(self.device, self.precision):
             return self.run(image_NCHW).float()
-
-
-def compiling_pays(card: ModelCard, options: RuntimeOptions) -> bool:
-    """Returns whether compiling saves time in a process that segments `options.images` images."""
-    if not options.images:
-        return False
-    operations = options.images * floating_point_operations(card.model, card.image_size)
-    return compiling.pays(operations, options.device, bf16=options.bf16)
 
 
 def fold_batch_norm(model: nn.Module) -> None:
@@ -145,13 +107,13 @@ class OpenVino:
     `network`: an openvino.Model, uint8 [1,H,W,C] -> float32 [1,K,H,W], for sides that the U-Net can halve.
     """
 
-    def __init__(self, network: Any, card: ModelCard, options: RuntimeOptions) -> None:
+    def __init__(self, network: Any, card: ModelCard, arithmetic: Arithmetic) -> None:
         import openvino
 
         self.network, self.core, self.step = network, openvino.Core(), without_weights(card.model).step
         self.padded = card.model.padding == "same"
         self.settings = {
-            "INFERENCE_PRECISION_HINT": "bf16" if options.bf16 else "f32",
+            "INFERENCE_PRECISION_HINT": "bf16" if arithmetic.precision == "bf16" else "f32",
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
             # Otherwise two processes would pin their threads to the same cores.
@@ -190,23 +152,58 @@ class _ChannelsLast(nn.Module):
 
 def exported(location: str, card: ModelCard) -> Any:
     """Returns the network of a model directory as an openvino.Model, and keeps it in the directory for later runs, if
-    that can be written."""
+    that can be written. Files of other weights, or of another version of OpenVINO or this package, are not used."""
     folder = storage.join(location, EXPORTED)
-    name = card.weights_sha256[:16]
+    # The name has no dot, so that it has no suffix.
+    name = f"{card.weights_sha256[:16]}-{__version__}-{importlib.metadata.version('openvino')}".replace(".", "_")
     stem = storage.join(folder, name)
-    if storage.exists(with_suffix(stem, ".xml")):
+    if _is_kept(stem):
         return _read(stem)
     model, card = checkpoint.load_model(location)
     fold_batch_norm(model.eval())
     network = export(model, card)
     try:
-        # The network of an earlier epoch, if the training went on.
-        for stale in (other for other in storage.names_in(folder) if not other.startswith(name)):
+        for stale in storage.names_in(folder):
             storage.delete_file(storage.join(folder, stale))
-        write(serialized(network), stem)
+        files = serialized(network)
+        write(files, stem)
+        storage.write_bytes(with_suffix(stem, CHECKSUM), checksum(files).encode())
     except OSError as error:
         log.info("%s: not kept: %s", folder, error)
     return network
+
+
+CHECKSUM = ".sha256"
+"""Suffix of the file with the checksum of an exported network. It is written last."""
+
+
+def checksum(files: Mapping[str, bytes]) -> str:
+    """Returns the SHA-256, in hexadecimal, of what `serialized` returns."""
+    return hashlib.sha256(files[".xml"] + files[".bin"]).hexdigest()
+
+
+def _files(stem: str) -> dict[str, bytes]:
+    return {suffix: storage.read_bytes(with_suffix(stem, suffix)) for suffix in (".bin", ".xml")}
+
+
+def _is_kept(stem: str) -> bool:
+    """Returns whether an exported network is there, complete and undamaged."""
+    try:
+        return storage.read_bytes(with_suffix(stem, CHECKSUM)).decode() == checksum(_files(stem))
+    except OSError:
+        return False
+
+
+def read_int8(stem: str) -> Any:
+    """Reads a network in int8 as an openvino.Model. Raises UserError if it is damaged: its name ends with the first 16
+    digits of its checksum."""
+    try:
+        undamaged = storage.split_options(stem)[0].endswith(checksum(_files(stem))[:16])
+    except OSError:
+        undamaged = False
+    if not undamaged:
+        raise UserError(f"{storage.without_secrets(stem)}: missing or damaged: make it again with `unet-ray quantize`")
+    return _read(stem)
 
 
 def without_telemetry() -> None:
@@ -273,7 +270,7 @@ def serialized(network: Any) -> dict[str, bytes]:
 
 
 def write(files: dict[str, bytes], stem: str) -> None:
-    """Writes what `serialized` returns, the .xml last: if it exists, the .bin is complete."""
+    """Writes what `serialized` returns."""
     for suffix, data in files.items():
         storage.write_bytes(with_suffix(stem, suffix), data)
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from unet_ray.config import Cleanup, MaskOptions
 from unet_ray.data import storage
 from unet_ray.data.chunks import Chunk, Stage, objects
+from unet_ray.inference.arithmetic import Arithmetic, Machine
+from unet_ray.inference.choose_arithmetic import Work, choose
 from unet_ray.inference.chunk_size import RowCost
 from unet_ray.inference.local import run_here
 from unet_ray.inference.reader import Reader
@@ -35,6 +39,10 @@ READ_SECONDS = 0.0065
 """Seconds to read an image and write its mask, measured on two cores with photographs of 512x512 pixels."""
 
 
+Settle = Callable[[Work], Arithmetic]
+"""Chooses the arithmetic of some work. Raises UserError."""
+
+
 @dataclass(frozen=True)
 class Pipeline(ABC):
     """Makes masks with one model, in three stages. `resolve.pipeline_of` chooses the subclass."""
@@ -45,8 +53,8 @@ class Pipeline(ABC):
     cleanup: Cleanup
     cleanup_text: str
     options: MaskOptions
-    quantized: str | None = None
-    """Stem of the files of the network in int8; None if it does not exist or is not to be used."""
+    arithmetic: Arithmetic | None = None
+    """With what the network computes; None until it is chosen for the machines that will run it."""
 
     @abstractmethod
     def row_cost(self) -> RowCost:
@@ -71,20 +79,27 @@ class Pipeline(ABC):
     def reader(self) -> Reader:
         return Reader.of(self.card, self.options.max_pixels)
 
-    def segmenter(self, *, device: str, threads: int | None = None, images: int = 0) -> BatchSegmenter:
-        """Loads the network. `threads`, `images`: see BatchSegmenter."""
-        options = self.options
+    def segmenter(self, threads: int | None = None) -> BatchSegmenter:
+        """Loads the network. The arithmetic must be chosen. `threads`: see BatchSegmenter."""
+        assert self.arithmetic is not None, "call chosen_here, or run"
+        flips = self.card.flips if self.options.tta else ""
         return BatchSegmenter(
-            self.model,
-            ensemble=options.ensemble,
-            flips=self.card.flips if options.tta else "",
-            device=device,
-            precision=options.precision,
-            backend=options.backend,
-            threads=threads,
-            images=images,
-            quantized=self.quantized,
+            self.model, self.arithmetic, ensemble=self.options.ensemble, flips=flips, threads=threads
         )
+
+    def chosen_here(self, images: int = 0, settle: Settle = choose) -> Pipeline:
+        """Returns the pipeline with the arithmetic for this process. Raises UserError, as `settle` does."""
+        device = device_here(self.options.device, self.options.workers).type
+        return self._chosen(device, [Machine.here(device)], images, None, settle)
+
+    def _chosen(
+        self, device: str, machines: Sequence[Machine], images: int, threads: int | None, settle: Settle
+    ) -> Pipeline:
+        if self.arithmetic is not None:
+            return self
+        models = (self.model, *self.options.ensemble)
+        work = Work(models, self.card, self.options, device, tuple(machines), images, threads)
+        return dataclasses.replace(self, arithmetic=settle(work))
 
     def run(
         self,
@@ -96,31 +111,35 @@ class Pipeline(ABC):
         probabilities: bool = False,
         shared: Mapping[str, str],
         runtime: Runtime,
+        settle: Settle = choose,
     ) -> Generator[Chunk, None, None]:
         """Runs the chunks with these numbers through the stages. Yields what `sink` returns of each chunk, in the order
         in which chunks are done.
 
         `images`: number of images, with those of earlier runs. `shared`: files that all nodes must see beside the
-        model, in the form of `shared_files.check_shared`.
+        model, in the form of `shared_files.check_shared`. `settle` chooses the arithmetic, once, before the first mask.
         """
         if not numbers:
             return
-        options = self.options
-        model = ModelStage(self, sink, images, probabilities)
         preprocess, postprocess = self.preprocess(load), self.postprocess(sink, probabilities=probabilities)
         if runtime.local:
-            here = device_here(options.device, options.workers).type
-            yield from run_here(numbers, preprocess, lambda: model(device=here, threads=None), postprocess)
+            model = ModelStage(self.chosen_here(images, settle), sink, probabilities)
+            yield from run_here(numbers, preprocess, model, postprocess)
             return
         with runtime.started():
+            from unet_ray.ray_backend import nodes
             from unet_ray.ray_backend.data_context import configure
-            from unet_ray.ray_backend.inference import run_on_cluster
+            from unet_ray.ray_backend.inference import pool_of_replicas, run_on_cluster
+            from unet_ray.ray_backend.shared_files import check_shared
 
             configure()
+            pool = pool_of_replicas(self.options.workers, self.options.device)
             shared = {**shared, "MODEL": storage.join(self.model, checkpoint.CARD)}
-            yield from run_on_cluster(
-                numbers, preprocess, model, postprocess, workers=options.workers, device=options.device, shared=shared
-            )
+            check_shared(shared)
+            machines = [machine for _, machine in nodes.answers(partial(Machine.here, pool.device), pool.bundle)]
+            chosen = self._chosen(pool.device, machines, images // pool.replicas, pool.threads, settle)
+            model = ModelStage(chosen, sink, probabilities)
+            yield from run_on_cluster(numbers, preprocess, model, postprocess, pool)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,12 +148,11 @@ class ModelStage:
 
     pipeline: Pipeline
     sink: MaskSink
-    images: int
     probabilities: bool
 
-    def __call__(self, *, device: str, threads: int | None, replicas: int = 1) -> Stage:
-        """Loads the network and returns the stage. `replicas`: number of replicas that share the images."""
-        segmenter = self.pipeline.segmenter(device=device, threads=threads, images=self.images // replicas)
+    def __call__(self, threads: int | None = None) -> Stage:
+        """Loads the network and returns the stage."""
+        segmenter = self.pipeline.segmenter(threads)
         return self.pipeline.segment(segmenter, self.sink, probabilities=self.probabilities)
 
 

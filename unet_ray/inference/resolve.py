@@ -24,8 +24,9 @@ def pipeline_of(model: str, options: MaskOptions) -> Pipeline:
     if options.tta and not card.flips:
         raise UserError(f"--tta: {model} was trained without flips, so it does not know mirrored images")
     text = checkpoint.read_cleanup(model, card) if options.cleanup is None else options.cleanup
+    _check_int8(model, card, options)
     pipeline = TilePipeline if options.tile else WholeImagePipeline
-    return pipeline(model, card, Cleanup.parse(text), text, options, _quantized(model, card, options))
+    return pipeline(model, card, Cleanup.parse(text), text, options)
 
 
 def _check_tile(card: ModelCard, options: MaskOptions) -> None:
@@ -42,15 +43,11 @@ def _check_tile(card: ModelCard, options: MaskOptions) -> None:
         raise UserError("--tta with --tile is for networks with padding=same")
 
 
-def _quantized(model: str, card: ModelCard, options: MaskOptions) -> str | None:
-    """Returns the stem of the files of the network in int8, or None if it is not to be used. Raises UserError if it is
-    asked for and can't be used."""
-    accepted = checkpoint.read_choice(model, checkpoint.INT8, card)
-    if options.precision == "int8":
-        if options.ensemble:
-            raise UserError("--precision int8 is for one model: leave --ensemble out")
-        if accepted is None:
-            raise UserError(f"--precision int8: {model} has no network in int8: see `unet-ray quantize`")
-    if accepted is None or options.ensemble or options.precision not in ("auto", "int8"):
-        return None
-    return storage.join(model, accepted["network"])
+def _check_int8(model: str, card: ModelCard, options: MaskOptions) -> None:
+    """Raises UserError if a network in int8 is asked for and can't be used."""
+    if options.precision != "int8":
+        return
+    if options.ensemble:
+        raise UserError("--precision int8 is for one model: leave --ensemble out")
+    if checkpoint.read_choice(model, checkpoint.INT8, card) is None:
+        raise UserError(f"--precision int8: {model} has no network in int8: see `unet-ray quantize`")

@@ -17,9 +17,10 @@ from unet_ray.config import UserError
 from unet_ray.data import imaging
 from unet_ray.data.imaging import Pixels
 from unet_ray.inference import backends
+from unet_ray.inference.arithmetic import Arithmetic
 from unet_ray.inference.tiles import Band, Grid
 from unet_ray.models.checkpoint import ModelCard
-from unet_ray.models.device import check_gpu, check_precision, keep_freed_memory, run_network
+from unet_ray.models.device import check_gpu, keep_freed_memory, run_network
 
 IMAGES_AT_ONCE = {"cpu": 1, "cuda": 8}
 """On a CPU one image at a time keeps the activations in the caches, and was fastest."""
@@ -52,34 +53,28 @@ class BatchSegmenter:
 
     `ensemble`: further models with the same channels, image size and classes; probabilities are averaged. `flips`: axes
     (`h`, `v` or both) along which images are flipped, too, before the probabilities are averaged. `threads`: threads on
-    a CPU; None keeps torch's number. `precision`, `backend`, `images`: see `backends.RuntimeOptions`; `quantized`: see
-    `backends.load`. Raises UserError if a model does not exist, or if the models do not go together.
+    a CPU; None keeps torch's number. Raises UserError if a model does not exist, if the models do not go together, or
+    if this process can't compute in this arithmetic.
     """
 
     def __init__(
         self,
         location: str,
+        arithmetic: Arithmetic,
         *,
         ensemble: Sequence[str] = (),
         flips: str = "",
-        device: str = "cpu",
-        precision: str = "auto",
-        backend: str = "auto",
         threads: int | None = None,
-        images: int = 0,
-        quantized: str | None = None,
     ) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
-        check_precision(precision, device)
-        if device == "cpu":
+        if arithmetic.device == "cpu":
             keep_freed_memory(of_any_size=True)
         else:
             check_gpu()
-        self.device = torch.device(device)
+        self.device = torch.device(arithmetic.device)
         self.at_once = IMAGES_AT_ONCE[self.device.type]
-        options = backends.RuntimeOptions(self.device, precision, backend, images)
-        self.models = [backends.load(path, options, None if ensemble else quantized) for path in (location, *ensemble)]
+        self.models = [backends.load(path, arithmetic) for path in (location, *ensemble)]
         self.card = self.models[0][1]
         check_ensemble([card for _, card in self.models], [location, *ensemble])
         # Each view is an image flipped along some axes of NCHW.

@@ -41,6 +41,17 @@ def bf16_is_fast(device: torch.device) -> bool:
     return any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16", "sve_bf16", "arm_bf16"))
 
 
+def instruction_set() -> str:
+    """Returns the instructions with which networks compute on this CPU, such as `AVX2` or `AVX512+VNNI+AMX`.
+
+    Networks in int8 add up integers in other ways with VNNI and AMX, and their masks differ.
+    """
+    found = torch.cpu.get_capabilities()
+    extra = {"VNNI": ("avx512_vnni", "avx_vnni"), "AMX": ("amx_int8",), "I8MM": ("arm_i8mm", "i8mm")}
+    more = [name for name, keys in extra.items() if any(found.get(key) for key in keys)]
+    return "+".join([torch.backends.cpu.get_cpu_capability(), *more])
+
+
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
     """Returns the context for forward passes in `auto`, `fp32`, `bf16` or (on CUDA) `fp16`."""
     if precision == "fp16":

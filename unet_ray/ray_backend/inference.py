@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,6 @@ from unet_ray.data import storage
 from unet_ray.data.chunks import Chunk, Stage
 from unet_ray.models.device import keep_freed_memory
 from unet_ray.ray_backend import autoscaling, internals, nodes
-from unet_ray.ray_backend.shared_files import check_shared
 
 NUMBERS_PER_TASK = 4096
 """Chunk numbers per read task. The task makes a block of each number."""
@@ -49,30 +48,20 @@ MOST_REPLICAS = 4096
 def run_on_cluster(
     numbers: Sequence[int],
     preprocess: Callable[[int], Chunk],
-    model: Callable[..., Stage],
+    model: Callable[[int | None], Stage],
     postprocess: Stage,
-    *,
-    workers: int,
-    device: str,
-    shared: Mapping[str, str],
+    pool: Pool,
 ) -> Iterator[Chunk]:
     """Runs the stages of `local.run_here` through Ray Data. Yields the chunks of `postprocess` as they are finished.
 
-    `preprocess` and `postprocess` run in tasks, and `model(device=, threads=, replicas=)` in a pool of actors, each of
-    which calls it once. Ray keeps tasks off nodes with a GPU as long as others have room.
-
-    `workers`: replicas of the model. 0: one per GPU, or one per `nodes.THREADS_PER_REPLICA` CPUs, and more as the
-    cluster grows. `shared`: see `check_shared`. Raises UserError if the workers can't fit, if a node does not see the
-    shared files, or if a stage raises it.
+    `preprocess` and `postprocess` run in tasks, and `model(threads)` in a pool of actors, each of which calls it once.
+    Ray keeps tasks off nodes with a GPU as long as others have room. Raises UserError if a stage raises it.
     """
-    pool = _pool_of_replicas(workers, device)
-    check_shared(shared)
-    grows = not workers and autoscaling.may_grow()
-    if grows and pool.device == "cpu":
+    if pool.grows and pool.device == "cpu":
         DataContext.get_current().op_resource_reservation_ratio = SHARE_SPLIT_EVENLY
     # All replicas start at once: if Ray Data could choose, it would give a stage only a part of the CPUs.
     compute = ActorPoolStrategy(
-        min_size=min(pool.replicas, len(numbers)), max_size=MOST_REPLICAS if grows else pool.replicas
+        min_size=min(pool.replicas, len(numbers)), max_size=MOST_REPLICAS if pool.grows else pool.replicas
     )
     as_blocks: dict[str, Any] = {"batch_size": None, "batch_format": "numpy"}
     # The stages reserve different numbers of CPUs, which keeps Ray Data from fusing them: decoding in the model's
@@ -81,18 +70,13 @@ def run_on_cluster(
     segmented = internals.map_whole_blocks(
         chunks,
         _ModelActor,
-        fn_constructor_kwargs={
-            "model": model,
-            "device": pool.device,
-            "threads": pool.threads,
-            "replicas": pool.replicas,
-        },
+        fn_constructor_kwargs={"model": model, "threads": pool.threads},
         compute=compute,
         runtime_env=nodes.runtime_env(pool.device),
         **pool.replica_resources,
     )
     finished = segmented.map_batches(_UnlessEmpty(postprocess), num_cpus=pool.task_cpus, **as_blocks)
-    with autoscaling.asking_for_more(pool.bundle) if grows else nullcontext():
+    with autoscaling.asking_for_more(pool.bundle) if pool.grows else nullcontext():
         for chunk in finished.iter_batches(**as_blocks):
             if RAISED in chunk:
                 raise pickle.loads(chunk[RAISED][0])
@@ -101,7 +85,7 @@ def run_on_cluster(
 
 
 @dataclass(frozen=True, slots=True)
-class _Pool:
+class Pool:
     """The replicas of the model, and the resources that they and the tasks beside them take."""
 
     replicas: int
@@ -114,23 +98,30 @@ class _Pool:
     replica_resources: dict[str, float]
     """Resources that Ray reserves for a replica."""
     task_cpus: float
+    grows: bool
+    """Whether more replicas start as the cluster gets nodes."""
 
 
-def _pool_of_replicas(workers: int, device: str) -> _Pool:
-    """Waits until the replicas fit on the cluster. Raises UserError if they can't."""
+def pool_of_replicas(workers: int, device: str) -> Pool:
+    """Waits until the replicas fit on the cluster. Raises UserError if they can't.
+
+    `workers`: replicas of the model. 0: one per GPU, or one per `nodes.THREADS_PER_REPLICA` CPUs, and more as the
+    cluster grows. `device`: `auto`, `cpu` or `cuda`.
+    """
     device = autoscaling.pick_device(device)
     if workers:
         autoscaling.make_room_for_workers(workers, device)
+    grows = not workers and autoscaling.may_grow()
     if device == "cuda":
         bundle = {"GPU": 1.0}
         # A replica reserves no CPU: a node with as many GPUs as CPUs would have none left to decode images.
         resources = {"num_gpus": 1.0, "num_cpus": 0.0}
-        return _Pool(workers or nodes.room(bundle), device, None, bundle, resources, TASK_CPUS)
+        return Pool(workers or nodes.room(bundle), device, None, bundle, resources, TASK_CPUS, grows)
     autoscaling.make_room(1, {"CPU": 1.0}, "no node of the cluster has a CPU", "add one")
     # A replica runs one thread per CPU, and decoding takes turns with it: decoding is short, idle CPUs would cost more.
     threads, replicas = (nodes.cpus_for_each(workers, spare=0), workers) if workers else nodes.replicas_on_cpus()
     resources = {"num_cpus": nodes.cpus_reserved_by_replica(threads)}
-    return _Pool(replicas, device, threads, {"CPU": float(threads)}, resources, TASK_CPUS_BESIDE_A_MODEL)
+    return Pool(replicas, device, threads, {"CPU": float(threads)}, resources, TASK_CPUS_BESIDE_A_MODEL, grows)
 
 
 class _Numbers(Datasource):
@@ -204,9 +195,9 @@ class _UnlessEmpty:
 class _ModelActor:
     """The model stage in the form that Ray Data needs: a class that each actor instantiates once."""
 
-    def __init__(self, model: Callable[..., Stage], **options: Any) -> None:
+    def __init__(self, model: Callable[[int | None], Stage], threads: int | None) -> None:
         try:
-            stage = model(**options)
+            stage = model(threads)
         except UserError as error:
             refusal = error
 

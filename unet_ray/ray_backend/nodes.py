@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+import logging
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import ray
+import ray.exceptions
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from unet_ray.models.device import ONE_HEAP
+
+log = logging.getLogger("unet_ray")
+
+Answer = TypeVar("Answer")
+
+ANSWER_SECONDS = 120.0
 
 THREADS_PER_REPLICA = 8
 """CPUs of a replica of the model: more threads than this gain little on one image."""
@@ -23,6 +33,35 @@ def alive() -> list[dict[str, Any]]:
 def able_to_work() -> list[dict[str, Any]]:
     """Returns the nodes that can run anything. The head of a launched cluster has no CPU to give."""
     return [node for node in alive() if node["Resources"].get("CPU", 0) or node["Resources"].get("GPU", 0)]
+
+
+def answers(question: Callable[[], Answer], bundle: Bundle | None = None) -> list[tuple[str, Answer]]:
+    """Asks every node that can run anything, or only those with the resources of the bundle.
+
+    Returns (address, answer) of each that answers. This node answers in this process.
+    """
+    here = ray.get_runtime_context().get_node_id()
+    needs = (bundle or {}).items()
+    asked = [node for node in able_to_work() if all(node["Resources"].get(name, 0) >= least for name, least in needs)]
+    futures = [None if node["NodeID"] == here else _ask_on(node, question) for node in asked]
+    found = []
+    for node, future in zip(asked, futures, strict=True):
+        address = node["NodeManagerAddress"]
+        try:
+            found.append((address, question() if future is None else ray.get(future, timeout=ANSWER_SECONDS)))
+        except (ray.exceptions.RayError, TimeoutError) as error:  # a lost node is handled elsewhere
+            log.info("%s did not answer: %s", address, error)
+    return found
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def _asked(question: Callable[[], Answer]) -> Answer:
+    return question()
+
+
+def _ask_on(node: dict[str, Any], question: Callable[[], Answer]) -> ray.ObjectRef:
+    strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+    return _asked.options(scheduling_strategy=strategy).remote(question)
 
 
 def total(resource: str) -> float:
