@@ -32,7 +32,6 @@ from unet_ray.inference.reader import GivenReader, Reader
 from unet_ray.inference.resolve import pipeline_of
 from unet_ray.metrics import Scores
 from unet_ray.models import checkpoint
-from unet_ray.models.device import device_here
 from unet_ray.ray_backend.session import Runtime
 from unet_ray.settings import from_mapping, load_train_config
 from unet_ray.training import run as training
@@ -269,8 +268,8 @@ class Segmenter:
                 "backend": backend,
             },
         )
-        self.pipeline = pipeline_of(os.fspath(model), options)
-        self.batches = self.pipeline.segmenter(device=device_here(options.device, 1).type)
+        self.pipeline = pipeline_of(os.fspath(model), options).chosen_here()
+        self.batches = self.pipeline.segmenter()
 
     def __repr__(self) -> str:
         card = self.pipeline.card

@@ -472,7 +472,8 @@ class MaskOptions:
     """`auto`: on CPUs int8 if `unet-ray quantize` has made it for this model; otherwise bf16 if the device computes in
     it, or fp32."""
     backend: Literal["auto", "torch", "compiled", "openvino"] = "auto"
-    """The library that runs the network; see `inference.backends.RuntimeOptions`."""
+    """The library that runs the network. `auto`: OpenVINO on a CPU if it is installed, else torch, compiled if that
+    pays for the number of images. It is chosen once, for all machines."""
 
     def __post_init__(self) -> None:
         _check_choices(self, "predict")
@@ -501,6 +502,8 @@ class PredictConfig(MaskOptions):
     """Remove an earlier prediction in `out` first."""
     retry_failed: bool = False
     """Try images again that failed in an earlier run."""
+    allow_mixed: bool = False
+    """Go on with another arithmetic than the one recorded in `out`, if this machine can't do that one."""
 
     def __post_init__(self) -> None:
         MaskOptions.__post_init__(self)

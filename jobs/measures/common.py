@@ -19,6 +19,7 @@ from unet_ray.config import MaskOptions, TrainConfig
 from unet_ray.data import imaging
 from unet_ray.data.pairs import Pair
 from unet_ray.inference import backends
+from unet_ray.inference.arithmetic import Arithmetic
 from unet_ray.inference.resolve import pipeline_of
 from unet_ray.models import build, checkpoint
 from unet_ray.models.checkpoint import ModelCard
@@ -75,11 +76,6 @@ class Job:
         """Returns milesial's `--scale` at which its network sees as many pixels as ours; it keeps the aspect ratio."""
         height, width = self.card.image_size
         return (height * width / (image.width * image.height)) ** 0.5
-
-    @property
-    def quantized(self) -> str | None:
-        """Stem of the files of the int8 network, if this job uses it."""
-        return pipeline_of(self.model, MaskOptions()).quantized if self.device == "cpu" else None
 
 
 def in_turns(steps: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
@@ -139,8 +135,15 @@ def _asked(peer: Callable[..., Callable[..., Any]], given: Sequence[Any], argume
     return _PEER[0](*arguments)
 
 
-def runtime_options(job: Job, precision: str = "auto", backend: str = "auto") -> backends.RuntimeOptions:
-    return backends.RuntimeOptions(torch.device(job.device), precision, backend)
+def arithmetic_for(job: Job, precision: str = "auto", backend: str = "auto") -> Arithmetic:
+    """Returns the arithmetic that `predict` would choose on this machine."""
+    options = MaskOptions(device=job.device, precision=precision, backend=backend)  # type: ignore[arg-type]
+    return pipeline_of(job.model, options).chosen_here().arithmetic  # type: ignore[return-value]
+
+
+def network_of(job: Job, precision: str = "auto", backend: str = "auto") -> backends.Network:
+    """Loads the network as `predict` would on this machine."""
+    return backends.load(job.model, arithmetic_for(job, precision, backend))[0]
 
 
 @torch.inference_mode()

@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from measures.common import Job, Line, dice, in_turns, mask_of, runtime_options, table
+from measures.common import Job, Line, dice, in_turns, mask_of, network_of, table
 from unet_ray.data import imaging
-from unet_ray.inference import backends
 
 
 def on_one_thread(function: Callable[[], object]) -> Callable[[], object]:
@@ -68,7 +67,7 @@ def decode_section(job: Job) -> Iterator[Line]:
         decoders["simplejpeg"] = lambda d: by_simplejpeg(d, size)
     steps = {name: on_one_thread(lambda f=f: [f(d) for d in data]) for name, f in decoders.items()}  # type: ignore[misc]
     seconds = {name: value / len(data) for name, value in in_turns(steps, max(5, job.rounds)).items()}
-    network, _ = backends.load(job.model, runtime_options(job, "fp32"))
+    network = network_of(job, "fp32")
     both = [[mask_of(network, decoders[name](each), job) for each in data] for name in ("Pillow, whole", "unet_ray")]
     note = f"Dice {np.mean(list(map(dice, *both))):.5f} between the masks predicted from these and from Pillow's"
     if job.pairs:

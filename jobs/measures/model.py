@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from measures.common import Apart, Job, Line, dice, in_turns, mask_of, runtime_options, table
+from measures.common import Apart, Job, Line, arithmetic_for, dice, in_turns, mask_of, network_of, table
 from unet_ray.inference import backends
 from unet_ray.models import checkpoint, compiling
 from unet_ray.models.device import bf16_is_fast, keep_freed_memory
@@ -26,14 +26,14 @@ def plain_network(job: Job) -> Callable[[np.ndarray], np.ndarray]:
 
 def networks(job: Job) -> Iterator[tuple[str, backends.Network]]:
     """Yields the network on each of our backends that this machine has."""
-    yield "torch", backends.load(job.model, runtime_options(job, backend="torch"))[0]
-    yield "compiled", backends.load(job.model, runtime_options(job, backend="compiled"))[0]
+    yield "torch", network_of(job, backend="torch")
+    yield "compiled", network_of(job, backend="compiled")
     if job.device == "cpu" and importlib.util.find_spec("openvino"):
-        yield "OpenVINO fp32", backends.load(job.model, runtime_options(job, "fp32", "openvino"))[0]
+        yield "OpenVINO fp32", network_of(job, "fp32", "openvino")
         if bf16_is_fast(torch.device("cpu")):
-            yield "OpenVINO bf16", backends.load(job.model, runtime_options(job, "bf16", "openvino"))[0]
-        if job.quantized is not None:
-            yield "OpenVINO int8", backends.load(job.model, runtime_options(job, "int8", "openvino"), job.quantized)[0]
+            yield "OpenVINO bf16", network_of(job, "bf16", "openvino")
+        if arithmetic_for(job).int8:
+            yield "OpenVINO int8", network_of(job)
 
 
 def model_section(job: Job) -> Iterator[Line]:

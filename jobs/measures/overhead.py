@@ -28,7 +28,7 @@ from unet_ray.inference.write import Write
 from unet_ray.models.checkpoint import ModelCard
 from unet_ray.models.device import keep_freed_memory
 from unet_ray.ray_backend.data_context import configure
-from unet_ray.ray_backend.inference import run_on_cluster
+from unet_ray.ray_backend.inference import pool_of_replicas, run_on_cluster
 from unet_ray.ray_backend.session import ray_session
 
 
@@ -49,7 +49,7 @@ class NoNetwork:
 class _NoModel:
     card: ModelCard
 
-    def __call__(self, **_where: Any) -> Stage:
+    def __call__(self, _threads: int | None = None) -> Stage:
         return Segment(NoNetwork(self.card))  # type: ignore[arg-type]
 
 
@@ -103,7 +103,7 @@ def overhead_section(job: Job) -> Iterator[Line]:
     seconds: dict[str, list[float]] = {}
     runs: dict[str, Callable[..., Iterator[Chunk]]] = {
         "--local": partial(run_here, range(count)),
-        "through Ray": partial(run_on_cluster, range(count), workers=1, device="cpu", shared={}),
+        "through Ray": lambda *stages: run_on_cluster(range(count), *stages, pool=pool_of_replicas(1, "cpu")),
     }
     context = multiprocessing.get_context("spawn")
     with ray_session(), context.Pool(cores) as pool:

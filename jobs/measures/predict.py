@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from measures.common import Apart, Job, Line, mask_of, runtime_options, table
+from measures.common import Apart, Job, Line, mask_of, network_of, table
 from unet_ray.config import PredictConfig
-from unet_ray.inference import backends
 from unet_ray.inference.predict import predict
 from unet_ray.ray_backend.session import Runtime, ray_session
 
@@ -75,8 +74,7 @@ def predict_section(job: Job) -> Iterator[Line]:
         config = PredictConfig(model=job.model, inputs=(job.listed(96),), out=out, device=job.device)
         predict(config, runtime=Runtime(local=local), on_progress=on_progress)
 
-    network, _ = backends.load(job.model, runtime_options(job), job.quantized)
-    alone = partial(mask_of, network, job=job)
+    alone = partial(mask_of, network_of(job), job=job)
     decoded = job.decoded(8)
     milesial = None if job.milesial is None else Apart(Milesial, job.milesial, job)
     seconds: dict[str, list[float]] = {}

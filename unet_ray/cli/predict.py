@@ -64,6 +64,12 @@ REASONS = 5
 @option(RUNS, "--retry-failed", is_flag=True, help="Try images again that failed in an earlier run.")
 @option(
     RUNS,
+    "--allow-mixed",
+    is_flag=True,
+    help="Go on with another library or precision than the earlier run used.",
+)
+@option(
+    RUNS,
     "--allow-failures",
     metavar="N|P%",
     default="0",
@@ -117,7 +123,9 @@ def predict(
 
     After a stop, the same command segments only the missing images, and ends with the same bytes. Given again, it also
     segments images that are new or have changed (in size or modification time), and no others. Other settings for the
-    same OUT are an error, and so is a second run at the same time.
+    same OUT are an error, and so is a second run at the same time. Library and precision are chosen once, for all
+    nodes, and recorded in OUT/settings.json. Where they can't be had later, going on is an error, too, unless
+    --allow-mixed is given.
 
     An image that can't be read becomes a row of the manifest with the reason, and the others are segmented. Reasons:
     truncated, empty, mislabelled, gone since it was listed, not a regular file, too many pixels, other channels than
@@ -157,6 +165,7 @@ def _print_summary(summary: PredictSummary) -> None:
         click.echo(f"{new} in {duration(summary.seconds)}, {speed(summary.images_per_second)}, start included")
     for reason, count in list(summary.failures.items())[:REASONS]:
         say(f"  {count} x {reason}")
+    click.echo(f"computed by {', then '.join(summary.arithmetic)}")
     if summary.cleanup != "none":
         click.echo(f"masks were cleaned up: {summary.cleanup}")
 

@@ -29,8 +29,8 @@ def quantize(run: str, calibration: int, as_json: bool) -> None:
     """Convert a run's network to int8, twice as fast on CPUs; refused if its validation Dice falls by more than 0.001.
 
     RUN is a run directory. NNCF (the extra `cpu`) converts the trained network. Both networks are scored on the run's
-    validation images. If the int8 network is kept, predict and evaluate use it on CPUs, unless --precision names
-    another precision.
+    validation images. If the int8 network is kept, predict and evaluate use it on CPUs with the same instruction set,
+    unless --precision names another precision. On other CPUs its scores may differ: run quantize there again.
 
     \b
     Example:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib.util
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from io import StringIO
 from typing import Any
 
@@ -22,11 +22,14 @@ from unet_ray.data.progress import OnProgress
 from unet_ray.evaluation.evaluate import evaluate
 from unet_ray.evaluation.run_pairs import pairs_of, pairs_of_run
 from unet_ray.inference import backends
+from unet_ray.inference.arithmetic import INSTALL, Arithmetic
+from unet_ray.inference.choose_arithmetic import choose
 from unet_ray.inference.pipeline import Pipeline
 from unet_ray.inference.reader import Reader
 from unet_ray.inference.resolve import pipeline_of
 from unet_ray.models import checkpoint, compiling
 from unet_ray.models.checkpoint import ModelCard
+from unet_ray.models.device import instruction_set
 from unet_ray.models.tiles import mirrored
 from unet_ray.ray_backend.session import LOCAL
 
@@ -60,23 +63,25 @@ def quantize(
 
     Weights and activations become 8-bit integers (symmetric, per channel for weights: NNCF's post-training
     quantization) with ranges from `calibration` training images. The result is refused and deleted if the mean Dice on
-    the run's validation images is lower by more than `MAY_FALL`.
+    the run's validation images is lower by more than `MAY_FALL`. This holds for processors with the same instruction
+    set only, which the record names: others add up in other ways.
 
     Raises UserError for what the user must fix, also if OpenVINO or NNCF is not installed.
     """
     if any(importlib.util.find_spec(name) is None for name in ("openvino", "nncf")):
-        raise UserError(f"int8 needs OpenVINO and NNCF: {backends.INSTALL}")
+        raise UserError(f"int8 needs OpenVINO and NNCF: {INSTALL}")
     if config.ensemble or config.precision == "int8":
         raise UserError("unet-ray quantize takes one model, in its own precision")
-    plain = pipeline_of(config.model, dataclasses.replace(config, precision="auto"))
-    plain = dataclasses.replace(plain, quantized=None)
-    images = _calibration_images(config.model, plain, calibration)
+    unchosen = pipeline_of(config.model, dataclasses.replace(config, precision="auto"))
+    images = _calibration_images(config.model, unchosen, calibration)
+    plain = unchosen.chosen_here(settle=partial(choose, int8=False))
     storage.delete_file(storage.join(plain.model, checkpoint.INT8))
     network = _in_int8(backends.exported(plain.model, plain.card), images)
     name = _stored(backends.serialized(network), plain.model)
-    # `int8`, not `auto`, which may fall back to torch.
-    options = dataclasses.replace(plain.options, precision="int8")
-    in_int8 = dataclasses.replace(plain, quantized=storage.join(plain.model, name), options=options)
+    assert plain.arithmetic is not None, "just chosen"
+    instructions = instruction_set()
+    arithmetic = Arithmetic("cpu", "openvino", plain.arithmetic.precision, name, instructions)
+    in_int8 = dataclasses.replace(plain, arithmetic=arithmetic)
     pairs = pairs_of(config)
     scores, scores_int8 = (
         evaluate(config, pipeline=pipeline, pairs=pairs, runtime=LOCAL, on_progress=on_progress)
@@ -85,7 +90,7 @@ def quantize(
     dice, dice_int8 = float(scores.dice.mean or 0), float(scores_int8.dice.mean or 0)
     result = Quantization(dice - dice_int8 <= MAY_FALL, dice, dice_int8, scores.images, len(images))
     if result.kept:
-        choice = {"network": name, **dataclasses.asdict(result)}
+        choice = {"network": name, "instructions": instructions, **dataclasses.asdict(result)}
         checkpoint.save_choice(plain.model, checkpoint.INT8, plain.card, choice)
     else:
         _delete_networks(plain.model)
@@ -104,7 +109,7 @@ def _calibration_images(run: str, pipeline: Pipeline, count: int) -> list[np.nda
 
 def _stored(files: dict[str, bytes], model: str) -> str:
     """Writes the int8 network into the model directory and deletes an earlier one. Returns the stem of its files."""
-    name = f"{STEM}{hashlib.sha256(files['.xml'] + files['.bin']).hexdigest()[:16]}"
+    name = f"{STEM}{backends.checksum(files)[:16]}"
     _delete_networks(model)
     backends.write(files, storage.join(model, name))
     return name

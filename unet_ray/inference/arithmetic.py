@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import platform
@@ -35,11 +36,9 @@ class Machine:
     @classmethod
     def here(cls, device: str) -> Machine:
         """Describes the machine of this process. `device`: `cpu` or `cuda`."""
-        versions = {"torch": torch.__version__}
-        try:
+        versions = {"torch": str(torch.__version__)}
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions["openvino"] = importlib.metadata.version("openvino")
-        except importlib.metadata.PackageNotFoundError:
-            pass
         where = torch.device(device)
         return cls(platform.node(), bf16_is_fast(where), compiling.is_possible(where), instruction_set(), versions)
 

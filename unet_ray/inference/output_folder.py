@@ -7,17 +7,22 @@ from typing import Any
 
 from unet_ray.config import PredictConfig, UserError
 from unet_ray.data import storage
+from unet_ray.inference.arithmetic import NOT_RECORDED, Arithmetic
+from unet_ray.inference.choose_arithmetic import begun_otherwise
 from unet_ray.inference.formats import all_owned_names
 from unet_ray.inference.ledger import MANIFEST, WORK
 from unet_ray.inference.output_lock import LOCK
 from unet_ray.inference.pipeline import Pipeline
 from unet_ray.models import checkpoint
 
+ARITHMETIC = "arithmetic"
+"""Key of the settings: a list of `Arithmetic.to_json`."""
 SETTINGS, SUMMARY, REPORT = "settings.json", "summary.json", "report.html"
 
 
 def settings_of(config: PredictConfig, pipeline: Pipeline) -> dict[str, Any]:
-    """Returns the settings that affect the output: two runs with the same ones write the same files."""
+    """Returns the settings that affect the output: two runs with the same ones, and the same arithmetic, write the same
+    files."""
     options = pipeline.options
     return {
         "weights_sha256": pipeline.card.weights_sha256,
@@ -25,9 +30,6 @@ def settings_of(config: PredictConfig, pipeline: Pipeline) -> dict[str, Any]:
         "inputs": [storage.without_secrets(storage.absolute(location)) for location in config.inputs],
         "formats": sorted(config.formats),
         "name": config.name,
-        "precision": config.precision,
-        "int8": pipeline.quantized and storage.split_options(pipeline.quantized)[0].rpartition("/")[2],
-        "backend": config.backend,
         "tile": config.tile,
         "overlap": config.overlap if config.tile else None,
         "tta": config.tta,
@@ -35,26 +37,53 @@ def settings_of(config: PredictConfig, pipeline: Pipeline) -> dict[str, Any]:
     }
 
 
-def check(out: str, settings: dict[str, Any], *, overwrite: bool) -> None:
+def check(out: str, settings: dict[str, Any], config: PredictConfig) -> None:
     """Raises UserError if `out` holds anything else than a prediction with these settings, complete or not."""
-    path = storage.join(out, SETTINGS)
-    if storage.exists(path):
-        earlier = json.loads(storage.read_bytes(path))
-        changed = [name for name in settings if settings[name] != earlier.get(name)]
-        if changed and not overwrite:
-            raise UserError(
-                f"{out} holds another run (other {', '.join(changed)}): choose another --out, or --overwrite removes it"
-            )
-    elif set(storage.names_in(out)) - {WORK}:
-        raise UserError(f"{out} holds other files, no prediction: choose another --out")
+    if not storage.exists(storage.join(out, SETTINGS)):
+        if set(storage.names_in(out)) - {WORK}:
+            raise UserError(f"{out} holds other files, no prediction: choose another --out")
+        return
+    if config.overwrite:
+        return
+    earlier = _read(out)
+    changed = [name for name in settings if settings[name] != earlier.get(name)]
+    if changed:
+        raise UserError(
+            f"{out} holds another run (other {', '.join(changed)}): choose another --out, or --overwrite removes it"
+        )
+    recorded = arithmetics(out)
+    wanted = recorded[-1].contradicts(config) if recorded and not config.allow_mixed else ""
+    if wanted:
+        raise begun_otherwise(recorded[-1], f"{wanted} asks for another")
 
 
 def begin(out: str, settings: dict[str, Any]) -> bool:
     """Writes the settings into `out`. Returns whether an earlier run had begun in it."""
-    path = storage.join(out, SETTINGS)
-    begun = storage.exists(path)
-    storage.write_bytes(path, (json.dumps(settings, indent=2) + "\n").encode())
+    begun = storage.exists(storage.join(out, SETTINGS))
+    earlier = _read(out) if begun else {ARITHMETIC: []}
+    _write(out, {**settings, **({ARITHMETIC: earlier[ARITHMETIC]} if ARITHMETIC in earlier else {})})
     return begun
+
+
+def arithmetics(out: str) -> list[Arithmetic]:
+    """Returns the arithmetics with which the masks in `out` were made, the first one first."""
+    settings = _read(out)
+    if ARITHMETIC not in settings:
+        return [NOT_RECORDED]
+    return [Arithmetic.from_json(values) for values in settings[ARITHMETIC]]
+
+
+def record_arithmetics(out: str, used: list[Arithmetic]) -> None:
+    """Writes the arithmetics into the settings."""
+    _write(out, {**_read(out), ARITHMETIC: [arithmetic.to_json() for arithmetic in used]})
+
+
+def _read(out: str) -> dict[str, Any]:
+    return json.loads(storage.read_bytes(storage.join(out, SETTINGS)))
+
+
+def _write(out: str, settings: dict[str, Any]) -> None:
+    storage.write_bytes(storage.join(out, SETTINGS), (json.dumps(settings, indent=2) + "\n").encode())
 
 
 def remove(out: str) -> None:

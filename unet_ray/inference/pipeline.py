@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from unet_ray.config import Cleanup, MaskOptions
+from unet_ray.config import Cleanup, MaskOptions, UserError
 from unet_ray.data import storage
 from unet_ray.data.chunks import Chunk, Stage, objects
 from unet_ray.inference.arithmetic import Arithmetic, Machine
@@ -83,9 +83,7 @@ class Pipeline(ABC):
         """Loads the network. The arithmetic must be chosen. `threads`: see BatchSegmenter."""
         assert self.arithmetic is not None, "call chosen_here, or run"
         flips = self.card.flips if self.options.tta else ""
-        return BatchSegmenter(
-            self.model, self.arithmetic, ensemble=self.options.ensemble, flips=flips, threads=threads
-        )
+        return BatchSegmenter(self.model, self.arithmetic, ensemble=self.options.ensemble, flips=flips, threads=threads)
 
     def chosen_here(self, images: int = 0, settle: Settle = choose) -> Pipeline:
         """Returns the pipeline with the arithmetic for this process. Raises UserError, as `settle` does."""
@@ -97,6 +95,8 @@ class Pipeline(ABC):
     ) -> Pipeline:
         if self.arithmetic is not None:
             return self
+        if not machines:
+            raise UserError("no node of the cluster said within two minutes what it can compute with: try again")
         models = (self.model, *self.options.ensemble)
         work = Work(models, self.card, self.options, device, tuple(machines), images, threads)
         return dataclasses.replace(self, arithmetic=settle(work))
@@ -139,7 +139,7 @@ class Pipeline(ABC):
             machines = [machine for _, machine in nodes.answers(partial(Machine.here, pool.device), pool.bundle)]
             chosen = self._chosen(pool.device, machines, images // pool.replicas, pool.threads, settle)
             model = ModelStage(chosen, sink, probabilities)
-            yield from run_on_cluster(numbers, preprocess, model, postprocess, pool)
+            yield from run_on_cluster(numbers, preprocess, model, postprocess, pool=pool)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,8 @@ from unet_ray.data import storage
 from unet_ray.data.chunks import Chunk
 from unet_ray.data.progress import OnProgress
 from unet_ray.inference import output_folder
+from unet_ray.inference.arithmetic import Arithmetic
+from unet_ray.inference.choose_arithmetic import Work, choose, go_on
 from unet_ray.inference.formats import OutputFormat, formats_of
 from unet_ray.inference.ledger import SHARD_ROWS, Ledger, ShardState, SideTable
 from unet_ray.inference.naming import Naming, images_of
@@ -54,6 +56,8 @@ class PredictSummary:
     """Images of earlier runs that the inputs no longer contain; their rows and masks stay."""
     cleanup: str
     """Clean-up of the masks, such as `holes`, or `none`."""
+    arithmetic: list[str]
+    """With what the network computed, such as `torch in bf16 on CPUs`; several with --allow-mixed."""
     seconds: float
     images_per_second: float
     """Images done in this run per second of `seconds`, which includes the start."""
@@ -91,16 +95,16 @@ def predict(
     pipeline = pipeline_of(config.model, config)
     formats = formats_of(config.formats, pipeline.card)
     settings = output_folder.settings_of(config, pipeline)
-    output_folder.check(out, settings, overwrite=config.overwrite)
+    output_folder.check(out, settings, config)
     with _disk_errors_as_user_errors(out), output_lock(out) as check_lock:
         if config.overwrite:
             output_folder.remove(out)
         else:
             # Again, because another run may have begun and ended before this one got the lock.
-            output_folder.check(out, settings, overwrite=False)
+            output_folder.check(out, settings, config)
         ledger = Ledger(out, _tables(formats), config.retry_failed)
         listed = _survey(config, ledger, pipeline, output_folder.begin(out, settings), on_progress)
-        run = _Run(ledger, on_progress)
+        run = _Run(ledger, on_progress, allow_mixed=config.allow_mixed)
         write = Write(ledger, formats, pipeline.card, pipeline.reader())
         run.segment(pipeline, write, runtime, check_lock)
         counts = _count(ledger)
@@ -138,8 +142,8 @@ def _survey(config: PredictConfig, ledger: Ledger, pipeline: Pipeline, begun: bo
 class _Run:
     """Segments the images that the ledger lists as not done, and counts images and seconds."""
 
-    def __init__(self, ledger: Ledger, on_progress: OnProgress) -> None:
-        self.ledger, self.on_progress = ledger, on_progress
+    def __init__(self, ledger: Ledger, on_progress: OnProgress, *, allow_mixed: bool) -> None:
+        self.ledger, self.on_progress, self.allow_mixed = ledger, on_progress, allow_mixed
         shards = ledger.shards()
         self.states: dict[int, ShardState] = dict(zip(shards, ledger.states(shards), strict=True))
         self.images = sum(state.rows for state in self.states.values())
@@ -167,6 +171,7 @@ class _Run:
             probabilities=any(format.wants_probabilities for format in write.formats),
             shared=shared,
             runtime=runtime,
+            settle=self._arithmetic,
         )
         with ThreadPoolExecutor(2) as threads, closing(chunks):
             # An earlier run recorded the last chunk of these shards, and was stopped before it merged them.
@@ -182,6 +187,14 @@ class _Run:
             merges += [threads.submit(self.ledger.merge_shard, shard) for shard in self.remaining]
             _wait_for(merges)
         self.ended = time.perf_counter()
+
+    def _arithmetic(self, work: Work) -> Arithmetic:
+        """Chooses the arithmetic for new masks. If earlier runs have made some, goes on with theirs. Records it."""
+        used = output_folder.arithmetics(self.ledger.out) if self.already_done else []
+        chosen = go_on(work, used, allow_mixed=self.allow_mixed) if used else choose(work)
+        if chosen not in used:
+            output_folder.record_arithmetics(self.ledger.out, [*used, chosen])
+        return chosen
 
     def _add(self, chunk: Chunk) -> int | None:
         """Counts the rows of a chunk that is done. Returns its shard if no row of the shard remains."""
@@ -248,6 +261,7 @@ def _summary(pipeline: Pipeline, run: _Run, listed: int, counts: _Counts, starte
         already_done=run.already_done,
         gone=counts.images - listed,
         cleanup=pipeline.cleanup_text,
+        arithmetic=[str(arithmetic) for arithmetic in output_folder.arithmetics(run.ledger.out)],
         seconds=round(seconds, 3),
         images_per_second=round((counts.images - run.already_done) / seconds, 3),
         stages={name: round(value, 3) for name, value in run.seconds_by_stage(started).items()},

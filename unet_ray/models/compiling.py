@@ -29,13 +29,12 @@ FLOPS = {"cpu": 0.2e12, "cuda": 200e12}
 """Operations per second of a CPU thread, or a GPU, in bf16: measured on two AVX-512 cores, assumed for a GPU."""
 
 
-def pays(
-    operations: float, device: torch.device, *, bf16: bool, sizes: int = 1, threads: int | None = None
-) -> bool:
+def pays(operations: float, device: torch.device, *, bf16: bool, sizes: int = 1, threads: int | None = None) -> bool:
     """Returns whether compiling saves twice the time it takes, in a process that will do this many operations.
 
-    `sizes`: number of batch sizes that it compiles for. `threads`: its threads on a CPU; None: as many as here. The decision uses the network's operations and measured rates
-    instead of a clock, so that a run that is stopped and resumed decides the same.
+    `sizes`: number of batch sizes that it compiles for. `threads`: its threads on a CPU; None: as many as here. The
+    decision uses the network's operations and measured rates instead of a clock, so that a run that is stopped and
+    resumed decides the same.
     """
     kind = device.type
     if not (bf16 or kind == "cuda"):

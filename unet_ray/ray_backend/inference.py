@@ -50,6 +50,7 @@ def run_on_cluster(
     preprocess: Callable[[int], Chunk],
     model: Callable[[int | None], Stage],
     postprocess: Stage,
+    *,
     pool: Pool,
 ) -> Iterator[Chunk]:
     """Runs the stages of `local.run_here` through Ray Data. Yields the chunks of `postprocess` as they are finished.
