@@ -58,7 +58,7 @@ import sys
 import numpy as np
 import ray
 from unet_ray.ray_backend.data_context import configure
-from unet_ray.ray_backend.inference import run_on_cluster
+from unet_ray.ray_backend.inference import pool_of_replicas, run_on_cluster
 
 ray.init(
     address="local", num_cpus=1, num_gpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
@@ -66,8 +66,9 @@ ray.init(
 )
 configure()
 preprocess = lambda number: {"number": np.array([number])}
-model = lambda device, threads, replicas: lambda chunk: {"number": chunk["number"], "device": np.array([device])}
-chunks = run_on_cluster(range(20), preprocess, model, lambda chunk: chunk, workers=0, device="auto", shared={})
+pool = pool_of_replicas(0, "auto")
+model = lambda threads: lambda chunk: {"number": chunk["number"], "device": np.array([pool.device])}
+chunks = run_on_cluster(range(20), preprocess, model, lambda chunk: chunk, pool=pool)
 found = sorted((int(chunk["number"][0]), str(chunk["device"][0])) for chunk in chunks)
 assert found == [(number, "cuda") for number in range(20)], found
 """

@@ -26,7 +26,7 @@ from unet_ray.inference.formats import OutputFormat
 from unet_ray.inference.ledger import SideTable
 from unet_ray.inference.predict import predict
 from unet_ray.ray_backend.data_context import configure
-from unet_ray.ray_backend.inference import run_on_cluster
+from unet_ray.ray_backend.inference import pool_of_replicas, run_on_cluster
 from unet_ray.ray_backend.session import LOCAL, Runtime
 from unet_ray.settings import load_train_config
 from unet_ray.training.run import train
@@ -459,7 +459,7 @@ def test_an_error_of_a_stage_on_the_cluster_is_raised_unchanged(ray_cluster, whe
             raise UserError("fix it")
         return {"number": np.array([number])}
 
-    def model(**_where):
+    def model(_threads):
         if where == "model":
             raise UserError("fix it")
         return lambda chunk: chunk
@@ -469,5 +469,5 @@ def test_an_error_of_a_stage_on_the_cluster_is_raised_unchanged(ray_cluster, whe
 
     expected = pytest.raises(OSError if where == "postprocess" else UserError)
     with expected as raised:
-        list(run_on_cluster(range(3), preprocess, model, postprocess, workers=1, device="cpu", shared={}))
+        list(run_on_cluster(range(3), preprocess, model, postprocess, pool=pool_of_replicas(1, "cpu")))
     assert raised.value.errno == errno.ENOSPC if where == "postprocess" else str(raised.value) == "fix it"

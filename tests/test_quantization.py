@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from click.testing import CliRunner
 from conftest import TINY, make_discs
 
@@ -17,10 +16,12 @@ from unet_ray.cli import main
 from unet_ray.config import EvaluateConfig, MaskOptions, UserError
 from unet_ray.evaluation import quantization
 from unet_ray.evaluation.quantization import MAY_FALL, quantize
-from unet_ray.inference import backends
+from unet_ray.inference import arithmetic, backends
+from unet_ray.inference.arithmetic import Arithmetic
 from unet_ray.inference.resolve import pipeline_of
 from unet_ray.inference.segmenter import BatchSegmenter
 from unet_ray.models import checkpoint
+from unet_ray.models.device import instruction_set
 from unet_ray.ray_backend.session import LOCAL
 from unet_ray.settings import load_train_config
 from unet_ray.training.run import train
@@ -38,7 +39,7 @@ def run(tmp_path_factory) -> str:
 
 
 def test_int8_is_kept_used_and_close(run):
-    plain = BatchSegmenter(run + "/model", precision="fp32", backend="openvino")
+    plain = BatchSegmenter(run + "/model", Arithmetic("cpu", "openvino", "fp32"))
     answer = CliRunner().invoke(main, ["quantize", run, "--calibration", "8", "--json"])
     assert answer.exit_code == 0, answer.output
     result = json.loads(answer.stdout)
@@ -47,16 +48,15 @@ def test_int8_is_kept_used_and_close(run):
     assert result["calibrated_on"] == 8
     assert result["dice"] - result["dice_int8"] <= MAY_FALL
 
-    pipeline = pipeline_of(run, MaskOptions())
-    card = pipeline.card
-    assert pipeline.quantized is not None
-    for others in ({"precision": "bf16"}, {"ensemble": (run,)}):
-        assert pipeline_of(run, MaskOptions(**others)).quantized is None
-    network, _ = backends.load(pipeline.model, backends.RuntimeOptions(torch.device("cpu")), pipeline.quantized)
+    pipeline = pipeline_of(run, MaskOptions(device="cpu")).chosen_here()
+    card, chosen = pipeline.card, pipeline.arithmetic
+    assert chosen is not None and chosen.int8 and chosen.instructions == instruction_set()
+    for others in ({"precision": "fp32"}, {"ensemble": (run,)}, {"backend": "torch"}):
+        assert not pipeline_of(run, MaskOptions(device="cpu", **others)).chosen_here().arithmetic.int8
+    network, _ = backends.load(pipeline.model, chosen)
     assert any(op.get_type_name() == "FakeQuantize" for op in network.network.get_ops())
     image = np.random.default_rng(0).integers(0, 255, (1, 40, 32, 3)).astype(np.uint8)  # not the size of calibration
-    segmenter = BatchSegmenter(pipeline.model, quantized=pipeline.quantized)
-    both = [each(image).logits.astype(np.float32) for each in (plain, segmenter)]
+    both = [each(image).logits.astype(np.float32) for each in (plain, pipeline.segmenter())]
     assert np.corrcoef(both[0].ravel(), both[1].ravel())[0, 1] > 0.99
     assert not np.array_equal(*both)
 
@@ -64,12 +64,31 @@ def test_int8_is_kept_used_and_close(run):
     assert checkpoint.read_choice(pipeline.model, checkpoint.INT8, other) is None
 
 
+def test_int8_is_not_used_on_another_instruction_set_or_damaged(run, monkeypatch, caplog):
+    model = Path(run, "model")
+    accepted = json.loads((model / "int8.json").read_text())
+    monkeypatch.setattr(arithmetic, "instruction_set", lambda: "AVX9000")
+    chosen = pipeline_of(run, MaskOptions(device="cpu")).chosen_here().arithmetic
+    assert chosen is not None and not chosen.int8
+    assert f"int8 was accepted on {instruction_set()}, " in caplog.text and "unet-ray quantize" in caplog.text
+    with pytest.raises(UserError, match="has AVX9000: measure it there with `unet-ray quantize`"):
+        pipeline_of(run, MaskOptions(device="cpu", precision="int8")).chosen_here()
+    monkeypatch.undo()
+
+    weights = model / f"{accepted['network']}.bin"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1])
+    with pytest.raises(UserError, match="damaged: make it again with `unet-ray quantize`"):
+        pipeline_of(run, MaskOptions(device="cpu")).chosen_here().segmenter()
+    weights.write_bytes(whole)
+
+
 def test_int8_that_costs_too_much_is_refused_and_removed(run, monkeypatch):
     monkeypatch.setattr(quantization, "MAY_FALL", -1.0)
     answer = CliRunner().invoke(main, ["quantize", run, "--calibration", "2"])
     assert answer.exit_code == 1
     assert "refused" in answer.stderr
-    assert pipeline_of(run, MaskOptions()).quantized is None
+    assert not pipeline_of(run, MaskOptions(device="cpu")).chosen_here().arithmetic.int8
     assert not list(Path(run, "model").glob("int8*"))
     with pytest.raises(UserError, match="unet-ray quantize"):
         pipeline_of(run, MaskOptions(precision="int8"))

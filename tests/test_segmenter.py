@@ -11,10 +11,12 @@ from torch import nn
 
 from unet_ray.config import UserError
 from unet_ray.data.imaging import ImageError, Pixels
+from unet_ray.inference.arithmetic import Arithmetic
 from unet_ray.inference.backends import fold_batch_norm
 from unet_ray.inference.segmenter import BatchSegmenter
 from unet_ray.models import checkpoint
 
+FP32 = Arithmetic("cpu", "torch", "fp32")
 SIZES = [(1, 1), (3, 200), (64, 64), (65, 63), (300, 7), (129, 130)]
 
 
@@ -60,7 +62,7 @@ def test_batch_norm_is_folded_into_the_convolutions_before_it(folder):
 @pytest.mark.parametrize("overlap", [0, 0.3, 0.5, 0.75])
 @pytest.mark.parametrize("size", SIZES)
 def test_tiles_put_every_pixel_back_where_it_was(folder, size, overlap):
-    segmenter = BatchSegmenter(str(folder / "one"), precision="fp32")
+    segmenter = BatchSegmenter(str(folder / "one"), FP32)
     # This network returns each pixel.
     segmenter._logits = lambda image: torch.from_numpy(image).permute(0, 3, 1, 2).float() - 100
     image = noise(*size)
@@ -74,7 +76,7 @@ def test_tiles_put_every_pixel_back_where_it_was(folder, size, overlap):
 @pytest.mark.parametrize("name", ["one", "three"])
 @torch.inference_mode()
 def test_tiles_agree_with_the_whole_image_away_from_its_border(folder, name):
-    segmenter = BatchSegmenter(str(folder / name), precision="fp32")
+    segmenter = BatchSegmenter(str(folder / name), FP32)
     image = np.asarray(Image.fromarray(noise(24, 20, 3)).resize((310, 290)))
     tiled = torch.cat([logits for _, logits in segmenter._bands(pixels_of(image), 128, 0.5)], dim=1)
     whole = segmenter._logits(image[None].copy())[0]
@@ -88,7 +90,7 @@ def test_tiles_agree_with_the_whole_image_away_from_its_border(folder, name):
 
 @torch.inference_mode()
 def test_an_unpadded_network_by_tiles_is_exactly_the_whole(folder):
-    segmenter = BatchSegmenter(str(folder / "valid"), precision="fp32")
+    segmenter = BatchSegmenter(str(folder / "valid"), FP32)
     image = noise(100, 100, 1)
     whole = segmenter._logits(image[None].copy())[0, 0].numpy() > 0
     assert 0 < whole.mean() < 1
@@ -97,9 +99,9 @@ def test_an_unpadded_network_by_tiles_is_exactly_the_whole(folder):
 
 @torch.inference_mode()
 def test_flips_are_averaged_as_probabilities(folder):
-    plain = BatchSegmenter(str(folder / "one"), precision="fp32")
+    plain = BatchSegmenter(str(folder / "one"), FP32)
     assert plain.card.flips == "hv"
-    flipped = BatchSegmenter(str(folder / "one"), precision="fp32", flips="hv")
+    flipped = BatchSegmenter(str(folder / "one"), FP32, flips="hv")
     image = noise(2, 32, 32, 3)
     views = []
     for axes in ((), (2,), (1,), (1, 2)):
@@ -116,8 +118,8 @@ def test_flips_are_averaged_as_probabilities(folder):
 @torch.inference_mode()
 def test_an_ensemble_is_the_mean_of_its_probabilities(folder, first, second):
     image = noise(2, 32, 32, 3)
-    each = [BatchSegmenter(str(folder / name), precision="fp32")._logits(image.copy()) for name in (first, second)]
-    both = BatchSegmenter(str(folder / first), ensemble=[str(folder / second)], precision="fp32")._logits(image.copy())
+    each = [BatchSegmenter(str(folder / name), FP32)._logits(image.copy()) for name in (first, second)]
+    both = BatchSegmenter(str(folder / first), FP32, ensemble=[str(folder / second)])._logits(image.copy())
     if first == "one":
         assert torch.allclose(both.sigmoid(), (each[0].sigmoid() + each[1].sigmoid()) / 2, atol=1e-5)
     else:
@@ -126,14 +128,14 @@ def test_an_ensemble_is_the_mean_of_its_probabilities(folder, first, second):
 
 def test_models_that_do_not_go_together_are_refused(folder):
     with pytest.raises(UserError, match=r"its number of classes is 3, that of .*one 1"):
-        BatchSegmenter(str(folder / "one"), ensemble=[str(folder / "three")])
+        BatchSegmenter(str(folder / "one"), FP32, ensemble=[str(folder / "three")])
     with pytest.raises(UserError, match="its channels is 1"):
-        BatchSegmenter(str(folder / "one"), ensemble=[str(folder / "valid")])
+        BatchSegmenter(str(folder / "one"), FP32, ensemble=[str(folder / "valid")])
 
 
 @pytest.mark.parametrize("fits", [1, 3])
 def test_a_gpu_that_is_too_small_for_a_batch_gets_smaller_ones(folder, monkeypatch, fits):
-    segmenter = BatchSegmenter(str(folder / "one"))
+    segmenter = BatchSegmenter(str(folder / "one"), FP32)
     batch, large = noise(13, 32, 32, 3), pixels_of(noise(65, 200, 3))
     whole = segmenter(batch), segmenter.by_tiles(large, 32, 0.5, probabilities=False)
     given = []
@@ -155,7 +157,7 @@ def test_a_gpu_that_is_too_small_for_a_batch_gets_smaller_ones(folder, monkeypat
 
 
 def test_a_gpu_that_is_too_small_for_one_image_is_one_line(folder, monkeypatch):
-    segmenter = BatchSegmenter(str(folder / "one"))
+    segmenter = BatchSegmenter(str(folder / "one"), FP32)
 
     def too_large(_image):
         raise torch.OutOfMemoryError("CUDA out of memory")
