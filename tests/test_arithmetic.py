@@ -123,7 +123,7 @@ def test_int8_is_for_the_instruction_set_on_which_it_was_accepted(work, model, c
         choose(work(WITH_BF16, precision="int8"))
     with pytest.raises(UserError, match="bare has no OpenVINO"):
         choose(work(BARE, precision="int8"))
-    with pytest.raises(UserError, match="begun with OpenVINO in int8 .*amx has AVX512.*--allow-mixed"):
+    with pytest.raises(UserError, match=r"begun with OpenVINO in int8 .*amx has AVX512.*--allow-mixed"):
         go_on(work(WITH_BF16), [accepted], allow_mixed=False)
     with pytest.raises(UserError, match="has no int8-4567 any more"):
         go_on(work(FULL), [dataclasses.replace(accepted, int8="int8-4567")], allow_mixed=False)
@@ -185,7 +185,7 @@ def test_a_prediction_is_resumed_without_openvino_only_if_that_is_allowed(model,
     without = dataclasses.replace(here, libraries={"torch": here.libraries["torch"]})
     monkeypatch.setattr(Machine, "here", lambda _device: without)
     before = masks(out)
-    with pytest.raises(UserError, match="has no OpenVINO.*--allow-mixed"):
+    with pytest.raises(UserError, match=r"has no OpenVINO.*--allow-mixed"):
         segment(model, photos, out)
     assert masks(out) == before
     summary = segment(model, photos, out, allow_mixed=True)

@@ -142,5 +142,6 @@ def _settings(summary: dict[str, Any], settings: dict[str, Any]) -> Section:
             return value
         return ", ".join(value) if isinstance(value, list) else json.dumps(value)
 
-    rows = [["model", summary["model"]], *([name, text(value)] for name, value in settings.items() if value)]
+    shown = {"model": summary["model"], **settings, "arithmetic": summary.get("arithmetic")}
+    rows = [[name, text(value)] for name, value in shown.items() if value]
     return Section(title="How it was made", table=Table(rows))
