@@ -1,8 +1,6 @@
 """The ledger does each image once, even if runs are stopped and images are added, changed or tried again."""
 
 import os
-import subprocess
-import sys
 import time
 from itertools import count
 
@@ -10,15 +8,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from unet_ray.config import UserError
 from unet_ray.data.inputs import ImageFile
 from unet_ray.inference import ledger as ledger_module
-from unet_ray.inference import output_lock as lock
 from unet_ray.inference.chunk_size import RowCost, chunk_rows
 from unet_ray.inference.digests import DigestMap, digests_of
 from unet_ray.inference.formats.kaggle import KaggleSubmission
 from unet_ray.inference.ledger import SHARD_ROWS, Ledger
-from unet_ray.inference.output_lock import _lock_by_heartbeat, output_lock
 from unet_ray.inference.survey import survey as survey_images
 
 
@@ -229,69 +224,6 @@ def test_ten_thousand_digests_are_found_again():
     assert (digests.find(digests_of(names)) == numbers).all()
     assert (digests.find(digests_of([b"no", b"neither"])) == -1).all()
     assert len(digests.runs) < 10
-
-
-def test_a_second_run_into_the_same_folder_is_refused_and_the_lock_ends_with_the_process(tmp_path):
-    code = (
-        "from unet_ray.inference.output_lock import output_lock\n"
-        f"with output_lock({str(tmp_path)!r}):\n  print('locked', flush=True)\n  input()"
-    )
-    other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert other.stdout.readline() == "locked\n"
-    with (
-        pytest.raises(UserError, match=rf"another run \(process {other.pid} on .*choose another --out"),
-        output_lock(str(tmp_path)),
-    ):
-        pass
-    other.kill()
-    other.wait()
-    with output_lock(str(tmp_path)) as check:
-        check()
-
-
-def test_in_a_bucket_a_lock_that_is_renewed_is_respected_and_a_dead_one_taken_over(tmp_path, monkeypatch):
-    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.3)
-    monkeypatch.setattr(lock, "DEAD_AFTER_SECONDS", 3.0)
-    # The heartbeat, as in a bucket, which has no file locks.
-    out = str(tmp_path)
-
-    def beats(me):
-        return _lock_by_heartbeat(out, str(tmp_path / ".work/lock.json"), me)
-
-    def me(host):
-        return {"id": host, "host": host, "pid": 1, "since": "now"}
-
-    first = beats(me("a"))
-    check = next(first)
-    wait_until((tmp_path / ".work/lock.json").exists)
-    with pytest.raises(UserError, match="process 1 on a"):
-        next(beats(me("b")))
-    check()
-    first.close()
-    assert not (tmp_path / ".work/lock.json").exists()
-    # A lock whose holder died: it exists, but nobody renews it.
-    (tmp_path / ".work/lock.json").write_text('{"id": "x", "host": "gone", "pid": 1, "since": "then"}')
-    second = beats(me("c"))
-    next(second)
-    second.close()
-
-
-def test_a_file_system_without_locks_is_locked_by_heartbeat(tmp_path, monkeypatch):
-    import fcntl
-
-    def unsupported(file, operation):
-        raise OSError(95, "Operation not supported")
-
-    monkeypatch.setattr(fcntl, "flock", unsupported)
-    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.3)
-    monkeypatch.setattr(lock, "DEAD_AFTER_SECONDS", 3.0)
-    with output_lock(str(tmp_path)) as check:
-        wait_until((tmp_path / ".work/lock.json").read_text)
-        # This process holds the lock, and it is alive.
-        with pytest.raises(UserError, match="another run"), output_lock(str(tmp_path)):
-            pass
-        check()
-    assert not (tmp_path / ".work/lock.json").exists()
 
 
 def test_a_chunk_number_tells_its_shard(tmp_path):

@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 
 from unet_ray.data import storage
 from unet_ray.data.chunks import objects, readable, to_parquet
+from unet_ray.data.output_lock import Holder
 from unet_ray.inference.chunk_size import MAX_ROWS
 
 WORK = ".work"
@@ -119,6 +120,8 @@ class Ledger:
     tables: tuple[SideTable, ...]
     retry_failed: bool = False
     """Whether rows that failed are to be done again."""
+    holder: Holder | None = None
+    """The run that may write; None: nobody else does."""
 
     # --- which rows are done ---
 
@@ -221,6 +224,7 @@ class Ledger:
         if earlier is not None:
             kept = earlier.filter(pc.invert(pc.is_in(earlier["row"], table["row"]))).select(schema.names)
             table = pa.concat_tables([kept, table]).sort_by("row")
+        self._check_lock()
         storage.write_bytes(storage.join(self.out, *folder.split("/"), name), to_parquet(table, compression="none"))
 
     def result_columns(self) -> list[str]:
@@ -254,6 +258,7 @@ class Ledger:
                 for side_file in side_files:
                     side_file.write(kept, new)
             self._check_complete(name, inputs, recorded)  # inside the block: if it raises, no side table appears
+            self._check_lock()
         data = to_parquet(pa.concat_tables(manifest).combine_chunks())
         storage.write_bytes(storage.join(self.out, MANIFEST, f"{name}.parquet"), data)
         storage.delete_folder(storage.join(self.out, WORK, "done", name))
@@ -287,6 +292,11 @@ class Ledger:
         missing = int((~self._row_states(inputs, recorded).done).sum())
         if missing:
             raise RuntimeError(f"{self.out}: {missing} rows of {name} have no result: start the command again")
+
+    def _check_lock(self) -> None:
+        """Raises UserError if another run has taken over. A process that was stopped for an hour finds out here."""
+        if self.holder is not None:
+            self.holder.check()
 
     # --- files ---
 

@@ -11,12 +11,13 @@ from unet_ray.inference.arithmetic import NOT_RECORDED, Arithmetic
 from unet_ray.inference.choose_arithmetic import begun_otherwise
 from unet_ray.inference.formats import all_owned_names
 from unet_ray.inference.ledger import MANIFEST, WORK
-from unet_ray.inference.output_lock import LOCK
 from unet_ray.inference.pipeline import Pipeline
 from unet_ray.models import checkpoint
 
 ARITHMETIC = "arithmetic"
 """Key of the settings: a list of `Arithmetic.to_json`."""
+LOCK = "lock.json"
+"""File in `WORK` by which a run keeps others out."""
 SETTINGS, SUMMARY, REPORT = "settings.json", "summary.json", "report.html"
 
 

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -20,15 +20,15 @@ import pyarrow.compute as pc
 from unet_ray.config import PredictConfig, UserError
 from unet_ray.data import storage
 from unet_ray.data.chunks import Chunk
+from unet_ray.data.output_lock import OutputLock, output_lock
 from unet_ray.data.progress import OnProgress
 from unet_ray.inference import output_folder
 from unet_ray.inference.arithmetic import Arithmetic
 from unet_ray.inference.choose_arithmetic import Work, choose, go_on
 from unet_ray.inference.formats import OutputFormat, formats_of
-from unet_ray.inference.ledger import SHARD_ROWS, Ledger, ShardState, SideTable
+from unet_ray.inference.ledger import SHARD_ROWS, WORK, Ledger, ShardState, SideTable
 from unet_ray.inference.naming import Naming, images_of
-from unet_ray.inference.output_folder import SETTINGS, SUMMARY
-from unet_ray.inference.output_lock import output_lock
+from unet_ray.inference.output_folder import LOCK, SETTINGS, SUMMARY
 from unet_ray.inference.pipeline import Pipeline
 from unet_ray.inference.resolve import pipeline_of
 from unet_ray.inference.stages import TIMES
@@ -96,17 +96,17 @@ def predict(
     formats = formats_of(config.formats, pipeline.card)
     settings = output_folder.settings_of(config, pipeline)
     output_folder.check(out, settings, config)
-    with _disk_errors_as_user_errors(out), output_lock(out) as check_lock:
+    with _disk_errors_as_user_errors(out), output_lock(out, f"{WORK}/{LOCK}") as lock:
         if config.overwrite:
             output_folder.remove(out)
         else:
             # Again, because another run may have begun and ended before this one got the lock.
             output_folder.check(out, settings, config)
-        ledger = Ledger(out, _tables(formats), config.retry_failed)
+        ledger = Ledger(out, _tables(formats), config.retry_failed, lock.holder)
         listed = _survey(config, ledger, pipeline, output_folder.begin(out, settings), on_progress)
         run = _Run(ledger, on_progress, allow_mixed=config.allow_mixed)
         write = Write(ledger, formats, pipeline.card, pipeline.reader())
-        run.segment(pipeline, write, runtime, check_lock)
+        run.segment(pipeline, write, runtime, lock)
         counts = _count(ledger)
         for format in formats:
             format.write_final(ledger)
@@ -157,7 +157,7 @@ class _Run:
         self.ended = self.listed
         on_progress(self.done, self.failed, self.images)
 
-    def segment(self, pipeline: Pipeline, write: Write, runtime: Runtime, check_lock: Callable[[], None]) -> None:
+    def segment(self, pipeline: Pipeline, write: Write, runtime: Runtime, lock: OutputLock) -> None:
         """Runs the chunks with work through the pipeline, and merges each shard after its last chunk."""
         numbers = [number for state in self.states.values() for number in state.todo]
         shared = {f"--out {self.ledger.out}": storage.join(self.ledger.out, SETTINGS)}
@@ -178,7 +178,7 @@ class _Run:
             complete = [shard for shard, state in self.states.items() if not state.todo and not state.merged]
             merges = [threads.submit(self.ledger.merge_shard, shard) for shard in complete]
             for chunk in chunks:
-                check_lock()
+                lock.check()
                 if (shard := self._add(chunk)) is not None:
                     merges.append(threads.submit(self.ledger.merge_shard, shard))
             # If a node is lost after a chunk was recorded, Ray may repeat all stages of this chunk. `Ledger.load` then

@@ -13,15 +13,19 @@ OnEpoch = Callable[[dict[str, Any]], None]
 
 
 class Follower:
-    """Calls `on_epoch` once for each epoch that is finished from now on, and `on_step` for the steps between."""
+    """Calls `on_epoch` once for each epoch that is finished from now on, and `on_step` for the steps between.
 
-    def __init__(self, out: str, on_epoch: OnEpoch, on_step: OnStep) -> None:
-        self.out, self.on_epoch, self.on_step = out, on_epoch, on_step
+    `check` is called at each look, and may raise an error that ends the training.
+    """
+
+    def __init__(self, out: str, on_epoch: OnEpoch, on_step: OnStep, check: Callable[[], None] = lambda: None) -> None:
+        self.out, self.on_epoch, self.on_step, self.check = out, on_epoch, on_step, check
         self.last_epoch = epochs_done(out)
         self.progress: EpochProgress | None = None
 
     def look(self) -> None:
         """Reads the run directory and reports what is new."""
+        self.check()
         progress = read_progress(self.out)
         if progress is not None and progress != self.progress and progress.epoch > self.last_epoch:
             self.progress = progress

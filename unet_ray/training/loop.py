@@ -17,6 +17,7 @@ from torch import Tensor
 
 from unet_ray.config import TrainConfig, UserError
 from unet_ray.data import storage
+from unet_ray.data.output_lock import Holder
 from unet_ray.data.rows import Rows
 from unet_ray.models import checkpoint, compiling, training_state
 from unet_ray.models.device import in_bf16, keep_freed_memory
@@ -38,18 +39,19 @@ def fit(
     config: TrainConfig,
     train_rows: Rows,
     val_rows: Rows,
-    out: str,
+    holder: Holder,
     *,
     device: torch.device,
     report: Report = lambda _line: None,
     on_step: OnStep = lambda _progress: None,
 ) -> None:
     """Trains from the run's last finished epoch, or from the start, and writes the run directory.
+    `holder`: of the run directory's lock; it is checked before each write.
 
     Each process of a training calls it in the same way. With an initialised torch.distributed group, only rank 0 writes
     and calls `on_step`. Raises UserError if the loss is not finite.
     """
-    rank, world_size = distributed.rank(), distributed.world_size()
+    rank, world_size, out = distributed.rank(), distributed.world_size(), holder.out
     training, state = _start(config, out, device)
     sampler = Sampler.of(config.train, len(train_rows), rank=rank, world_size=world_size)
     if _compiles(config, sampler, device):
@@ -86,6 +88,7 @@ def fit(
         is_best = line["val_dice"] > state.best
         state = TrainingState(epoch, max(state.best, line["val_dice"]), config.to_yaml())
         if rank == 0:
+            holder.check()
             _save(out, training, state, history, is_best=is_best)
         report(line)
 

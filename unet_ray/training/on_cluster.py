@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from unet_ray.config import TrainConfig, UserError
 from unet_ray.data import storage
+from unet_ray.data.output_lock import Holder
 from unet_ray.data.rows import Subset
 from unet_ray.models import checkpoint
 from unet_ray.models.device import check_precision
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def train_on_cluster(
-    config: TrainConfig, split: Split, out: str, follower: Follower, on_retry: Callable[[str, int], None]
+    config: TrainConfig, split: Split, holder: Holder, follower: Follower, on_retry: Callable[[str, int], None]
 ) -> None:
     """Trains, and restarts from the last finished epoch after workers or nodes were lost: up to `compute.retries` times
     in a row without a finished epoch between them.
@@ -44,6 +45,7 @@ def train_on_cluster(
     from unet_ray.ray_backend.training import WorkersLostError, raising_workers_lost
 
     configure()
+    out = holder.out
     device = autoscaling.pick_device(config.compute.device)
     check_precision(config.train.precision, device)
     failures = 0
@@ -51,7 +53,7 @@ def train_on_cluster(
         epochs_before = epochs_done(out)
         try:
             with raising_workers_lost():
-                _attempt(config, split, out, device, follower)
+                _attempt(config, split, holder, device, follower)
             break
         except WorkersLostError as error:
             epochs_now = epochs_done(out)
@@ -62,16 +64,16 @@ def train_on_cluster(
     storage.delete_folder(storage.join(out, RAY_FOLDER))
 
 
-def _attempt(config: TrainConfig, split: Split, out: str, device: str, follower: Follower) -> None:
+def _attempt(config: TrainConfig, split: Split, holder: Holder, device: str, follower: Follower) -> None:
     """Trains until the end or the first failure, with the nodes that the cluster has now."""
     from unet_ray.ray_backend.training import run_workers
 
-    compute = config.compute
+    compute, out = config.compute, holder.out
     _check_nodes(config, split, out, device)
     threads, train_rows, val_rows = _rows_and_threads(config, split, device)
     write_start(config, split, out)
     run_workers(
-        Worker(config, train_rows, val_rows, out, threads if device == "cpu" else None),
+        Worker(config, train_rows, val_rows, holder, threads if device == "cpu" else None),
         out,
         RAY_FOLDER,
         workers=compute.workers,
@@ -139,7 +141,7 @@ class Worker:
     config: TrainConfig
     train_rows: Subset
     val_rows: Subset
-    out: str
+    holder: Holder
     threads: int | None
     """Threads of torch; None leaves the number to torch."""
 
@@ -149,5 +151,6 @@ class Worker:
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         # The driver reads the run directory. Nothing is reported to Ray, which takes two seconds for each report.
-        with explain_shortages(self.out), progress_writer(self.out) as on_step:
-            fit(self.config, self.train_rows, self.val_rows, self.out, device=device, on_step=on_step)
+        out = self.holder.out
+        with explain_shortages(out), progress_writer(out) as on_step:
+            fit(self.config, self.train_rows, self.val_rows, self.holder, device=device, on_step=on_step)

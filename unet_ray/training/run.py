@@ -10,8 +10,9 @@ from typing import Any
 
 from unet_ray.config import TrainConfig, UserError
 from unet_ray.data import cache, rows, storage
+from unet_ray.data.output_lock import Holder, OutputLock, output_lock
 from unet_ray.data.pairs import find_pairs
-from unet_ray.models import checkpoint
+from unet_ray.models import checkpoint, run_files
 from unet_ray.models.device import check_precision, device_here
 from unet_ray.ray_backend.session import Runtime
 from unet_ray.training import tracking
@@ -64,22 +65,34 @@ def train(
     pairs = find_pairs(images, masks_folder)
     split = Split.of(pairs, config.data, config.train.seed)
     config = resolved(config, images, masks_folder, [pair.mask for pair in pairs])
-    check_out(config, split, out, resume)
-    if (init := first_weights(config, out)) is not None:
-        checkpoint.check_init(init, config.model)
-    callbacks.on_start(split)
+    with output_lock(out, run_files.LOCK) as lock:
+        check_out(config, split, out, resume)
+        if (init := first_weights(config, out)) is not None:
+            checkpoint.check_init(init, config.model)
+        callbacks.on_start(split)
+        _train(config, split, out, runtime, lock, callbacks)
+    return result_of(out)
 
+
+def _train(
+    config: TrainConfig, split: Split, out: str, runtime: Runtime, lock: OutputLock, callbacks: Callbacks
+) -> None:
+    """Trains in this process or on Ray, as long as `lock` is held."""
     with tracking.trackers(config, out, PurePosixPath(out).name) as track, runtime.started():
 
         def on_epoch(line: dict[str, Any]) -> None:
             track(line)
             callbacks.on_epoch(line)
 
+        def on_step(progress: EpochProgress) -> None:
+            lock.check()
+            callbacks.on_step(progress)
+
         if runtime.local:
-            _train_here(config, split, out, on_epoch, callbacks.on_step)
+            _train_here(config, split, lock.holder, on_epoch, on_step)
         else:
-            train_on_cluster(config, split, out, Follower(out, on_epoch, callbacks.on_step), callbacks.on_retry)
-    return result_of(out)
+            follower = Follower(out, on_epoch, callbacks.on_step, lock.check)
+            train_on_cluster(config, split, lock.holder, follower, callbacks.on_retry)
 
 
 def _check_settings(config: TrainConfig) -> None:
@@ -96,10 +109,11 @@ def _check_settings(config: TrainConfig) -> None:
         )
 
 
-def _train_here(config: TrainConfig, split: Split, out: str, on_epoch: OnEpoch, on_step: OnStep) -> None:
+def _train_here(config: TrainConfig, split: Split, holder: Holder, on_epoch: OnEpoch, on_step: OnStep) -> None:
     """Trains in this process."""
     import torch
 
+    out = holder.out
     device = device_here(config.compute.device, config.compute.fewest_workers)
     check_precision(config.train.precision, device.type)
     if config.compute.cpus_per_worker:
@@ -110,4 +124,4 @@ def _train_here(config: TrainConfig, split: Split, out: str, on_epoch: OnEpoch, 
     train_rows, val_rows = split.rows(kind(split.pairs, decoder))
     write_start(config, split, out)
     with explain_shortages(out):
-        fit(config, train_rows, val_rows, out, device=device, report=on_epoch, on_step=on_step)
+        fit(config, train_rows, val_rows, holder, device=device, report=on_epoch, on_step=on_step)

@@ -68,7 +68,7 @@ def resolved(config: TrainConfig, images: str, masks_folder: str, mask_paths: li
 
 def check_out(config: TrainConfig, split: Split, out: str, resume: bool) -> None:
     """Raises UserError if `out` holds files that this training would overwrite, or a run that it can't go on from."""
-    names = [name for name in storage.names_in(out) if not name.endswith(MARK)]
+    names = [name for name in storage.names_in(out) if not name.endswith(MARK) and name != run_files.LOCK]
     if not names:
         return
     if not resume:
