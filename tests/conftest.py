@@ -185,7 +185,7 @@ class Machines:
         self.address = f"127.0.0.{2 + self.started}:{self.port}"
         self.dashboard = f"http://127.0.0.1:{self.dashboard_port}"
 
-    def _start(self, *arguments: str, prefix: Sequence[str] = ()) -> psutil.Process:
+    def _start(self, *arguments: str, prefix: Sequence[str] = (), **variables: str) -> psutil.Process:
         self.started += 1
         address = f"--node-ip-address=127.0.0.{1 + self.started}"
         command = [str(BIN / "ray"), "start", "--block", address, "--disable-usage-stats"]
@@ -195,7 +195,7 @@ class Machines:
         with log.open("wb") as stream:
             process = subprocess.Popen(
                 [*prefix, *command, f"--object-store-memory={200 * 2**20}", *arguments],
-                env=environment(**self.variables),
+                env=environment(**self.variables, **variables),
                 stdout=stream,
                 stderr=stream,
                 start_new_session=True,
@@ -240,12 +240,16 @@ class Machines:
         self.has_head = True
         return head
 
-    def node(self, cpus: int, *, gpus: int = 0, own_folder: Path | None = None) -> psutil.Process:
-        """Returns once it has joined. `own_folder`: the node has another disk there (for root)."""
+    def node(
+        self, cpus: int, *, gpus: int = 0, own_folder: Path | None = None, start_up: Path | None = None
+    ) -> psutil.Process:
+        """Returns once it has joined. `own_folder`: the node has another disk there (for root). `start_up`: folder of a
+        sitecustomize.py that all Python processes of the node run first."""
         mount = 'mount -t tmpfs none "$0" && exec "$@"'
         prefix = ["unshare", "--mount", "sh", "-c", mount, str(own_folder)] if own_folder else []
         resources = [f"--num-cpus={cpus}", *([f"--num-gpus={gpus}"] if gpus else [])]
-        return self._start(f"--address={self.address}", *resources, prefix=prefix)
+        variables = {"PYTHONPATH": f"{start_up}{os.pathsep}{ROOT}"} if start_up else {}
+        return self._start(f"--address={self.address}", *resources, prefix=prefix, **variables)
 
     def kill(self, machine: psutil.Process) -> None:
         """Ends it as a power failure does."""

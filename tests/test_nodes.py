@@ -98,6 +98,38 @@ def test_a_gpu_that_torch_cannot_use_is_one_line(machines, model, tmp_path):
     machines.kill(with_gpu)
 
 
+WITHOUT_OPENVINO = """
+import importlib.metadata, sys
+version, sys.modules["openvino"] = importlib.metadata.version, None
+def hidden(name):
+    if name == "openvino":
+        raise importlib.metadata.PackageNotFoundError(name)
+    return version(name)
+importlib.metadata.version = hidden
+"""
+
+
+@pytest.mark.cluster
+def test_where_one_node_has_no_openvino_all_use_torch(machines, model, tmp_path):
+    pytest.importorskip("openvino")
+    photos, out = make_photos(tmp_path / "photos", 30), tmp_path / "out"
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT_OPENVINO)
+    machines.complete()
+    bare = machines.node(2, start_up=tmp_path)
+
+    def answer(*options: str) -> tuple[str, int]:
+        process = machines.command("predict", model, photos, "--out", out, *options)
+        return process.communicate(timeout=200)[0], process.returncode
+
+    output, code = answer("--backend", "openvino")
+    assert code == 2 and "has no OpenVINO: pip install 'unet_ray[cpu]'" in output and "Traceback" not in output
+    output, code = answer()
+    assert code == 0 and "torch in fp32 on CPUs is used instead" in output, output
+    [used] = json.loads((out / "settings.json").read_text())["arithmetic"]
+    assert used["backend"] == "torch"
+    machines.kill(bare)
+
+
 def test_an_autoscaler_that_has_just_started_is_waited_for(monkeypatch):
     monkeypatch.setattr(autoscaling, "STEP_SECONDS", 0.01)
     for kind, grows in (("worker", True), ("node_0123", False)):

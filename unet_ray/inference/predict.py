@@ -107,6 +107,7 @@ def predict(
         run = _Run(ledger, on_progress, allow_mixed=config.allow_mixed)
         write = Write(ledger, formats, pipeline.card, pipeline.reader())
         run.segment(pipeline, write, runtime, lock)
+        lock.holder.check()
         counts = _count(ledger)
         for format in formats:
             format.write_final(ledger)
