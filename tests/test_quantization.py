@@ -11,6 +11,7 @@ from conftest import TINY, make_discs
 
 pytest.importorskip("openvino")
 pytest.importorskip("nncf")
+pytestmark = pytest.mark.xdist_group("int8")  # one after the other: they share a run that the first one quantizes
 
 from unet_ray.cli import main
 from unet_ray.config import EvaluateConfig, MaskOptions, UserError
