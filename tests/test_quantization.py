@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,6 @@ from conftest import TINY, make_discs
 
 pytest.importorskip("openvino")
 pytest.importorskip("nncf")
-pytestmark = pytest.mark.xdist_group("int8")  # one after the other: they share a run that the first one quantizes
 
 from unet_ray.cli import main
 from unet_ray.config import EvaluateConfig, MaskOptions, UserError
@@ -39,11 +39,16 @@ def run(tmp_path_factory) -> str:
     return str(folder / "run")
 
 
-def test_int8_is_kept_used_and_close(run):
-    plain = BatchSegmenter(run + "/model", Arithmetic("cpu", "openvino", "fp32"))
+@pytest.fixture(scope="module")
+def result(run) -> dict:
+    """Quantizes the network. Returns what the command prints."""
     answer = CliRunner().invoke(main, ["quantize", run, "--calibration", "8", "--json"])
     assert answer.exit_code == 0, answer.output
-    result = json.loads(answer.stdout)
+    return json.loads(answer.stdout)
+
+
+def test_int8_is_kept_used_and_close(run, result):
+    plain = BatchSegmenter(run + "/model", Arithmetic("cpu", "openvino", "fp32"))
     assert result["kept"]
     assert result["images"] == 8
     assert result["calibrated_on"] == 8
@@ -65,7 +70,8 @@ def test_int8_is_kept_used_and_close(run):
     assert checkpoint.read_choice(pipeline.model, checkpoint.INT8, other) is None
 
 
-def test_int8_is_not_used_on_another_instruction_set_or_damaged(run, monkeypatch, caplog):
+def test_int8_is_not_used_on_another_instruction_set_or_damaged(run, result, monkeypatch, caplog):
+    assert result["kept"]
     model = Path(run, "model")
     accepted = json.loads((model / "int8.json").read_text())
     monkeypatch.setattr(arithmetic, "instruction_set", lambda: "AVX9000")
@@ -84,7 +90,8 @@ def test_int8_is_not_used_on_another_instruction_set_or_damaged(run, monkeypatch
     weights.write_bytes(whole)
 
 
-def test_int8_that_costs_too_much_is_refused_and_removed(run, monkeypatch):
+def test_int8_that_costs_too_much_is_refused_and_removed(run, tmp_path, monkeypatch):
+    run = str(shutil.copytree(run, tmp_path / "run"))
     monkeypatch.setattr(quantization, "MAY_FALL", -1.0)
     answer = CliRunner().invoke(main, ["quantize", run, "--calibration", "2"])
     assert answer.exit_code == 1
