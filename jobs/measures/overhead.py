@@ -76,7 +76,6 @@ class Way:
             "row": list(rows_here),
             "size": [0] * count,
             "mtime_ns": [0] * count,
-            "redone": [False] * count,
         }
         return Chunks(columns, self.chunk)(0)
 

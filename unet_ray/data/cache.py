@@ -182,7 +182,7 @@ class _WriteFile:
             write_statistics=False,
         )
         name = _hash(*(stat for _, stat in pairs)).hex()
-        storage.write_bytes(storage.join(self.folder, f"{name}.parquet"), stream.getvalue())
+        storage.write_bytes(storage.join(self.folder, f"{name}.parquet"), stream.getvalue(), durable=True)
 
     def _entry(self, pair: Pair, stat: bytes) -> dict[str, bytes | bool | None]:
         image, mask = self.decoder.read(pair.image), self.decoder.read(pair.mask)

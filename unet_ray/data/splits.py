@@ -112,7 +112,7 @@ def write_split(location: str, sides: Mapping[str, str]) -> None:
     """Writes `key,part` with part `train` or `val`, sorted by key."""
     stream = io.StringIO()
     csv.writer(stream, lineterminator="\n").writerows([("key", "part"), *sorted(sides.items())])
-    storage.write_bytes(location, stream.getvalue().encode())
+    storage.write_bytes(location, stream.getvalue().encode(), durable=True)
 
 
 def read_split(location: str) -> dict[str, str]:

@@ -12,7 +12,8 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -105,7 +106,8 @@ def write_bytes(location: str, data: bytes, *, durable: bool = False) -> None:
     """Writes a file that appears whole or not at all. Replaces an older file, and makes the folders it needs.
 
     On a disk it writes under a temporary name and renames the file; in a bucket it makes a single put. With `durable`
-    it waits until the disk has stored the data, so that the file survives a power cut and not only a killed process.
+    it waits until the disk has stored the file, so that it survives a power cut and not only a killed process. (What a
+    bucket has confirmed is stored.) To write many files, call `sync` once after them.
     """
     if is_uri(location):
         filesystem, path = resolve(location)
@@ -120,11 +122,52 @@ def write_bytes(location: str, data: bytes, *, durable: bool = False) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_bytes(data)
         if durable:
-            descriptor = os.open(temporary, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            _sync_one(str(temporary))
+    if durable:
+        _sync_folders([location])
+
+
+SYNC_THREADS = 8
+"""Files that are synced at once: the disk stores them together. 128 masks took 31 ms, one after the other 86 ms."""
+CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EACCES, errno.EPERM, errno.EISDIR)
+"""Errors of network file systems, and of FUSE, that have nothing to sync, or that do not let a folder be opened."""
+
+
+def sync(locations: Iterable[str]) -> None:
+    """Waits until the disk has stored these files, and their names in their folders. Raises OSError.
+
+    A file that does not exist counts as deleted: it stays so. Objects in buckets need nothing. A network file system
+    decides for itself what it stores, and when: most store a file when it is closed.
+    """
+    paths = [location for location in locations if not is_uri(location)]
+    if not paths:
+        return
+    with ThreadPoolExecutor(min(SYNC_THREADS, len(paths))) as threads:
+        for _ in threads.map(_sync_one, paths):
+            pass
+    _sync_folders(paths)
+
+
+def _sync_one(path: str) -> None:
+    """Syncs a file or a folder, if it exists."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        if error.errno not in CANNOT_SYNC:
+            raise
+
+
+def _sync_folders(paths: list[str]) -> None:
+    """Syncs the folders above some files, the deepest first. Those that have not changed cost next to nothing."""
+    folders = {str(folder) for path in paths for folder in Path(path).parents}
+    for folder in sorted(folders, key=len, reverse=True):
+        _sync_one(folder)
 
 
 @contextmanager
@@ -142,7 +185,8 @@ def _replacing(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def writing(location: str) -> Iterator[IO[bytes]]:
-    """Yields a stream to write a large file to; the file appears whole if the block ends without an error."""
+    """Yields a stream to write a large file to; the file appears whole, and durable as by `write_bytes`, if the block
+    ends without an error."""
     if is_uri(location):
         # The data go to a local file first, because pyarrow would complete an upload that an error interrupts.
         with tempfile.TemporaryFile() as stream:
@@ -154,8 +198,11 @@ def writing(location: str) -> Iterator[IO[bytes]]:
         return
     target_path = Path(location)
     target_path.parent.mkdir(parents=True, exist_ok=True)
-    with _replacing(target_path) as temporary, temporary.open("wb") as stream:
-        yield stream
+    with _replacing(target_path) as temporary:
+        with temporary.open("wb") as stream:
+            yield stream
+        _sync_one(str(temporary))
+    _sync_folders([location])
 
 
 def exists(location: str) -> bool:
@@ -243,7 +290,10 @@ def delete_folder(location: str) -> None:
 
 
 def delete_file(location: str) -> None:
-    """Removes a file, if it exists."""
+    """Removes a file, if it exists. Raises OSError."""
+    if not is_uri(location):
+        Path(location).unlink(missing_ok=True)
+        return
     filesystem, path = resolve(location)
     if exists(location):
         filesystem.delete_file(path)

@@ -272,7 +272,7 @@ def serialized(network: Any) -> dict[str, bytes]:
 def write(files: dict[str, bytes], stem: str) -> None:
     """Writes what `serialized` returns."""
     for suffix, data in files.items():
-        storage.write_bytes(with_suffix(stem, suffix), data)
+        storage.write_bytes(with_suffix(stem, suffix), data, durable=True)
 
 
 def with_suffix(stem: str, suffix: str) -> str:

@@ -4,7 +4,8 @@
     .work/done/part-000000/00012.parquet  journal: the results of a chunk of that shard
     manifest.parquet/part-000000.parquet  the shard's rows, once all its chunks are done; the side tables are alike
 
-Each file appears whole or not at all. The inputs of a shard are written once, in the order of the listing, so a stopped
+Each file appears whole or not at all, and what a record names is on the disk before the record is: a power cut takes
+back no row that counts as done. The inputs of a shard are written once, in the order of the listing, so a stopped
 run continues with the same chunks and ends with the same files. Images that are found later make further shards. If an
 image has changed, its row in its shard is renewed. A row is done if a result records the image's size and time.
 """
@@ -199,11 +200,7 @@ class Ledger:
         todo = self._row_states(table, recorded).todo
         columns = {name: objects(table[name].to_pylist()) for name in ("path", "name", "output", "source")}
         columns |= {name: table[name].to_numpy() for name in ("size", "mtime_ns", "source_row")}
-        columns |= {
-            "row": row_indices,
-            "redone": np.full(len(table), bool(recorded)),
-            "number": np.full(len(table), number),
-        }
+        columns |= {"row": row_indices, "number": np.full(len(table), number)}
         return {name: values[todo] for name, values in columns.items()}
 
     def first_location(self, number: int) -> str:
@@ -225,7 +222,8 @@ class Ledger:
             kept = earlier.filter(pc.invert(pc.is_in(earlier["row"], table["row"]))).select(schema.names)
             table = pa.concat_tables([kept, table]).sort_by("row")
         self._check_lock()
-        storage.write_bytes(storage.join(self.out, *folder.split("/"), name), to_parquet(table, compression="none"))
+        location = storage.join(self.out, *folder.split("/"), name)
+        storage.write_bytes(location, to_parquet(table, compression="none"), durable=True)
 
     def result_columns(self) -> list[str]:
         """Returns the names of the columns that `record` takes: those of `MANIFEST_SCHEMA` and of the side tables."""
@@ -260,7 +258,7 @@ class Ledger:
             self._check_complete(name, inputs, recorded)  # inside the block: if it raises, no side table appears
             self._check_lock()
         data = to_parquet(pa.concat_tables(manifest).combine_chunks())
-        storage.write_bytes(storage.join(self.out, MANIFEST, f"{name}.parquet"), data)
+        storage.write_bytes(storage.join(self.out, MANIFEST, f"{name}.parquet"), data, durable=True)
         storage.delete_folder(storage.join(self.out, WORK, "done", name))
 
     @contextmanager

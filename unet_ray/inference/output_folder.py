@@ -84,7 +84,7 @@ def _read(out: str) -> dict[str, Any]:
 
 
 def _write(out: str, settings: dict[str, Any]) -> None:
-    storage.write_bytes(storage.join(out, SETTINGS), (json.dumps(settings, indent=2) + "\n").encode())
+    storage.write_bytes(storage.join(out, SETTINGS), (json.dumps(settings, indent=2) + "\n").encode(), durable=True)
 
 
 def remove(out: str) -> None:
@@ -99,3 +99,5 @@ def remove(out: str) -> None:
             storage.delete_folder(location)
         else:
             storage.delete_file(location)
+    # Before new settings are written: a power cut must not bring back records of the old ones.
+    storage.sync([storage.join(out, SETTINGS), storage.join(out, WORK, LOCK)])

@@ -224,7 +224,7 @@ def read_choice(location: str, name: str, card: ModelCard) -> dict[str, Any] | N
 def save_choice(location: str, name: str, card: ModelCard, chosen: dict[str, Any]) -> None:
     """Writes a choice that `read_choice` reads."""
     chosen = {**chosen, "weights_sha256": card.weights_sha256}
-    storage.write_bytes(storage.join(location, name), (json.dumps(chosen, indent=2) + "\n").encode())
+    storage.write_bytes(storage.join(location, name), (json.dumps(chosen, indent=2) + "\n").encode(), durable=True)
 
 
 def text_entries(data: bytes) -> dict[str, str]:

@@ -113,7 +113,7 @@ def _settings_that_must_match(config: TrainConfig) -> TrainConfig:
 def write_start(config: TrainConfig, split: Split, out: str) -> None:
     """Writes the files that a run has before its first epoch: split.csv and config.yaml."""
     write_split(storage.join(out, SPLIT), split.subset_by_key())
-    storage.write_bytes(storage.join(out, run_files.CONFIG), config.to_yaml().encode())
+    storage.write_bytes(storage.join(out, run_files.CONFIG), config.to_yaml().encode(), durable=True)
 
 
 def decoder_with_filled_cache(config: TrainConfig, pairs: list[Pair], run: cache.Run) -> Decodes:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -36,6 +36,8 @@ class ImageResult:
     """The image's row in the chunk."""
     num_classes: int
     reader: Reader
+    written: list[str] = field(default_factory=list)
+    """Locations of the files that formats have written."""
 
     @property
     def mask(self) -> np.ndarray:
@@ -78,7 +80,9 @@ class ImageResult:
 
     def write_file(self, name: str, data: bytes) -> None:
         """Writes a file; `name`: its path below the output folder."""
-        storage.write_bytes(output_path(self.out, name), data)
+        location = output_path(self.out, name)
+        storage.write_bytes(location, data)
+        self.written.append(location)
 
     def source(self) -> Source | str:
         """Reads the image again, since no stage keeps it at its own size. Returns its file, or the reason of the
@@ -111,7 +115,7 @@ class OutputFormat(ABC):
     def files(self, output: str) -> list[str]:  # noqa: ARG002 - subclasses use it
         """Returns the files below the output folder that `write` makes for an image whose mask is named `output`.
 
-        They are deleted if the image has changed and can't be segmented any more.
+        They are deleted if the image can't be segmented, since an earlier run may have left them.
         """
         return []
 
