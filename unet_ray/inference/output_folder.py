@@ -89,8 +89,7 @@ def _write(out: str, settings: dict[str, Any]) -> None:
 
 def remove(out: str) -> None:
     """Removes an earlier prediction, except for the lock."""
-    # The settings go last, because they mark the folder as a prediction that may be removed.
-    for name in (*all_owned_names(), MANIFEST, SUMMARY, REPORT, WORK, SETTINGS):
+    for name in (*all_owned_names(), MANIFEST, SUMMARY, REPORT, WORK):
         location = storage.join(out, name)
         if name == WORK:
             for inner in set(storage.names_in(location)) - {LOCK}:
@@ -99,5 +98,8 @@ def remove(out: str) -> None:
             storage.delete_folder(location)
         else:
             storage.delete_file(location)
-    # Before new settings are written: a power cut must not bring back records of the old ones.
+    # The settings go last, because they mark the folder as a prediction that may be removed. A power cut must not bring
+    # back old masks without settings, nor old records under new settings: so the disk stores each step.
     storage.sync([storage.join(out, SETTINGS), storage.join(out, WORK, LOCK)])
+    storage.delete_file(storage.join(out, SETTINGS))
+    storage.sync([storage.join(out, SETTINGS)])

@@ -112,9 +112,8 @@ def predict(
         for format in formats:
             format.write_final(ledger)
         summary = _summary(pipeline, run, listed, counts, started)
-        storage.write_bytes(
-            storage.join(out, SUMMARY), (json.dumps(summary.to_json(), indent=2) + "\n").encode(), durable=True
-        )
+        text = json.dumps(summary.to_json(), indent=2) + "\n"
+        storage.write_bytes(storage.join(out, SUMMARY), text.encode(), durable=True)
     return summary
 
 
