@@ -78,7 +78,7 @@ class Disk:
             self.made.append(target)
 
     def _stored(self, descriptor: int) -> None:
-        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
         if not path.is_relative_to(self.root):
             return
         inode = os.fstat(descriptor).st_ino
@@ -293,9 +293,9 @@ def test_network_file_systems_that_cannot_sync_are_left_to_themselves(tmp_path, 
         storage.sync([str(tmp_path / "a/b.txt")])
     for number in (5, 28):  # EIO, ENOSPC: the data may be lost
         monkeypatch.setattr(os, "fsync", refuse(number))
-        with pytest.raises(OSError, match="error|No space"):
+        with pytest.raises(OSError, match=r"error|No space"):
             storage.write_bytes(str(tmp_path / "a/b.txt"), b"b", durable=True)
-        with pytest.raises(OSError, match="error|No space"):
+        with pytest.raises(OSError, match=r"error|No space"):
             storage.sync([str(tmp_path / "a/b.txt")])
 
 

@@ -99,7 +99,6 @@ def remove(out: str) -> None:
         else:
             storage.delete_file(location)
     # The settings go last, because they mark the folder as a prediction that may be removed. A power cut must not bring
-    # back old masks without settings, nor old records under new settings: so the disk stores each step.
+    # back old masks without settings, nor old records under new settings.
     storage.sync([storage.join(out, SETTINGS), storage.join(out, WORK, LOCK)])
     storage.delete_file(storage.join(out, SETTINGS))
-    storage.sync([storage.join(out, SETTINGS)])

@@ -6,6 +6,7 @@ import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from unet_ray.config import UserError
 from unet_ray.data import storage
 from unet_ray.data.chunks import Chunk, Stage
 from unet_ray.models.device import keep_freed_memory
-from unet_ray.ray_backend import autoscaling, internals, nodes
+from unet_ray.ray_backend import autoscaling, internals, nodes, replicas
 
 NUMBERS_PER_TASK = 4096
 """Chunk numbers per read task. The task makes a block of each number."""
@@ -65,19 +66,19 @@ def run_on_cluster(
         min_size=min(pool.replicas, len(numbers)), max_size=MOST_REPLICAS if pool.grows else pool.replicas
     )
     as_blocks: dict[str, Any] = {"batch_size": None, "batch_format": "numpy"}
-    # The stages reserve different numbers of CPUs, which keeps Ray Data from fusing them: decoding in the model's
-    # actors would not overlap with the model.
-    chunks = _one_block_each(numbers).map_batches(_Preprocess(preprocess), num_cpus=pool.task_cpus, **as_blocks)
-    segmented = internals.map_whole_blocks(
-        chunks,
-        _ModelActor,
-        fn_constructor_kwargs={"model": model, "threads": pool.threads},
-        compute=compute,
-        runtime_env=nodes.runtime_env(pool.device),
-        **pool.replica_resources,
-    )
-    finished = segmented.map_batches(_UnlessEmpty(postprocess), num_cpus=pool.task_cpus, **as_blocks)
-    with autoscaling.asking_for_more(pool.bundle) if pool.grows else nullcontext():
+    with replicas.called_roll() as roll, autoscaling.asking_for_more(pool.bundle) if pool.grows else nullcontext():
+        # The stages reserve different numbers of CPUs, which keeps Ray Data from fusing them: decoding in the model's
+        # actors would not overlap with the model.
+        chunks = _one_block_each(numbers).map_batches(_Preprocess(preprocess), num_cpus=pool.task_cpus, **as_blocks)
+        segmented = internals.map_whole_blocks(
+            chunks,
+            _ModelActor,
+            fn_constructor_kwargs={"model": model, "threads": pool.threads, "roll": roll},
+            compute=compute,
+            runtime_env=nodes.runtime_env(pool.device),
+            **pool.replica_resources,
+        )
+        finished = segmented.map_batches(_UnlessEmpty(postprocess), num_cpus=pool.task_cpus, **as_blocks)
         for chunk in finished.iter_batches(**as_blocks):
             if RAISED in chunk:
                 raise pickle.loads(chunk[RAISED][0])
@@ -196,9 +197,9 @@ class _UnlessEmpty:
 class _ModelActor:
     """The model stage in the form that Ray Data needs: a class that each actor instantiates once."""
 
-    def __init__(self, model: Callable[[int | None], Stage], threads: int | None) -> None:
+    def __init__(self, model: Callable[[int | None], Stage], threads: int | None, roll: Any) -> None:
         try:
-            stage = model(threads)
+            stage = replicas.load_as_called(roll, partial(model, threads))
         except UserError as error:
             refusal = error
 
