@@ -96,13 +96,21 @@ def found(model, count: int = 12) -> list[int]:
     return sorted(int(chunk["number"][0]) for chunk in chunks)
 
 
-@pytest.mark.parametrize(("times", "how"), [(1, "killed"), (3, "killed"), (3, "an error")])
+@pytest.mark.parametrize(
+    ("times", "how"),
+    [
+        pytest.param(1, "killed", marks=pytest.mark.cluster),
+        (3, "killed"),
+        pytest.param(3, "an error", marks=pytest.mark.cluster),
+    ],
+)
 def test_a_replica_that_dies_a_few_times_is_replaced(ray_cluster, tmp_path, times, how):
     configure()
     assert found(dying(tmp_path, times, how)) == list(range(12))
     assert len([*tmp_path.iterdir()]) == times
 
 
+@pytest.mark.cluster
 def test_a_replica_that_always_dies_ends_the_run_with_the_reason(ray_cluster, tmp_path):
     configure()
     with pytest.raises(UserError, match=r"can't be loaded on any node: 4 replicas .* \(CUDA error: device-side assert"):
@@ -110,6 +118,7 @@ def test_a_replica_that_always_dies_ends_the_run_with_the_reason(ray_cluster, tm
     assert len([*tmp_path.iterdir()]) == MOST_DEATHS
 
 
+@pytest.mark.cluster
 def test_a_cluster_that_has_no_room_for_long_is_waited_for(ray_cluster):
     """Ray's 30 minutes are compressed into 4 seconds, and the hour without room into 12."""
 
