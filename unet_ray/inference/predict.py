@@ -109,8 +109,10 @@ def predict(
         run.segment(pipeline, write, runtime, lock)
         counts = _count(ledger)
         for format in formats:
+            ledger.check_lock()
             format.write_final(ledger)
         summary = _summary(pipeline, run, listed, counts, started)
+        ledger.check_lock()
         storage.write_bytes(storage.join(out, SUMMARY), (json.dumps(summary.to_json(), indent=2) + "\n").encode())
     return summary
 
@@ -193,6 +195,7 @@ class _Run:
         used = output_folder.arithmetics(self.ledger.out) if self.already_done else []
         chosen = go_on(work, used, allow_mixed=self.allow_mixed) if used else choose(work)
         if chosen not in used:
+            self.ledger.check_lock()
             output_folder.record_arithmetics(self.ledger.out, [*used, chosen])
         return chosen
 
