@@ -76,7 +76,8 @@ def error_of(function: Callable[[], object]) -> str:
     return str(error.value)
 
 
-def test_a_second_run_is_refused_and_a_file_lock_ends_with_its_process(tmp_path):
+def test_a_second_run_is_refused_and_a_file_lock_ends_with_its_process(tmp_path, monkeypatch):
+    _shorten(monkeypatch)
     code = (
         "from unet_ray.data.output_lock import output_lock\n"
         f"with output_lock({str(tmp_path)!r}, {NAME!r}):\n  print('locked', flush=True)\n  input()"
@@ -279,6 +280,7 @@ def test_a_run_that_lost_its_lock_records_nothing(tmp_path, monkeypatch):
         survey(ledger, found, Naming("{stem}.png"), RowCost(1, 1.0), lambda _count: None)
 
     list_inputs()
+    chunk = ledger.load(0)
     result = {"path": ["a.jpg"], "status": ["ok"], "error": [""], "height": [1], "width": [1], "output": ["a.png"]}
     result |= {"pixels": [[1]], "confidence": [1.0], "milliseconds": [1.0], "size": [1], "mtime_ns": [1]}
     ledger.record(0, np.array([0]), result)
@@ -290,7 +292,7 @@ def test_a_run_that_lost_its_lock_records_nothing(tmp_path, monkeypatch):
     masks = Write(ledger, (), None, None)
     writes = [
         list_inputs,
-        lambda: masks(ledger.load(0), iter([Prediction(None, "broken", {})])),
+        lambda: masks(chunk, iter([Prediction(None, "broken", {})])),
         lambda: ledger.record(0, np.array([0]), result),
         lambda: ledger.merge_shard(0),
     ]
