@@ -44,7 +44,7 @@ class Write:
         if not len(chunk["path"]):
             return {}
         rows: list[dict[str, Any]] = []
-        checked = 0.0
+        checked = float("-inf")
         for row, prediction in enumerate(predictions):
             started = time.perf_counter()
             if started - checked > SECONDS_BETWEEN_CHECKS:
