@@ -131,11 +131,12 @@ class Holder:
     def lost(self, content: str, failure: str = "") -> UserError:
         """Returns the error of a run that has lost its lock. `content`: what the lock's file holds now; `failure`: why
         it can't be read."""
+        out = storage.without_secrets(self.out)
         if failure or _parsed(content).get("id") == self.id:
-            return self.stopped(f"the lock of {self.out} can't be read ({failure or 'each look takes too long'})")
+            return self.stopped(f"the lock of {out} can't be read ({failure or 'each look takes too long'})")
         if not content:
-            return self.stopped(f"the lock of {self.out} is gone")
-        return self.stopped(f"another run{_who(content)} has taken over {self.out}")
+            return self.stopped(f"the lock of {out} is gone")
+        return self.stopped(f"another run{_who(content)} has taken over {out}")
 
     def stopped(self, reason: str) -> UserError:
         return UserError(f"{reason}: this run stops. What is done is kept: {self.again}")
@@ -167,7 +168,8 @@ class _RenewedLock(OutputLock):
         silence = _now() - self.renewed
         if self.lost is None and silence > STOP_SECONDS:
             why = f" ({self.failure})" if self.failure else ""
-            reason = f"the lock of {self.holder.out} was not renewed for {silence:.0f} s{why}"
+            out = storage.without_secrets(self.holder.out)
+            reason = f"the lock of {out} was not renewed for {silence:.0f} s{why}"
             self.lost = self.holder.stopped(f"{reason}, so another run may take over")
         if self.lost is not None:
             raise self.lost
@@ -242,10 +244,9 @@ def _file_lock(holder: Holder) -> IO[str] | None:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.seek(0)
-            content = file.read()
             file.close()
-            raise _occupied(holder.out, content) from None
+            time.sleep(0.1)  # the other may have locked it just now, and write its name yet
+            raise _occupied(holder.out, _read(holder.path)) from None
         except OSError:  # a file system without file locks
             file.close()
             return None
@@ -294,7 +295,7 @@ def _wait_for_end_of_other(holder: Holder) -> None:
 
 
 def _occupied(out: str, content: str) -> UserError:
-    who, found = _who(content), _parsed(content)
+    out, who, found = storage.without_secrets(out), _who(content), _parsed(content)
     stop = f"stop it (`kill {found['pid']}` on {found['host']})" if who else "stop it"
     return UserError(f"another run{who} is writing to {out}: wait for it, {stop}, or choose another --out")
 

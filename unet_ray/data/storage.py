@@ -232,7 +232,12 @@ def names_in(location: str) -> list[str]:
     from pyarrow.fs import FileSelector
 
     filesystem, path = resolve(location)
-    return sorted(e.base_name for e in filesystem.get_file_info(FileSelector(path, allow_not_found=True)))
+    selector = FileSelector(path, allow_not_found=True)
+    try:
+        found = filesystem.get_file_info(selector)
+    except FileNotFoundError:  # pyarrow raises it for a folder that another process makes during the call
+        found = filesystem.get_file_info(selector)
+    return sorted(entry.base_name for entry in found)
 
 
 def delete_folder(location: str) -> None:

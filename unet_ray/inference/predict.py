@@ -95,7 +95,8 @@ def predict(
     pipeline = pipeline_of(config.model, config)
     formats = formats_of(config.formats, pipeline.card)
     settings = output_folder.settings_of(config, pipeline)
-    output_folder.check(out, settings, config)
+    if not storage.exists(storage.join(out, WORK, LOCK)):  # else another run may be beginning: the lock tells
+        output_folder.check(out, settings, config)
     with _disk_errors_as_user_errors(out), output_lock(out, f"{WORK}/{LOCK}") as lock:
         if config.overwrite:
             output_folder.remove(out)
