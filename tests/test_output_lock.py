@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -280,7 +281,8 @@ def test_a_run_that_lost_its_lock_records_nothing(tmp_path, monkeypatch):
         survey(ledger, found, Naming("{stem}.png"), RowCost(1, 1.0), lambda _count: None)
 
     list_inputs()
-    chunk = ledger.load(0)
+    chunk = {**ledger.load(0), "redone": np.array([True])}
+    (tmp_path / "a.png").write_bytes(b"a mask")
     result = {"path": ["a.jpg"], "status": ["ok"], "error": [""], "height": [1], "width": [1], "output": ["a.png"]}
     result |= {"pixels": [[1]], "confidence": [1.0], "milliseconds": [1.0], "size": [1], "mtime_ns": [1]}
     ledger.record(0, np.array([0]), result)
@@ -289,7 +291,7 @@ def test_a_run_that_lost_its_lock_records_nothing(tmp_path, monkeypatch):
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     lost = r"another run \(process 7 on b, since later\) has taken over .*: this run stops"
     found = [dataclasses.replace(found[0], mtime_ns=2)]
-    masks = Write(ledger, (), None, None)
+    masks = Write(ledger, (SimpleNamespace(files=lambda output: [output]),), None, None)
     writes = [
         list_inputs,
         lambda: masks(chunk, iter([Prediction(None, "broken", {})])),
