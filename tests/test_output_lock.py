@@ -16,9 +16,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import TINY, make_discs
+from conftest import TINY, make_discs, make_model
 
-from unet_ray.config import UserError
+from unet_ray.config import PredictConfig, UserError
 from unet_ray.data import output_lock as module
 from unet_ray.data import storage
 from unet_ray.data.inputs import ImageFile
@@ -26,6 +26,7 @@ from unet_ray.data.output_lock import Holder, Process, output_lock
 from unet_ray.inference.chunk_size import RowCost
 from unet_ray.inference.ledger import Ledger
 from unet_ray.inference.naming import Naming
+from unet_ray.inference.predict import predict
 from unet_ray.inference.stages import Prediction
 from unet_ray.inference.survey import survey
 from unet_ray.inference.write import Write
@@ -305,6 +306,15 @@ def test_a_run_that_lost_its_lock_records_nothing(tmp_path, monkeypatch):
     (tmp_path / NAME).write_text('{"id": "me"}')
     ledger.merge_shard(0)
     assert (tmp_path / "manifest.parquet").exists()
+
+
+def test_a_prediction_beside_one_that_just_begins_is_told_so(tmp_path):
+    out = tmp_path / "out"
+    config = PredictConfig(model=str(make_model(tmp_path / "model")), inputs=(str(tmp_path),), out=str(out))
+    with output_lock(str(out), NAME):
+        (out / ".0123.tmp").touch()  # its settings, half written
+        assert "another run" in error_of(lambda: predict(config, runtime=LOCAL))
+    assert "other files" in error_of(lambda: predict(config, runtime=LOCAL))
 
 
 def test_two_trainings_never_write_into_one_run(tmp_path, monkeypatch):
