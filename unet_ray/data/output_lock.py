@@ -13,7 +13,8 @@ it finds out before it records anything: see `Holder.check`.
 One gap remains, because a bucket has no write that depends on another file: a process that is stopped between this
 check and its write, for longer than another run takes to begin, writes late. In a prediction the late file does no
 harm: both runs have the same settings, so it holds the same masks, and it counts only for an image of the same size and
-time. With --overwrite and other settings it may do harm. In a training the new run's next checkpoint replaces it.
+time. With --overwrite and other settings it may do harm. In a training the new run's next checkpoint, if one follows,
+replaces it.
 """
 
 from __future__ import annotations
