@@ -266,7 +266,9 @@ def _renewed(holder: Holder, me: dict[str, Any]) -> Iterator[OutputLock]:
     lock.write(0)
     # Where two runs found the file free at once, both have written by now, and one sees the other's name.
     time.sleep(min(LOOK_SECONDS, BEAT_SECONDS))
-    holder.check()
+    content = _read(holder.path)
+    if _parsed(content).get("id") != holder.id:
+        raise _occupied(holder.out, content)
     lock.thread.start()
     try:
         yield lock
