@@ -144,10 +144,10 @@ def test_a_shard_that_was_stopped_between_its_files_is_finished_again(tmp_path, 
         do(ledger, number)
     write = ledger_module.storage.write_bytes
 
-    def stop_before_the_manifest(location, data):
+    def stop_before_the_manifest(location, data, **options):
         if ledger_module.MANIFEST in location:
             raise KeyboardInterrupt
-        write(location, data)
+        write(location, data, **options)
 
     monkeypatch.setattr(ledger_module.storage, "write_bytes", stop_before_the_manifest)
     with pytest.raises(KeyboardInterrupt):

@@ -4,18 +4,21 @@ import contextlib
 import dataclasses
 import json
 import os
+import pickle
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import TINY, make_discs
+from conftest import TINY, make_discs, make_model
 
-from unet_ray.config import UserError
+from unet_ray.config import PredictConfig, UserError
 from unet_ray.data import output_lock as module
 from unet_ray.data import storage
 from unet_ray.data.inputs import ImageFile
@@ -23,7 +26,10 @@ from unet_ray.data.output_lock import Holder, Process, output_lock
 from unet_ray.inference.chunk_size import RowCost
 from unet_ray.inference.ledger import Ledger
 from unet_ray.inference.naming import Naming
+from unet_ray.inference.predict import predict
+from unet_ray.inference.stages import Prediction
 from unet_ray.inference.survey import survey
+from unet_ray.inference.write import Write
 from unet_ray.models.run_files import LOCK
 from unet_ray.ray_backend.session import LOCAL
 from unet_ray.settings import load_train_config
@@ -66,14 +72,25 @@ def fails(function: Callable[[], object]) -> bool:
     return False
 
 
-def test_a_second_run_is_refused_and_a_file_lock_ends_with_its_process(tmp_path):
+def error_of(function: Callable[[], object]) -> str:
+    with pytest.raises(UserError) as error:
+        function()
+    return str(error.value)
+
+
+def test_a_second_run_is_refused_and_a_file_lock_ends_with_its_process(tmp_path, monkeypatch):
+    _shorten(monkeypatch)
     code = (
         "from unet_ray.data.output_lock import output_lock\n"
         f"with output_lock({str(tmp_path)!r}, {NAME!r}):\n  print('locked', flush=True)\n  input()"
     )
     other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "locked\n"
-    refused = pytest.raises(UserError, match=rf"another run \(process {other.pid} on .*choose another --out")
+    here = socket.gethostname()
+    remedy = (
+        rf"another run \(process {other.pid} on {here}, since 2.*stop it \(`kill {other.pid}` on {here}\), or choose"
+    )
+    refused = pytest.raises(UserError, match=remedy)
     with refused, output_lock(str(tmp_path), NAME):
         pass
     other.kill()
@@ -131,8 +148,11 @@ def test_beats_that_fail_for_a_while_are_tried_again_and_then_the_run_stops(
             wait_until(lambda: (tmp_path / NAME).read_text() != beat)
             return
         assert wait_until(lambda: fails(lock.check)) < module.DEAD_SECONDS - 0.2, "before another may begin"
-        with pytest.raises(UserError, match=r"could not be written for .* s: this run stops"):
+        with pytest.raises(
+            UserError, match=r"not renewed for \d+ s \(.*does not answer\).*: this run stops.*the same command"
+        ):
             lock.check()
+        assert "does not answer" in error_of(lock.holder.check), "though nobody has taken the file yet"
         with output_lock(str(tmp_path), NAME) as other:  # waits DEAD_SECONDS
             assert fails(lock.holder.check)
             other.check()
@@ -157,6 +177,43 @@ def test_a_run_that_slept_does_not_renew_what_another_may_have_taken(tmp_path, n
         assert not lock.thread.is_alive() and fails(lock.check)
         lock.write(99)
         assert (tmp_path / NAME).read_text() == content
+        # Nobody has taken over, but somebody may at any moment.
+        assert "not renewed for 36" in error_of(lock.holder.check)
+        pickle.loads(pickle.dumps(lock.holder)).check()  # a worker sees the file alone
+
+
+def test_a_process_that_was_stopped_after_its_look_looks_again(tmp_path, monkeypatch):
+    _shorten(monkeypatch)
+    read, stops = storage.read_bytes, [True]
+
+    def stopped_after(location: str) -> bytes:
+        data = read(location)
+        if stops.pop() if stops else False:
+            now = module._now
+            monkeypatch.setattr(module, "_now", lambda: now() + 3600)
+            (tmp_path / NAME).write_text('{"id": "other", "host": "b", "pid": 7, "since": "later"}')
+        return data
+
+    with output_lock(str(tmp_path), NAME) as lock:
+        monkeypatch.setattr(storage, "read_bytes", stopped_after)
+        assert "another run (process 7 on b, since later) has taken over" in error_of(lock.holder.check)
+    assert json.loads((tmp_path / NAME).read_text())["id"] == "other", "the other keeps its lock"
+
+
+def test_a_write_that_never_returns_does_not_keep_the_run_from_ending(tmp_path, no_file_locks, monkeypatch):
+    write, answer = storage.write_bytes, threading.Event()
+
+    def hangs(location: str, data: bytes, **options: bool) -> None:
+        answer.wait(20)
+        write(location, data, **options)
+
+    with output_lock(str(tmp_path), NAME) as lock:
+        monkeypatch.setattr(storage, "write_bytes", hangs)
+        wait_until(lambda: fails(lock.check))
+        begun = time.monotonic()
+    assert time.monotonic() - begun < 5
+    answer.set()
+    lock.thread.join()
 
 
 def test_the_clock_on_the_wall_may_jump(tmp_path, no_file_locks, monkeypatch):
@@ -220,21 +277,44 @@ def test_a_run_that_lost_its_lock_records_nothing(tmp_path, monkeypatch):
     (tmp_path / ".work").mkdir()
     (tmp_path / NAME).write_text('{"id": "me", "host": "a", "pid": 1, "since": "now"}')
     ledger = Ledger(str(tmp_path), (), holder=Holder(str(tmp_path), str(tmp_path / NAME), "me"))
-    survey(ledger, found, Naming("{stem}.png"), RowCost(1, 1.0), lambda _count: None)
+
+    def list_inputs() -> None:
+        survey(ledger, found, Naming("{stem}.png"), RowCost(1, 1.0), lambda _count: None)
+
+    list_inputs()
+    chunk = {**ledger.load(0), "redone": np.array([True])}
+    (tmp_path / "a.png").write_bytes(b"a mask")
     result = {"path": ["a.jpg"], "status": ["ok"], "error": [""], "height": [1], "width": [1], "output": ["a.png"]}
     result |= {"pixels": [[1]], "confidence": [1.0], "milliseconds": [1.0], "size": [1], "mtime_ns": [1]}
     ledger.record(0, np.array([0]), result)
     other = '{"id": "other", "host": "b", "pid": 7, "since": "later"}'
     (tmp_path / NAME).write_text(other)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    lost = r"another run \(process 7 on b, since later\) has taken over .*: this one stops"
-    for write in (lambda: ledger.record(0, np.array([0]), result), lambda: ledger.merge_shard(0)):
+    lost = r"another run \(process 7 on b, since later\) has taken over .*: this run stops"
+    found = [dataclasses.replace(found[0], mtime_ns=2)]
+    masks = Write(ledger, (SimpleNamespace(files=lambda output: [output]),), None, None)
+    writes = [
+        list_inputs,
+        lambda: masks(chunk, iter([Prediction(None, "broken", {})])),
+        lambda: ledger.record(0, np.array([0]), result),
+        lambda: ledger.merge_shard(0),
+    ]
+    for write in writes:
         with pytest.raises(UserError, match=lost):
             write()
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     (tmp_path / NAME).write_text('{"id": "me"}')
     ledger.merge_shard(0)
     assert (tmp_path / "manifest.parquet").exists()
+
+
+def test_a_prediction_beside_one_that_just_begins_is_told_so(tmp_path):
+    out = tmp_path / "out"
+    config = PredictConfig(model=str(make_model(tmp_path / "model")), inputs=(str(tmp_path),), out=str(out))
+    with output_lock(str(out), NAME):
+        (out / ".0123.tmp").touch()  # its settings, half written
+        assert "another run" in error_of(lambda: predict(config, runtime=LOCAL))
+    assert "other files" in error_of(lambda: predict(config, runtime=LOCAL))
 
 
 def test_two_trainings_never_write_into_one_run(tmp_path, monkeypatch):
@@ -253,9 +333,10 @@ def test_two_trainings_never_write_into_one_run(tmp_path, monkeypatch):
             refused.append(str(error.value))
         (out / LOCK).write_text('{"id": "other", "host": "b", "pid": 7, "since": "later"}')
 
-    with pytest.raises(UserError, match=r"another run \(process 7 on b, since later\) has taken over"):
+    with pytest.raises(UserError, match=r"another run \(process 7 on b, since later\) has taken over.*with --resume"):
         train(config, str(out), runtime=LOCAL, callbacks=Callbacks(on_epoch=another))
     assert [f"another run (process {os.getpid()} on " in text for text in refused] == [True, True]
+    assert [f"`kill {os.getpid()}`" in text for text in refused] == [True, True]
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 1, "nothing was written after it was lost"
     Path(out / LOCK).unlink(missing_ok=True)
     assert train(config, str(out), runtime=LOCAL, resume=True).epochs == 3

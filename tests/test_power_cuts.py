@@ -43,6 +43,8 @@ class Disk:
         """Inode -> contents at its last fsync."""
         self.names: dict[int, dict[str, int]] = {root.stat().st_ino: {}}
         """Inode of a folder -> its entries at its last fsync."""
+        self.folders: dict[int, int] = {}
+        """Inode of each known folder -> descriptor, kept open so that nothing else gets this number."""
         self.keep = cuts / "inodes"
         self.keep.mkdir(parents=True)
         self.lock = threading.RLock()
@@ -57,6 +59,8 @@ class Disk:
             for name in ("fsync", "replace", "rename", "unlink", "rmdir", "mkdir"):
                 patch.setattr(os, name, self._counted(getattr(os, name), syncs=name == "fsync"))
             yield
+        for descriptor in self.folders.values():
+            os.close(descriptor)
 
     def _counted(self, function: Callable, *, syncs: bool) -> Callable:
         def call(*arguments, **options):
@@ -84,6 +88,9 @@ class Disk:
         inode = os.fstat(descriptor).st_ino
         if path.is_dir():
             self.names[inode] = {entry.name: entry.inode() for entry in os.scandir(path)}
+            for entry in os.scandir(path):
+                if entry.is_dir() and entry.inode() not in self.folders:
+                    self.folders[entry.inode()] = os.open(entry.path, os.O_RDONLY)
         else:
             self.data[inode] = path.read_bytes()
             if not (self.keep / str(inode)).exists():
@@ -101,8 +108,17 @@ class Disk:
                 self._copy(folder / name, target / name, draw)
             elif take_newest and name in now:
                 (target / name).write_bytes(self._left_of(now[name], draw))
-            elif name in stored and stored[name] in self.data:
-                (target / name).write_bytes(self.data[stored[name]])
+            elif name in stored:
+                self._copy_stored(stored[name], target / name)
+
+    def _copy_stored(self, inode: int, target: Path) -> None:
+        """Copies a file or folder as it was stored last, though it was deleted or replaced since."""
+        if inode in self.folders:
+            target.mkdir()
+            for name, entry in self.names.get(inode, {}).items():
+                self._copy_stored(entry, target / name)
+        elif inode in self.data:
+            target.write_bytes(self.data[inode])
 
     def _left_of(self, entry: os.DirEntry, draw: random.Random) -> bytes:
         if entry.inode() in self.data:

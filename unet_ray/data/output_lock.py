@@ -8,7 +8,13 @@ holder renews. Three times make this safe, and no clock is compared with that of
     DEAD_SECONDS    another run takes the file over only after it has seen no change for so long
 
 So the old holder has stopped before a new one begins. If it could not (its process was stopped, and wakes after hours),
-it finds the other's name in the file before it records anything: see `Holder.check`.
+it finds out before it records anything: see `Holder.check`.
+
+One gap remains, because a bucket has no write that depends on another file: a process that is stopped between this
+check and its write, for longer than another run takes to begin, writes late. In a prediction the late file does no
+harm: both runs have the same settings, so it holds the same masks, and it counts only for an image of the same size and
+time. With --overwrite and other settings it may do harm. In a training the new run's next checkpoint, if one follows,
+replaces it.
 """
 
 from __future__ import annotations
@@ -23,7 +29,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -35,6 +41,7 @@ log = logging.getLogger("unet_ray")
 BEAT_SECONDS, STOP_SECONDS, DEAD_SECONDS = 5.0, 20.0, 35.0
 LOOK_SECONDS = 1.0
 """Seconds between two looks at another's lock, and between two tries after a failure."""
+AGAIN = "give the same command again"
 UNREADABLE_LOOKS = 20
 """How often a lock that can't be read is read again, or one that is not there yet for this node (network file systems
 keep what they know of a folder for seconds)."""
@@ -67,8 +74,10 @@ class Process:
 
 
 def _begun(pid: int) -> str:
+    """Returns when a process of this machine started; empty if it has ended."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return "" if fields[0] in "ZX" else fields[19]  # a zombie writes nothing
     except (OSError, IndexError):
         return ""
 
@@ -88,21 +97,50 @@ class Holder:
     path: str
     """The lock's file."""
     id: str
+    again: str = AGAIN
+    """What the user does to go on after the run has stopped."""
+    own: OutputLock | None = field(default=None, compare=False, repr=False)
+    """The lock, in the process that holds it."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Holder, (self.out, self.path, self.id, self.again)
 
     def check(self) -> None:
-        """Raises UserError unless the lock is still this run's. A lock that can't be read is read again for a while."""
-        content = ""
+        """Raises UserError unless the lock is this run's now. Call it right before each write that other runs read.
+
+        A lock that can't be read is read again for a while.
+        """
+        content = failure = ""
         for look in range(UNREADABLE_LOOKS):
             if look:
                 time.sleep(LOOK_SECONDS)
-            with contextlib.suppress(OSError):
-                content = _read(self.path)
+            looked = _now()
+            try:
+                content, failure = _read(self.path), ""
+            except Exception as error:  # a bucket's errors have many types
+                content, failure = "", first_line(error)
+            if self.own is not None:
+                self.own.check()
             found = _parsed(content).get("id")
-            if found == self.id:
+            # A look counts only while it is fresh: the process may have been stopped since.
+            if found == self.id and _now() - looked < STOP_SECONDS:
                 return
-            if found is not None and look >= 2:  # twice more, in case this node still shows an old file
+            if found not in (None, self.id) and look >= 2:  # twice more, in case this node still shows an old file
                 break
-        raise taken_over(self.out, content)
+        raise self.lost(content, failure)
+
+    def lost(self, content: str, failure: str = "") -> UserError:
+        """Returns the error of a run that has lost its lock. `content`: what the lock's file holds now; `failure`: why
+        it can't be read."""
+        out = storage.without_secrets(self.out)
+        if failure or _parsed(content).get("id") == self.id:
+            return self.stopped(f"the lock of {out} can't be read ({failure or 'each look takes too long'})")
+        if not content:
+            return self.stopped(f"the lock of {out} is gone")
+        return self.stopped(f"another run{_who(content)} has taken over {out}")
+
+    def stopped(self, reason: str) -> UserError:
+        return UserError(f"{reason}: this run stops. What is done is kept: {self.again}")
 
 
 class OutputLock:
@@ -112,32 +150,37 @@ class OutputLock:
         self.holder = holder
 
     def check(self) -> None:
-        """Raises UserError once the lock is lost. It costs nothing: call it often."""
+        """Raises UserError once it is known that the lock is lost. It reads no file: call it often."""
 
 
 class _RenewedLock(OutputLock):
     """A lock whose file a thread renews."""
 
     def __init__(self, holder: Holder, me: dict[str, Any]) -> None:
-        super().__init__(holder)
+        super().__init__(replace(holder, own=self))
         self.me = me
-        self.lost, self.stop = "", threading.Event()
+        self.lost: UserError | None = None
+        self.failure, self.stop = "", threading.Event()
         self.renewed = _now()
         """When the last write that succeeded began."""
         self.thread = threading.Thread(target=self._beat, daemon=True)
 
     def check(self) -> None:
-        if not self.lost and _now() - self.renewed > STOP_SECONDS:
-            self.lost = f"{self.holder.out} could not be written for {STOP_SECONDS:.0f} s"
-        if self.lost:
-            raise UserError(f"{self.lost}: this run stops. What is done is kept: give the same command again")
+        silence = _now() - self.renewed
+        if self.lost is None and silence > STOP_SECONDS:
+            why = f" ({self.failure})" if self.failure else ""
+            out = storage.without_secrets(self.holder.out)
+            reason = f"the lock of {out} was not renewed for {silence:.0f} s{why}"
+            self.lost = self.holder.stopped(f"{reason}, so another run may take over")
+        if self.lost is not None:
+            raise self.lost
 
     def write(self, number: int) -> None:
         """Writes the file, if this run may: not after too long a silence, in which another may have taken over."""
         begun = _now()
         if begun - self.renewed <= STOP_SECONDS:
             storage.write_bytes(self.holder.path, json.dumps({**self.me, "beat": number}).encode())
-            self.renewed = begun
+            self.renewed, self.failure = begun, ""
 
     def _beat(self) -> None:
         number, wait = 1, BEAT_SECONDS
@@ -147,13 +190,14 @@ class _RenewedLock(OutputLock):
             try:
                 content = _read(self.holder.path)
                 if _parsed(content).get("id") not in (None, self.holder.id):
-                    self.lost = str(taken_over(self.holder.out, content))
+                    self.lost = self.holder.lost(content)
                     return
                 number += 1
                 self.write(number)
                 wait = BEAT_SECONDS
             except Exception as error:  # a bucket's errors have many types
-                log.info("%s: not renewed: %s", self.holder.path, first_line(error))
+                self.failure = first_line(error)
+                log.info("%s: not renewed: %s", self.holder.path, self.failure)
                 wait = min(LOOK_SECONDS, BEAT_SECONDS)
 
 
@@ -164,13 +208,13 @@ def _now() -> float:
 
 
 @contextmanager
-def output_lock(out: str, name: str) -> Iterator[OutputLock]:
-    """Locks an output folder for this run with the file `name` below it.
+def output_lock(out: str, name: str, again: str = AGAIN) -> Iterator[OutputLock]:
+    """Locks an output folder for this run with the file `name` below it. `again`: see `Holder`.
 
     On a disk it takes a file lock, which the system releases when the process ends, even if it is killed. Elsewhere see
     this module's first lines. Raises UserError if another run holds the lock.
     """
-    holder = Holder(out, storage.join(out, *name.split("/")), uuid.uuid4().hex)
+    holder = Holder(out, storage.join(out, *name.split("/")), uuid.uuid4().hex, again)
     me = {"id": holder.id, **asdict(Process.here()), "since": time.strftime("%F %T")}
     file = None if storage.is_uri(out) else _file_lock(holder)
     if file is None:
@@ -185,7 +229,8 @@ def output_lock(out: str, name: str) -> Iterator[OutputLock]:
             yield OutputLock(holder)
         finally:
             with contextlib.suppress(OSError):
-                os.unlink(holder.path)  # noqa: PTH108 - while it is locked: see `_file_lock`
+                if _parsed(_read(holder.path)).get("id") == holder.id:  # else the user removed the folder meanwhile
+                    os.unlink(holder.path)  # noqa: PTH108 - while it is locked: see `_file_lock`
 
 
 def _file_lock(holder: Holder) -> IO[str] | None:
@@ -200,10 +245,9 @@ def _file_lock(holder: Holder) -> IO[str] | None:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.seek(0)
-            content = file.read()
             file.close()
-            raise _occupied(holder.out, content) from None
+            time.sleep(0.1)  # the other may have locked it just now, and write its name yet
+            raise _occupied(holder.out, _read(holder.path)) from None
         except OSError:  # a file system without file locks
             file.close()
             return None
@@ -222,15 +266,19 @@ def _renewed(holder: Holder, me: dict[str, Any]) -> Iterator[OutputLock]:
     lock.write(0)
     # Where two runs found the file free at once, both have written by now, and one sees the other's name.
     time.sleep(min(LOOK_SECONDS, BEAT_SECONDS))
-    holder.check()
+    content = _read(holder.path)
+    if _parsed(content).get("id") != holder.id:
+        raise _occupied(holder.out, content)
     lock.thread.start()
     try:
         yield lock
     finally:
         lock.stop.set()
-        lock.thread.join()
-        with contextlib.suppress(OSError, UserError):
-            if not lock.lost and _parsed(_read(holder.path)).get("id") == holder.id:
+        lock.thread.join(STOP_SECONDS)  # not for ever: a write to a file system that hangs may never return
+        with contextlib.suppress(Exception):  # a file that stays keeps the next run waiting, no more
+            content = _read(holder.path)
+            lock.check()
+            if _parsed(content).get("id") == holder.id and not lock.thread.is_alive():
                 storage.delete_file(holder.path)
 
 
@@ -239,6 +287,8 @@ def _wait_for_end_of_other(holder: Holder) -> None:
     content = _read(holder.path)
     if not content or _process_of(content).has_ended():
         return
+    out, who = storage.without_secrets(holder.out), _who(content)
+    log.warning("%s is locked by another run%s: watching for %.0f s whether it is at work", out, who, DEAD_SECONDS)
     # Looks are counted, not seconds: after a sleep of this machine, a holder on it must have time to renew.
     for _ in range(int(DEAD_SECONDS / LOOK_SECONDS)):
         time.sleep(LOOK_SECONDS)
@@ -250,14 +300,9 @@ def _wait_for_end_of_other(holder: Holder) -> None:
 
 
 def _occupied(out: str, content: str) -> UserError:
-    return UserError(f"another run{_who(content)} is writing to {out}: wait for it, stop it, or choose another --out")
-
-
-def taken_over(out: str, content: str) -> UserError:
-    """Returns the error of a run that has lost its lock. `content`: what the lock's file holds now."""
-    if not content:
-        return UserError(f"the lock of {out} is gone: this run stops. Give the same command again")
-    return UserError(f"another run{_who(content)} has taken over {out}: this one stops")
+    out, who, found = storage.without_secrets(out), _who(content), _parsed(content)
+    stop = f"stop it (`kill {found['pid']}` on {found['host']})" if who else "stop it"
+    return UserError(f"another run{who} is writing to {out}: wait for it, {stop}, or choose another --out")
 
 
 def _who(content: str) -> str:

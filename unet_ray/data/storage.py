@@ -7,22 +7,28 @@ from __future__ import annotations
 
 import errno
 import functools
+import logging
 import os
 import re
 import shutil
 import tempfile
+import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, TypeVar
 
-from unet_ray.config import UserError
+from unet_ray.config import UserError, first_line
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileInfo, FileSystem
 
+
+log = logging.getLogger("unet_ray")
+
+Answer = TypeVar("Answer")
 
 USER_MUST_FIX = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 """Error numbers of a full or read-only disk, which the user must fix."""
@@ -205,6 +211,26 @@ def writing(location: str) -> Iterator[IO[bytes]]:
     _sync_folders([location])
 
 
+PATIENCE_SECONDS, AGAIN_SECONDS = 300.0, 5.0
+
+
+def patiently(read: Callable[[], Answer], what: str) -> Answer:
+    """Returns what `read` returns. While it raises OSError, or UserError for a location that can't be reached, it is
+    called again every few seconds, for `PATIENCE_SECONDS`; then its error is raised. `what` is read, for the log.
+
+    For results that are there for certain: a bucket or a file server may be out of reach for minutes.
+    """
+    begun = time.monotonic()
+    while True:
+        try:
+            return read()
+        except (OSError, UserError) as error:
+            if time.monotonic() - begun > PATIENCE_SECONDS:
+                raise
+            log.warning("%s can't be read now, trying again: %s", what, first_line(error))
+            time.sleep(AGAIN_SECONDS)
+
+
 def exists(location: str) -> bool:
     """Returns whether a file or folder exists. Raises UserError if the location can't be reached."""
     return info(location) is not None
@@ -279,7 +305,12 @@ def names_in(location: str) -> list[str]:
     from pyarrow.fs import FileSelector
 
     filesystem, path = resolve(location)
-    return sorted(e.base_name for e in filesystem.get_file_info(FileSelector(path, allow_not_found=True)))
+    selector = FileSelector(path, allow_not_found=True)
+    try:
+        found = filesystem.get_file_info(selector)
+    except FileNotFoundError:  # pyarrow raises it for a folder that another process makes during the call
+        found = filesystem.get_file_info(selector)
+    return sorted(entry.base_name for entry in found)
 
 
 def delete_folder(location: str) -> None:

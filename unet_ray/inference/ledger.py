@@ -221,7 +221,7 @@ class Ledger:
         if earlier is not None:
             kept = earlier.filter(pc.invert(pc.is_in(earlier["row"], table["row"]))).select(schema.names)
             table = pa.concat_tables([kept, table]).sort_by("row")
-        self._check_lock()
+        self.check_lock()
         location = storage.join(self.out, *folder.split("/"), name)
         storage.write_bytes(location, to_parquet(table, compression="none"), durable=True)
 
@@ -256,9 +256,11 @@ class Ledger:
                 for side_file in side_files:
                     side_file.write(kept, new)
             self._check_complete(name, inputs, recorded)  # inside the block: if it raises, no side table appears
-            self._check_lock()
+            self.check_lock()
         data = to_parquet(pa.concat_tables(manifest).combine_chunks())
+        self.check_lock()
         storage.write_bytes(storage.join(self.out, MANIFEST, f"{name}.parquet"), data, durable=True)
+        self.check_lock()  # else it might delete what another run has recorded
         storage.delete_folder(storage.join(self.out, WORK, "done", name))
 
     @contextmanager
@@ -291,7 +293,7 @@ class Ledger:
         if missing:
             raise RuntimeError(f"{self.out}: {missing} rows of {name} have no result: start the command again")
 
-    def _check_lock(self) -> None:
+    def check_lock(self) -> None:
         """Raises UserError if another run has taken over. A process that was stopped for an hour finds out here."""
         if self.holder is not None:
             self.holder.check()

@@ -95,7 +95,8 @@ def predict(
     pipeline = pipeline_of(config.model, config)
     formats = formats_of(config.formats, pipeline.card)
     settings = output_folder.settings_of(config, pipeline)
-    output_folder.check(out, settings, config)
+    if not storage.exists(storage.join(out, WORK, LOCK)):  # else another run may be beginning: the lock tells
+        output_folder.check(out, settings, config)
     with _disk_errors_as_user_errors(out), output_lock(out, f"{WORK}/{LOCK}") as lock:
         if config.overwrite:
             output_folder.remove(out)
@@ -107,12 +108,13 @@ def predict(
         run = _Run(ledger, on_progress, allow_mixed=config.allow_mixed)
         write = Write(ledger, formats, pipeline.card, pipeline.reader())
         run.segment(pipeline, write, runtime, lock)
-        lock.holder.check()
         counts = _count(ledger)
         for format in formats:
+            ledger.check_lock()
             format.write_final(ledger)
         summary = _summary(pipeline, run, listed, counts, started)
         text = json.dumps(summary.to_json(), indent=2) + "\n"
+        ledger.check_lock()
         storage.write_bytes(storage.join(out, SUMMARY), text.encode(), durable=True)
     return summary
 
@@ -195,6 +197,7 @@ class _Run:
         used = output_folder.arithmetics(self.ledger.out) if self.already_done else []
         chosen = go_on(work, used, allow_mixed=self.allow_mixed) if used else choose(work)
         if chosen not in used:
+            self.ledger.check_lock()
             output_folder.record_arithmetics(self.ledger.out, [*used, chosen])
         return chosen
 

@@ -156,7 +156,9 @@ def _renew(ledger: Ledger, changed: dict[int, tuple[int, int]]) -> None:
 
 def _write_inputs(ledger: Ledger, shard: int, table: pa.Table, rows_per_chunk: int) -> None:
     """Writes the inputs of a shard. Each row group is a chunk."""
-    storage.write_bytes(ledger.inputs_file(shard), to_parquet(table, row_group_size=rows_per_chunk), durable=True)
+    data = to_parquet(table, row_group_size=rows_per_chunk)
+    ledger.check_lock()
+    storage.write_bytes(ledger.inputs_file(shard), data, durable=True)
 
 
 class _ShardWriter:

@@ -23,6 +23,9 @@ from unet_ray.models.checkpoint import ModelCard
 PATH_ERRORS = (errno.ENAMETOOLONG, errno.EILSEQ, errno.EISDIR, errno.ENOTDIR)
 """Errors of one mask's path, which fail that image alone. Others, such as a full disk, stop the run."""
 
+SECONDS_BETWEEN_CHECKS = 1.0
+"""Masks are written for at most so long after the run has lost its lock."""
+
 
 @dataclass(frozen=True, slots=True)
 class Write:
@@ -42,8 +45,12 @@ class Write:
             return {}
         rows: list[dict[str, Any]] = []
         touched: list[str] = []
+        checked = float("-inf")
         for row, prediction in enumerate(predictions):
             started = time.perf_counter()
+            if started - checked > SECONDS_BETWEEN_CHECKS:
+                self.ledger.check_lock()
+                checked = started
             columns = self._write_image(chunk, row, prediction, touched)
             times = {**prediction.milliseconds, "write_ms": 1e3 * (time.perf_counter() - started)}
             rows.append({**columns, **times, "milliseconds": sum(times.values())})

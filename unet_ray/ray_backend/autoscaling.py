@@ -86,7 +86,11 @@ def make_room(workers: int, bundle: Bundle, problem: str, remedy: str, most: int
         changed = time.monotonic()
         while nodes.room(bundle) < workers:
             time.sleep(STEP_SECONDS)
-            count_now, starting_now = len(nodes.alive()), _nodes_starting()
+            try:
+                count_now, starting_now = len(nodes.alive()), _nodes_starting()
+            except Exception as error:  # the head may be busy: it is asked again
+                log.info("the cluster does not say how many nodes it has: %s", error)
+                count_now, starting_now = count, starting
             if (count_now, starting_now) != (count, starting):
                 count, starting, changed = count_now, starting_now, time.monotonic()
                 log.warning("%d nodes, %d more starting", count, starting)

@@ -88,8 +88,7 @@ def fit(
         is_best = line["val_dice"] > state.best
         state = TrainingState(epoch, max(state.best, line["val_dice"]), config.to_yaml())
         if rank == 0:
-            holder.check()
-            _save(out, training, state, history, is_best=is_best)
+            _save(holder, training, state, history, is_best=is_best)
         report(line)
 
 
@@ -141,12 +140,18 @@ def _validate(training: Training, val_rows: Rows) -> dict[str, Any]:
     return validate(training.saved_network, batches, training.loss, config, training.device)
 
 
-def _save(out: str, training: Training, state: TrainingState, history: list[dict[str, Any]], *, is_best: bool) -> None:
+def _save(
+    holder: Holder, training: Training, state: TrainingState, history: list[dict[str, Any]], *, is_best: bool
+) -> None:
     """Writes the best model, metrics.jsonl and `last/`. The state comes last: a run that is stopped before it repeats
-    the epoch and writes the same files again."""
+    the epoch and writes the same files again. Raises UserError if another run has taken over."""
+    out = holder.out
+    holder.check()
     if is_best:
         checkpoint.save_model(storage.join(out, MODEL), training.saved_network, training.config, history[-1])
+        holder.check()
     write_metrics(out, history)
+    holder.check()
     training_state.save_state(
         storage.join(out, LAST), state, training.network, training.optimizer, training.scaler, training.ema
     )

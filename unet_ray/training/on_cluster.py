@@ -56,7 +56,7 @@ def train_on_cluster(
                 _attempt(config, split, holder, device, follower)
             break
         except WorkersLostError as error:
-            epochs_now = epochs_done(out)
+            epochs_now = storage.patiently(lambda: epochs_done(out), out)
             failures = 1 if epochs_now > epochs_before else failures + 1
             if failures > config.compute.retries:
                 raise
@@ -71,6 +71,7 @@ def _attempt(config: TrainConfig, split: Split, holder: Holder, device: str, fol
     compute, out = config.compute, holder.out
     _check_nodes(config, split, out, device)
     threads, train_rows, val_rows = _rows_and_threads(config, split, device)
+    holder.check()
     write_start(config, split, out)
     run_workers(
         Worker(config, train_rows, val_rows, holder, threads if device == "cpu" else None),

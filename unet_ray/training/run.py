@@ -65,13 +65,13 @@ def train(
     pairs = find_pairs(images, masks_folder)
     split = Split.of(pairs, config.data, config.train.seed)
     config = resolved(config, images, masks_folder, [pair.mask for pair in pairs])
-    with output_lock(out, run_files.LOCK) as lock:
+    with output_lock(out, run_files.LOCK, "give the same command again with --resume") as lock:
         check_out(config, split, out, resume)
         if (init := first_weights(config, out)) is not None:
             checkpoint.check_init(init, config.model)
         callbacks.on_start(split)
         _train(config, split, out, runtime, lock, callbacks)
-    return result_of(out)
+    return storage.patiently(lambda: result_of(out), out)
 
 
 def _train(
@@ -122,6 +122,7 @@ def _train_here(config: TrainConfig, split: Split, holder: Holder, on_epoch: OnE
     fits = rows.fits_in_memory(len(split.pairs), decoder, config.compute.memory_fraction)
     kind = rows.MemoryRows if fits else rows.StreamedRows
     train_rows, val_rows = split.rows(kind(split.pairs, decoder))
+    holder.check()
     write_start(config, split, out)
     with explain_shortages(out):
         fit(config, train_rows, val_rows, holder, device=device, report=on_epoch, on_step=on_step)
