@@ -6,7 +6,8 @@ import pytest
 from runs import config_for
 
 from unet_ray.config import ModelConfig, UserError
-from unet_ray.models import build, checkpoint
+from unet_ray.data import storage
+from unet_ray.models import build, checkpoint, training_state
 from unet_ray.ray_backend.session import LOCAL
 from unet_ray.training.run import train
 
@@ -41,3 +42,13 @@ def test_a_kill_between_the_two_files_of_the_best_model_leaves_a_model(discs, tm
 def test_the_last_layer_of_other_networks_is_found_too():
     model = build(ModelConfig(name="fcn"))
     assert checkpoint._of_head(model) == {"network.classifier.4.weight", "network.classifier.4.bias"}
+
+
+def test_only_the_header_of_a_state_is_read_to_know_its_epoch(discs, tmp_path, monkeypatch):
+    train(config_for(discs, ("train.epochs", 1)), str(tmp_path / "run"), runtime=LOCAL)
+
+    def whole(_location: str) -> bytes:
+        raise AssertionError("the whole file was read")
+
+    monkeypatch.setattr(storage, "read_bytes", whole)
+    assert training_state.read_state(str(tmp_path / "run/last")).epoch == 1

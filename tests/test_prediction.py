@@ -17,14 +17,17 @@ from conftest import TINY, make_bad, make_discs, make_model, make_photos
 from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
+from ray.data import DataContext
 
 from unet_ray import registry
 from unet_ray.config import FORMATS, EvaluateConfig, PredictConfig, UserError
 from unet_ray.data import storage
 from unet_ray.evaluation.evaluate import evaluate
+from unet_ray.inference import segmenter
 from unet_ray.inference.formats import OutputFormat
 from unet_ray.inference.ledger import SideTable
 from unet_ray.inference.predict import predict
+from unet_ray.models.device import run_network
 from unet_ray.ray_backend.data_context import configure
 from unet_ray.ray_backend.inference import pool_of_replicas, run_on_cluster
 from unet_ray.ray_backend.session import LOCAL, Runtime
@@ -402,7 +405,32 @@ def test_names_that_cannot_work_are_refused(name):
         PredictConfig(model="m", inputs=("i",), out="o", name=name)
 
 
+@pytest.mark.parametrize("score", [np.nan, np.inf])
+@pytest.mark.parametrize("tile", [0, 32])
+def test_scores_that_are_not_finite_fail_their_row_and_make_no_mask(model, tmp_path, monkeypatch, tile, score):
+    folder = make_photos(tmp_path / "images", 4)
+    Image.new("RGB", (40, 40), (255, 0, 255)).save(folder / "odd.png")
+
+    def odd(network, image, *settings):
+        logits = run_network(network, image, *settings)
+        logits[(image[..., 1].sum(dim=(1, 2)) == 0), 0, 3, 5] = score
+        return logits
+
+    monkeypatch.setattr(segmenter, "run_network", odd)
+    summary = run(model, folder, tmp_path / "out", tile=tile, backend="torch", device="cpu")
+    assert (summary.ok, summary.failed) == (4, 1)
+    assert summary.failures == {"the network's scores are not finite: try --precision fp32, or train again": 1}
+    assert not (tmp_path / "out/masks/odd.png").exists()
+
+
 # --- through Ray ---
+
+
+def test_verbose_reaches_ray_data(ray_cluster, model, tmp_path):
+    folder = make_photos(tmp_path / "few", 2)
+    for verbose in (True, False):
+        run(model, folder, tmp_path / str(verbose), runtime=Runtime(verbose=verbose))
+        assert DataContext.get_current().enable_progress_bars is verbose
 
 
 def test_ray_and_one_process_write_the_same_files(ray_cluster, model, tmp_path, small_chunks):

@@ -1,11 +1,17 @@
 """What is checked before the first epoch."""
 
+import numpy as np
 import pytest
+from conftest import TINY, make_discs
+from PIL import Image
 from runs import config_for
 
 from unet_ray.config import UserError
+from unet_ray.data.pairs import find_pairs
 from unet_ray.ray_backend.session import LOCAL
+from unet_ray.settings import load_train_config
 from unet_ray.training.run import train
+from unet_ray.training.setup import Split, resolved
 
 
 def test_fp16_on_a_cpu_is_refused(discs, tmp_path):
@@ -30,3 +36,22 @@ def test_an_out_that_holds_something_is_refused(discs, tmp_path):
     (tmp_path / "mine/notes.txt").write_text("keep")
     with pytest.raises(UserError, match="holds other files"):
         train(config, str(tmp_path / "mine"), runtime=LOCAL)
+
+
+def test_settings_are_taken_from_training_masks_only(tmp_path):
+    images, masks = make_discs(tmp_path / "discs", 12)
+    settings = [("data.images", str(images)), ("data.masks", str(masks)), ("train.class_weights", "inverse")]
+    config = load_train_config(settings=[*TINY, *settings])
+    split = Split.of(find_pairs(str(images), str(masks)), config.data, config.train.seed)
+    before = resolved(config, str(images), str(masks), split.train_masks)
+    assert before.data.mask_values == (0, 255)
+    for index in split.val:
+        stored = np.asarray(Image.open(split.pairs[index].mask)).copy()
+        stored[:] = 255
+        stored[0] = 7
+        Image.fromarray(stored).save(split.pairs[index].mask)
+    assert resolved(config, str(images), str(masks), split.train_masks) == before
+    # A value that occurs in validation alone is an error that names it.
+    with pytest.raises(UserError, match="7") as error:
+        train(config, str(tmp_path / "run"), runtime=LOCAL)
+    assert any(split.pairs[index].mask in str(error.value) for index in split.val)

@@ -108,6 +108,14 @@ def read_bytes(location: str) -> bytes:
         return stream.read()
 
 
+@contextmanager
+def reading(location: str) -> Iterator[IO[bytes]]:
+    """Yields a stream to read a part of a file from. Raises OSError."""
+    filesystem, path = resolve(location)
+    with filesystem.open_input_file(path) as stream:
+        yield stream
+
+
 def write_bytes(location: str, data: bytes, *, durable: bool = False) -> None:
     """Writes a file that appears whole or not at all. Replaces an older file, and makes the folders it needs.
 

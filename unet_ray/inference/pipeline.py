@@ -132,7 +132,7 @@ class Pipeline(ABC):
             from unet_ray.ray_backend.inference import pool_of_replicas, run_on_cluster
             from unet_ray.ray_backend.shared_files import check_shared
 
-            configure()
+            configure(runtime.verbose)
             pool = pool_of_replicas(self.options.workers, self.options.device)
             shared = {**shared, "MODEL": storage.join(self.model, checkpoint.CARD)}
             check_shared(shared)

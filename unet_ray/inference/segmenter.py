@@ -33,7 +33,7 @@ class Segmentation:
     logits: np.ndarray
     """float16 [N,K,H,W]: half the bytes of float32 on the way to the stage that writes. Signs are kept exactly."""
     confidence: np.ndarray
-    """float32 [N]: probability of the decided class, averaged over the pixels."""
+    """float32 [N]: probability of the decided class, averaged over the pixels; NaN where a score is not finite."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class SegmentedMask:
     mask: np.ndarray
     """Class ids, uint8 [H,W]."""
     confidence: float
-    """Probability of the decided class, averaged over the pixels."""
+    """Probability of the decided class, averaged over the pixels; NaN where a score is not finite."""
     probabilities: np.ndarray | None
     """uint8 [K,H,W], 255 for certainty; None unless they were asked for."""
 
@@ -87,7 +87,8 @@ class BatchSegmenter:
         logits, confidence = [], []
         for output in self._with_room(self._logits, image_NHWC):
             logits.append(output.half().cpu().numpy())
-            confidence.append(_certainty(output).mean(dim=(1, 2)).cpu().numpy())
+            certainty = _certainty(output).mean(dim=(1, 2))
+            confidence.append(torch.where(_finite(output), certainty, torch.nan).cpu().numpy())
         return Segmentation(np.concatenate(logits), np.concatenate(confidence))
 
     def _with_room(self, logits_of: Callable[[np.ndarray], Tensor], image_NHWC: np.ndarray) -> Iterator[Tensor]:
@@ -145,7 +146,7 @@ class BatchSegmenter:
             bottom = top + logits.shape[1]
             planes = logits.cpu().numpy()
             mask[top:bottom] = imaging.decide(planes, classes, threshold)
-            certain += float(_certainty(logits[None]).double().sum())
+            certain += float(_certainty(logits[None]).double().sum()) if _finite(logits[None]) else np.nan
             if maps is not None:
                 maps[:, top:bottom] = imaging.to_probabilities(planes)
         return SegmentedMask(mask, certain / (height * width), maps)
@@ -171,6 +172,12 @@ class BatchSegmenter:
             return self._logits(image_NHWC)
         image = torch.from_numpy(image_NHWC).to(self.device).permute(0, 3, 1, 2)
         return torch.stack([model(image) for model, _ in self.models]).mean(dim=0)
+
+
+def _finite(logits_NKHW: Tensor) -> Tensor:
+    """Returns which images have finite scores only, bool [N]. A training that went wrong, or fp16 that overflowed, gives
+    others. Decided, they would be black masks."""
+    return logits_NKHW.isfinite().flatten(1).all(dim=1)
 
 
 def _certainty(logits_NKHW: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from unet_ray.models.checkpoint import ModelCard
 
 TIMES = ("decode_ms", "model_ms", "postprocess_ms", "write_ms")
 """Columns for the milliseconds that each stage took for an image."""
+NOT_FINITE = "the network's scores are not finite: try --precision fp32, or train again"
 DECODE_AHEAD_PIXELS = 50_000_000
 """With tiles, the next image is decoded during the segmentation of the current one if the current one has at most this
 many pixels. Two images are then in memory; the next one may have any size."""
@@ -175,6 +176,8 @@ class ToOwnSize:
 
     def __call__(self, chunk: Chunk) -> Iterator[Prediction]:
         for row, error in enumerate(chunk["error"]):
+            if not error and not np.isfinite(chunk["confidence"][row]):
+                error = NOT_FINITE
             started = time.perf_counter()
             segmented = None if error else self._segmented(chunk, row)
             milliseconds = {name: float(chunk[name][row]) for name in ("decode_ms", "model_ms")}
@@ -244,6 +247,7 @@ class SegmentByTiles:
         started = time.perf_counter()
         raw = self.segmenter.by_tiles(pixels, self.tile, self.overlap, probabilities=self.probabilities)
         model_ms, started = _milliseconds_since(started), time.perf_counter()
-        cleaned = SegmentedMask(_cleaned(raw.mask, self.cleanup), raw.confidence, raw.probabilities)
+        finite = np.isfinite(raw.confidence)
+        cleaned = SegmentedMask(_cleaned(raw.mask, self.cleanup), raw.confidence, raw.probabilities) if finite else None
         milliseconds = {"decode_ms": decode_ms, "model_ms": model_ms, "postprocess_ms": _milliseconds_since(started)}
-        return Prediction(cleaned, "", milliseconds)
+        return Prediction(cleaned, "" if finite else NOT_FINITE, milliseconds)

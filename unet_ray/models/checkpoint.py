@@ -232,6 +232,12 @@ def text_entries(data: bytes) -> dict[str, str]:
     return json.loads(_split(data)[0])["__metadata__"]
 
 
+def read_text_entries(location: str) -> dict[str, str]:
+    """Returns the text entries of a safetensors file. It reads only the header, which may be a millionth of it."""
+    with storage.reading(location) as stream:
+        return json.loads(stream.read(int.from_bytes(stream.read(8), "little")))["__metadata__"]
+
+
 def _split(data: bytes) -> tuple[bytes, memoryview]:
     """Returns header (JSON) and data part of a safetensors file. It begins with the header's length in 8 bytes."""
     end = 8 + int.from_bytes(data[:8], "little")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from unet_ray.config import UserError
 from unet_ray.data import storage
-from unet_ray.models.checkpoint import text_entries
+from unet_ray.models.checkpoint import read_text_entries, text_entries
 
 STATE = "state.safetensors"
 
@@ -99,7 +99,7 @@ def read_state(location: str) -> TrainingState | None:
     path = storage.join(location, STATE)
     if not storage.exists(path):
         return None
-    return TrainingState(**json.loads(text_entries(storage.read_bytes(path))["state"]))
+    return TrainingState(**json.loads(read_text_entries(path)["state"]))
 
 
 def _by_owner(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

@@ -15,7 +15,7 @@ lost."""
 
 def configure(verbose: bool = False) -> None:
     """Sets Ray Data's options in this process. A Dataset keeps the options that it was created with, so call this
-    first."""
+    first. `verbose`: show Ray's messages and progress bars."""
     internals.look_for_finished_tasks_often()
     context = DataContext.get_current()
     context.enable_progress_bars = verbose

@@ -27,8 +27,10 @@ class PredictionPictures:
 
     def draw(self, rows: Iterable[dict[str, Any]]) -> Iterator[tuple[str, str]]:
         """Yields (data URI, caption) for the manifest's rows whose mask can be read."""
+        rows = list(rows)
+        in_parquet = _from_parquet(storage.join(self.out, "masks.parquet"), {row["path"] for row in rows})
         for row in rows:
-            ids = self._mask(row)
+            ids = self._mask(row, in_parquet)
             if ids is None:
                 continue
             share = 1 - row["pixels"][0] / max(1, sum(row["pixels"]))
@@ -36,12 +38,11 @@ class PredictionPictures:
             num_classes = 1 if self.classes == 2 else self.classes
             yield data_uri(pictures.overlay(self._picture(row), ids, num_classes)), caption
 
-    def _mask(self, row: dict[str, Any]) -> np.ndarray | None:
+    def _mask(self, row: dict[str, Any], in_parquet: dict[str, bytes]) -> np.ndarray | None:
         try:
             if row["output"]:
                 return imaging.stored_values(storage.read_bytes(storage.join(self.out, *row["output"].split("/"))))
-            data = _from_parquet(storage.join(self.out, "masks.parquet"), row["path"])
-            return None if data is None else imaging.stored_values(data)
+            return imaging.stored_values(in_parquet[row["path"]]) if row["path"] in in_parquet else None
         except (OSError, ImageError):
             return None
 
@@ -55,12 +56,19 @@ class PredictionPictures:
             return np.full((*imaging.fitted(size_hw, SIDE), 3), 128, np.uint8)
 
 
-def _from_parquet(folder: str, path: str) -> bytes | None:
-    """Returns the mask, PNG bytes, that masks.parquet holds for an image; None if it holds none."""
+def _from_parquet(folder: str, paths: set[str]) -> dict[str, bytes]:
+    """Returns path -> mask, PNG bytes, of those images that masks.parquet holds.
+
+    It reads the column of paths, and the masks of row groups that hold one of these.
+    """
     import pyarrow.parquet as pq
 
-    if not storage.exists(folder):
-        return None
-    filesystem, inner = storage.resolve(folder)
-    found = pq.read_table(inner, filesystem=filesystem, columns=["mask"], filters=[("path", "=", path)])
-    return found["mask"][0].as_py() if len(found) else None
+    masks: dict[str, bytes] = {}
+    for name in storage.names_in(folder):
+        with storage.reading(storage.join(folder, name)) as stream, pq.ParquetFile(stream) as file:
+            for number in range(file.num_row_groups):
+                found = file.read_row_group(number, ["path"])["path"].to_pylist()
+                if not paths.isdisjoint(found):
+                    data = file.read_row_group(number, ["mask"])["mask"]
+                    masks |= {path: data[row].as_py() for row, path in enumerate(found) if path in paths}
+    return masks

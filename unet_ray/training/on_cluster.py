@@ -32,7 +32,13 @@ if TYPE_CHECKING:
 
 
 def train_on_cluster(
-    config: TrainConfig, split: Split, holder: Holder, follower: Follower, on_retry: Callable[[str, int], None]
+    config: TrainConfig,
+    split: Split,
+    holder: Holder,
+    follower: Follower,
+    on_retry: Callable[[str, int], None],
+    *,
+    verbose: bool = False,
 ) -> None:
     """Trains, and restarts from the last finished epoch after workers or nodes were lost: up to `compute.retries` times
     in a row without a finished epoch between them.
@@ -44,7 +50,7 @@ def train_on_cluster(
     from unet_ray.ray_backend.data_context import configure
     from unet_ray.ray_backend.training import WorkersLostError, raising_workers_lost
 
-    configure()
+    configure(verbose)
     out = holder.out
     device = autoscaling.pick_device(config.compute.device)
     check_precision(config.train.precision, device)

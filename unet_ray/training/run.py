@@ -64,7 +64,7 @@ def train(
     images, masks_folder = storage.absolute(config.data.images), storage.absolute(config.data.masks)
     pairs = find_pairs(images, masks_folder)
     split = Split.of(pairs, config.data, config.train.seed)
-    config = resolved(config, images, masks_folder, [pair.mask for pair in pairs])
+    config = resolved(config, images, masks_folder, split.train_masks)
     with output_lock(out, run_files.LOCK, "give the same command again with --resume") as lock:
         check_out(config, split, out, resume)
         if (init := first_weights(config, out)) is not None:
@@ -92,7 +92,7 @@ def _train(
             _train_here(config, split, lock.holder, on_epoch, on_step)
         else:
             follower = Follower(out, on_epoch, callbacks.on_step, lock.check)
-            train_on_cluster(config, split, lock.holder, follower, callbacks.on_retry)
+            train_on_cluster(config, split, lock.holder, follower, callbacks.on_retry, verbose=runtime.verbose)
 
 
 def _check_settings(config: TrainConfig) -> None:

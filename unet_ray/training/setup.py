@@ -38,6 +38,11 @@ class Split(NamedTuple):
         return cls([pairs[i] for i in used], [number[i] for i in train], [number[i] for i in val])
 
     @property
+    def train_masks(self) -> list[str]:
+        """Locations of the masks to train on."""
+        return [self.pairs[index].mask for index in self.train]
+
+    @property
     def train_keys(self) -> list[str]:
         return [self.pairs[index].key for index in self.train]
 
@@ -54,15 +59,18 @@ class Split(NamedTuple):
         return Subset(decoded, self.train), Subset(decoded, self.val)
 
 
-def resolved(config: TrainConfig, images: str, masks_folder: str, mask_paths: list[str]) -> TrainConfig:
-    """Fills in the settings that depend on the data, mask values and class weights, and makes paths absolute."""
+def resolved(config: TrainConfig, images: str, masks_folder: str, train_masks: list[str]) -> TrainConfig:
+    """Fills in the settings that depend on the data, mask values and class weights, and makes paths absolute.
+
+    It looks at the masks to train on only: validation must not tell a training anything.
+    """
     data, optimization = dataclasses.replace(config.data, images=images, masks=masks_folder), config.train
     if optimization.init is not None:
         optimization = dataclasses.replace(optimization, init=storage.absolute(optimization.init))
     if data.mask_values is None:
-        data = dataclasses.replace(data, mask_values=masks.infer_values(mask_paths, config.model.num_classes, data))
+        data = dataclasses.replace(data, mask_values=masks.infer_values(train_masks, config.model.num_classes, data))
     if optimization.class_weights == "inverse":
-        optimization = dataclasses.replace(optimization, class_weights=masks.inverse_frequencies(mask_paths, data))
+        optimization = dataclasses.replace(optimization, class_weights=masks.inverse_frequencies(train_masks, data))
     return dataclasses.replace(config, data=data, train=optimization)
 
 
