@@ -175,8 +175,10 @@ class BatchSegmenter:
 
 
 def _finite(logits_NKHW: Tensor) -> Tensor:
-    """Returns which images have finite scores only, bool [N]. A training that went wrong, or fp16 that overflowed, gives
-    others. Decided, they would be black masks."""
+    """Returns which images have finite scores only, bool [N].
+
+    A training that went wrong, or fp16 that overflowed, gives others. Decided, they would be black masks.
+    """
     return logits_NKHW.isfinite().flatten(1).all(dim=1)
 
 
