@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unet_ray import own_process
 from unet_ray.config import ModelConfig, UserError, first_line
 from unet_ray.models import SegmentationModel, build
 
@@ -98,4 +99,5 @@ class Compiled:
 
 def without_cuda_chatter() -> None:
     """Silences torch's message about CUDA's compiler, which it prints even on machines without a GPU."""
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    if own_process.is_own():
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)

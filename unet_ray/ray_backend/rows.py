@@ -13,6 +13,7 @@ import ray
 import ray.data
 from ray.data import DataContext
 
+from unet_ray import own_process
 from unet_ray.config import UserError
 from unet_ray.data import cache
 from unet_ray.data.pairs import Pair
@@ -30,6 +31,7 @@ class DecodePairs:
     decoder: Decodes
 
     def __call__(self, table: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        own_process.claim()
         count = len(table["index"])
         decoded = self.decoder.empty(count)
         errors = np.full(count, "", dtype=object)
@@ -146,6 +148,7 @@ class RayStreamedRows:
 
 @ray.remote
 def _error_of_writing(write: cache.Write, pairs: cache.Pairs) -> str | None:
+    own_process.claim()
     try:
         write(pairs)
     except UserError as error:
