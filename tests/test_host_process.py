@@ -60,7 +60,8 @@ def compare(what, before):
     after = seeded_state()
     for found in (before, after):
         found.update(found.pop("environment", {}))
-    changed = {name: (before.get(name), after.get(name)) for name in {**before, **after} if before.get(name) != after.get(name)}
+    pairs = {name: (before.get(name), after.get(name)) for name in {**before, **after}}
+    changed = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
     assert not changed, (what, changed)
 
 def seeded_state():

@@ -22,6 +22,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from unet_ray import own_process
 from unet_ray.config import IGNORE, MAX_PIXELS, DataConfig, ValueRange
+from unet_ray.data import headers
+from unet_ray.data.headers import NPY_MAGIC, TIFF_MAGIC, ImageError
 
 Source = bytes | Image.Image
 """The bytes of an image file, or an open image, which is loaded but never changed."""
@@ -30,8 +32,6 @@ MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 PERCENTILES = (0.5, 99.5)
 ROTATED = {5, 6, 7, 8}  # EXIF orientations that swap width and height
 ORIENTATION = 0x0112
-NPY_MAGIC = b"\x93NUMPY"
-TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
 def _take_over_pillow() -> None:
@@ -45,10 +45,6 @@ def _take_over_pillow() -> None:
 
 
 own_process.when_claimed(_take_over_pillow)
-
-
-class ImageError(ValueError):
-    """A file that cannot be used as an image or mask. The message gives the reason and does not name the file."""
 
 
 @contextmanager
@@ -69,24 +65,23 @@ def _reading() -> Iterator[None]:
         raise ImageError(f"cannot be decoded: {text or type(error).__name__}") from None
 
 
+def read_file(location: str, max_pixels: int = MAX_PIXELS) -> bytes:
+    """Reads an encoded image or mask, see `headers.read_file`. Raises OSError, ImageError."""
+    return headers.read_file(location, max_pixels)
+
+
 @contextmanager
 def _opened(data: Source, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
     if isinstance(data, Image.Image):
-        _check_pixels(data.width * data.height, max_pixels)
+        headers.check_pixels(data.width * data.height, max_pixels)
         with _reading():
             data.load()  # `draft` can't make a loaded JPEG smaller in place
             yield data
         return
-    if not data:
-        raise ImageError("the file is empty")
+    headers.check_encoded(data)
     with _reading(), Image.open(io.BytesIO(data)) as image:
-        _check_pixels(image.width * image.height, max_pixels)
+        headers.check_pixels(image.width * image.height, max_pixels)
         yield image
-
-
-def _check_pixels(pixels: int, max_pixels: int) -> None:
-    if pixels > max_pixels:
-        raise ImageError(f"{pixels} pixels, more than --max-pixels {max_pixels}")
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -196,30 +191,26 @@ def _array(data: Source, channels: int, max_pixels: int) -> np.ndarray | None:
         return None
     if data.startswith(NPY_MAGIC):
         with _reading():
+            headers.check_npy(data, channels, max_pixels)
             values = np.load(io.BytesIO(data), allow_pickle=False)
     elif data.startswith(TIFF_MAGIC) and channels not in MODES:
         with _reading():
-            values = _tiff_channels_last(data)
+            values = _tiff_channels_last(data, channels, max_pixels)
     else:
         return None
-    if values.ndim == 2:
-        values = values[..., None]
-    if values.ndim != 3 or not values.size or values.dtype.kind not in "biuf":
-        raise ImageError(f"an array {[*values.shape]} of {values.dtype}: numbers [height, width, channels] are needed")
-    _check_pixels(values.shape[0] * values.shape[1], max_pixels)
-    if values.shape[-1] != channels:
-        raise ImageError(f"{values.shape[-1]} channel(s), the model takes {channels}")
-    return values
+    return values[..., None] if values.ndim == 2 else values
 
 
-def _tiff_channels_last(data: bytes) -> np.ndarray:
+def _tiff_channels_last(data: bytes, channels: int, max_pixels: int) -> np.ndarray:
     """Reads a TIFF with any axes as [H,W,C]; all axes except X and Y become channels."""
     try:
         import tifffile
     except ImportError:
         raise ImageError("a TIFF with many channels: install tifffile (the extra `tiff`)") from None
+    headers.check_tiff_pages(data)
     with tifffile.TiffFile(io.BytesIO(data)) as file:
         series = file.series[0]
+        headers.check_tiff_series(series, channels, max_pixels)
         values, axes = series.asarray(), series.axes
     spatial = [axes.index("Y"), axes.index("X")]
     others = [axis for axis in range(values.ndim) if axis not in spatial]

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from unet_ray.config import IGNORE, Cleanup, DataConfig, UserError
-from unet_ray.data import storage
-from unet_ray.data.imaging import ImageError, decode_mask, stored_values
+from unet_ray.data.imaging import ImageError, decode_mask, read_file, stored_values
 
 SAMPLE = 32
 """Number of masks, evenly spaced over the sorted list, that are read to learn their values."""
@@ -24,7 +23,7 @@ def infer_values(mask_paths: Sequence[str], num_classes: int, config: DataConfig
     found: set[int] = set()
     for path in _sample(mask_paths):
         try:
-            found.update(np.unique(stored_values(storage.read_bytes(path))).tolist())
+            found.update(np.unique(stored_values(read_file(path))).tolist())
         except (ImageError, OSError) as error:
             raise UserError(f"{path}: {error}") from None
     found.discard(-1 if config.ignore_index is None else config.ignore_index)
@@ -53,7 +52,7 @@ def inverse_frequencies(mask_paths: Sequence[str], config: DataConfig) -> tuple[
     counts = np.zeros(256, np.int64)
     for path in _sample(mask_paths):
         try:
-            mask, _ = decode_mask(storage.read_bytes(path), config, None)
+            mask, _ = decode_mask(read_file(path), config, None)
         except (ImageError, OSError) as error:
             raise UserError(f"{path}: {error}") from None
         counts += np.bincount(mask.ravel(), minlength=256)

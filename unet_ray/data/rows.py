@@ -19,7 +19,7 @@ import numpy as np
 import psutil
 
 from unet_ray.config import DataConfig, TrainConfig, UserError
-from unet_ray.data import imaging, masks, storage
+from unet_ray.data import imaging, masks
 from unet_ray.data.imaging import ImageError
 from unet_ray.data.pairs import Pair
 
@@ -73,8 +73,8 @@ class Decoder:
     def read(path: str) -> bytes:
         """Reads an encoded file. Raises UserError that names it."""
         try:
-            return storage.read_bytes(path)
-        except OSError as error:
+            return imaging.read_file(path)
+        except (OSError, ImageError) as error:
             raise UserError(f"{path}: {error}") from None
 
     def row(self, encoded_image: bytes, encoded_mask: bytes, image_path: str, mask_path: str) -> Row:

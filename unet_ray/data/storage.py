@@ -108,6 +108,22 @@ def read_bytes(location: str) -> bytes:
         return stream.read()
 
 
+def read_at_most(location: str, count: int) -> bytes:
+    """Reads a file up to this number of bytes. Raises OSError."""
+    if not is_uri(location):
+        with Path(location).open("rb") as stream:
+            # Not `count` at once: Python takes as much memory as it is asked for.
+            return stream.read(min(count, os.fstat(stream.fileno()).st_size + 1))
+    filesystem, path = resolve(location)
+    parts: list[bytes] = []
+    with filesystem.open_input_stream(path) as source:
+        # In parts, because some of pyarrow's streams take memory for as much as they are asked for.
+        while count > 0 and (part := source.read(min(count, 2**26))):
+            parts.append(part)
+            count -= len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
 @contextmanager
 def reading(location: str) -> Iterator[IO[bytes]]:
     """Yields a stream to read a part of a file from. Raises OSError."""

@@ -133,7 +133,7 @@ def _same(keyed: Iterable[tuple[Hashable, str]]) -> list[list[str]]:
 def _differ(masks: Sequence[str]) -> bool:
     """Returns whether these masks differ from each other."""
     try:
-        values = [imaging.stored_values(storage.read_bytes(path)) for path in masks]
+        values = [imaging.stored_values(imaging.read_file(path)) for path in masks]
     except (imaging.ImageError, OSError):
         return False  # another finding reports the damage
     return any(not np.array_equal(one, other) for one, other in itertools.pairwise(values))

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from unet_ray.config import ValueRange
-from unet_ray.data import imaging, storage
+from unet_ray.data import imaging
 from unet_ray.data.imaging import ImageError
 from unet_ray.data.pairs import Pair
 from unet_ray.doctor.files import LOOK, Header
@@ -59,10 +59,10 @@ def look_at(pair: Pair, headers: Mapping[str, Header]) -> Look:
     look = Look(pair, headers[pair.image], headers[pair.mask])
     header = look.image
     try:
-        data = storage.read_bytes(pair.image)
+        data = imaging.read_file(pair.image)
         picture = _look_at_image(look, data)
         header = look.mask
-        _look_at_mask(look, data, storage.read_bytes(pair.mask), picture)
+        _look_at_mask(look, data, imaging.read_file(pair.mask), picture)
     except (ImageError, OSError, ValueError) as reason:
         header.damaged(reason)
     return look
@@ -76,7 +76,7 @@ def values_of(looks: Iterable[Look]) -> set[int]:
 def gray_levels(path: str) -> int:
     """Counts the gray levels of an image; 0 if it can't be read."""
     try:
-        return len(np.unique(imaging.decode_image(storage.read_bytes(path), 1, None, value_range="percentiles")[0]))
+        return len(np.unique(imaging.decode_image(imaging.read_file(path), 1, None, value_range="percentiles")[0]))
     except (ImageError, OSError):
         return 0
 

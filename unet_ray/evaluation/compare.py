@@ -11,7 +11,7 @@ import torch
 
 from unet_ray import metrics
 from unet_ray.config import IGNORE, Cleanup
-from unet_ray.data import imaging, masks, storage
+from unet_ray.data import imaging, masks
 from unet_ray.data.chunks import Chunk, objects
 from unet_ray.data.imaging import ImageError
 from unet_ray.inference.stages import Prediction
@@ -54,7 +54,7 @@ class Compare:
 
     def _ground_truth(self, path: str, size_hw: tuple[int, ...]) -> np.ndarray:
         """Returns the ground truth, uint8 [H,W]. Raises ImageError if it is no mask of this size, or OSError."""
-        ground_truth, own_size = imaging.decode_mask(storage.read_bytes(path), self.card.data, None)
+        ground_truth, own_size = imaging.decode_mask(imaging.read_file(path), self.card.data, None)
         if own_size != size_hw:
             raise ImageError(f"{own_size[1]}x{own_size[0]} pixels, the image {size_hw[1]}x{size_hw[0]}")
         return ground_truth

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from unet_ray.config import EvaluateConfig, UserError
-from unet_ray.data import storage
+from unet_ray.data import imaging, storage
 from unet_ray.data.imaging import ImageError
 from unet_ray.data.pairs import Pair
 from unet_ray.data.progress import OnProgress
@@ -127,7 +127,7 @@ def _images(pairs: Sequence[Pair], reader: Reader, card: ModelCard) -> Iterator[
     side, margin = card.tile if card.model.padding == "valid" else 0, card.model.margin
     for pair in pairs:
         try:
-            image, _ = reader.resized(storage.read_bytes(pair.image), card.image_size)
+            image, _ = reader.resized(imaging.read_file(pair.image), card.image_size)
         except (ImageError, OSError):
             continue
         rows, columns = (

@@ -53,9 +53,7 @@ class Reader:
                 raise ImageError("a folder that cannot be listed")
             if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait forever
                 raise ImageError("not a regular file")
-            if status.st_size > 16 * self.max_pixels:
-                raise ImageError(f"{status.st_size} bytes, more than --max-pixels {self.max_pixels} can be")
-        return storage.read_bytes(path)
+        return imaging.read_file(path, self.max_pixels)
 
     def resized(self, data: Source | str, size_hw: tuple[int, int] | None) -> tuple[np.ndarray, tuple[int, int]]:
         """Decodes an image and resizes it to `size_hw`, see `imaging.decode_image`. Raises ImageError."""

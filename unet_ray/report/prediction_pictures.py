@@ -41,7 +41,7 @@ class PredictionPictures:
     def _mask(self, row: dict[str, Any], in_parquet: dict[str, bytes]) -> np.ndarray | None:
         try:
             if row["output"]:
-                return imaging.stored_values(storage.read_bytes(storage.join(self.out, *row["output"].split("/"))))
+                return imaging.stored_values(imaging.read_file(storage.join(self.out, *row["output"].split("/"))))
             return imaging.stored_values(in_parquet[row["path"]]) if row["path"] in in_parquet else None
         except (OSError, ImageError):
             return None
@@ -50,7 +50,7 @@ class PredictionPictures:
         """Returns the picture, or plain gray if the image was moved, is inside a Parquet file, or has many channels."""
         size_hw = row["height"], row["width"]
         try:
-            data = storage.read_bytes(os.fsdecode(row["location"]))
+            data = imaging.read_file(os.fsdecode(row["location"]))
             return Reader(3, None, 2 * MAX_PIXELS).picture(data, size_hw, SIDE)
         except (OSError, ImageError, UserError):
             return np.full((*imaging.fitted(size_hw, SIDE), 3), 128, np.uint8)

@@ -8,7 +8,7 @@ import numpy as np
 
 from unet_ray.api import Segmenter
 from unet_ray.config import IGNORE, MAX_PIXELS
-from unet_ray.data import imaging, pictures, storage
+from unet_ray.data import imaging, pictures
 from unet_ray.data.pairs import Pair
 from unet_ray.inference.reader import Reader
 from unet_ray.metrics import Scores
@@ -67,8 +67,8 @@ def _legend(card: ModelCard) -> list[tuple[str, str]]:
 def _row(segmenter: Segmenter, pair: Pair, card: ModelCard, caption: str) -> Row:
     """Returns the row: picture, ground truth, prediction, differences."""
     classes = card.model.num_classes
-    data = storage.read_bytes(pair.image)
-    ground_truth, _ = imaging.decode_mask(storage.read_bytes(pair.mask), card.data, None)
+    data = imaging.read_file(pair.image)
+    ground_truth, _ = imaging.decode_mask(imaging.read_file(pair.mask), card.data, None)
     picture = Reader.of(card, MAX_PIXELS).picture(data, ground_truth.shape, SIDE)
     size_hw = picture.shape[:2]
     true_ids = resized_ids(ground_truth, size_hw)

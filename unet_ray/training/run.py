@@ -65,13 +65,21 @@ def train(
     pairs = find_pairs(images, masks_folder)
     split = Split.of(pairs, config.data, config.train.seed)
     config = resolved(config, images, masks_folder, split.train_masks)
+    if not storage.exists(storage.join(out, run_files.LOCK)):  # else another training may be at work: the lock tells
+        _check_out(config, split, out, resume)
     with output_lock(out, run_files.LOCK, "give the same command again with --resume") as lock:
-        check_out(config, split, out, resume)
-        if (init := first_weights(config, out)) is not None:
-            checkpoint.check_init(init, config.model)
+        # Again, because another training may have begun and ended before this one got the lock.
+        _check_out(config, split, out, resume)
         callbacks.on_start(split)
         _train(config, split, out, runtime, lock, callbacks)
     return storage.patiently(lambda: result_of(out), out)
+
+
+def _check_out(config: TrainConfig, split: Split, out: str, resume: bool) -> None:
+    """Raises UserError if this training can't write into `out`, or can't begin with the weights it is given."""
+    check_out(config, split, out, resume)
+    if (init := first_weights(config, out)) is not None:
+        checkpoint.check_init(init, config.model)
 
 
 def _train(
