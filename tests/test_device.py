@@ -12,7 +12,6 @@ from unet_ray.models.device import ONE_HEAP
 FEWEST_FAULTS = """
 import resource, sys, threading
 import torch
-from unet_ray import own_process
 from unet_ray.models.device import keep_freed_memory
 
 def faults():
@@ -29,7 +28,6 @@ def take():
     print(min(took))
 
 if sys.argv[1] == "kept":
-    own_process.claim()
     keep_freed_memory(of_any_size=True)
 if sys.argv[2] == "thread":
     thread = threading.Thread(target=take)
