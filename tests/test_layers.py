@@ -29,7 +29,6 @@ ORDER = [
     "settings",
     "config",
     "registry",
-    "own_process",
 ]
 """The folders and files of the package from top to bottom: each imports from itself and from what stands below."""
 APART = [{"training", "inference"}]

@@ -15,12 +15,11 @@ import io
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from unet_ray import own_process
 from unet_ray.config import MAX_PIXELS, EvaluateConfig, MaskOptions, PredictConfig, TrainConfig, UserError
 from unet_ray.data import imaging, masks, pictures, storage
 from unet_ray.data.chunks import objects
@@ -44,21 +43,8 @@ Watch = Callbacks
 
 Location = str | os.PathLike[str]
 """A path, or a URI (`s3://`, `gs://`, `file://`)."""
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def _host_unchanged(function: Function) -> Function:
-    """Makes a function put back what it changes in its process, see `own_process.unchanged`."""
-
-    @functools.wraps(function)
-    def call(*arguments: Any, **options: Any) -> Any:
-        with own_process.unchanged():
-            return function(*arguments, **options)
-
-    return cast("Function", call)
-
-
-@_host_unchanged
 def train(
     images: Location | None = None,
     masks: Location | None = None,
@@ -108,7 +94,6 @@ def train(
     return training.train(built, os.fspath(out), runtime=Runtime(local, verbose), resume=resume, callbacks=watch)
 
 
-@_host_unchanged
 def predict(
     model: Location,
     inputs: Location | Iterable[Location],
@@ -149,7 +134,6 @@ def predict(
     return prediction.predict(config, runtime=Runtime(local, verbose), on_progress=on_progress)
 
 
-@_host_unchanged
 def evaluate(
     model: Location,
     images: Location | None = None,
@@ -284,9 +268,8 @@ class Segmenter:
                 "backend": backend,
             },
         )
-        with own_process.unchanged():
-            self.pipeline = pipeline_of(os.fspath(model), options).chosen_here()
-            self.batches = self.pipeline.segmenter()
+        self.pipeline = pipeline_of(os.fspath(model), options).chosen_here()
+        self.batches = self.pipeline.segmenter()
 
     def __repr__(self) -> str:
         card = self.pipeline.card

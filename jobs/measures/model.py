@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from measures.common import Apart, Job, Line, arithmetic_for, dice, in_turns, mask_of, network_of, table
-from unet_ray import own_process
 from unet_ray.inference import backends
 from unet_ray.models import checkpoint, compiling
 from unet_ray.models.device import bf16_is_fast, keep_freed_memory
@@ -38,7 +37,6 @@ def networks(job: Job) -> Iterator[tuple[str, backends.Network]]:
 
 
 def model_section(job: Job) -> Iterator[Line]:
-    own_process.claim()
     keep_freed_memory(of_any_size=True)
     decoded = job.decoded(16)
     ours = {name: partial(mask_of, network, job=job) for name, network in networks(job)}

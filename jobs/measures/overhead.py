@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 
 from measures.common import Job, Line, table
-from unet_ray import own_process
 from unet_ray.config import Cleanup
 from unet_ray.data.chunks import Chunk, Stage
 from unet_ray.inference.formats import formats_of
@@ -88,7 +87,6 @@ class Way:
 
     def bare(self, numbers: Sequence[int]) -> None:
         """Runs all stages one after the other, in this process."""
-        own_process.claim()
         keep_freed_memory()
         torch.set_num_threads(1)
         preprocess, model, postprocess = self.stages()

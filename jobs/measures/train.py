@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from measures.common import Apart, Job, Line, in_turns, table
 from measures.decode import by_pillow
-from unet_ray import own_process
 from unet_ray.config import TrainConfig
 from unet_ray.data import rows
 from unet_ray.data.pairs import Pair
@@ -68,7 +67,6 @@ def plain_steps(config: TrainConfig, pairs: list[Pair], device: str) -> Callable
 
 def our_steps(config: TrainConfig, pairs: list[Pair], device: str, compiled: bool) -> Callable[[], float]:
     """Returns the training step of `unet-ray train --local`; with `compiled`, the step of long trainings."""
-    own_process.claim()
     keep_freed_memory(of_any_size=True)
     prepared = prepare(config, torch.device(device))
     prepared.ddp_network.train()

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from unet_ray import __version__, own_process
+from unet_ray import __version__
 from unet_ray.cli import (
     demo,
     doctor,
@@ -33,7 +33,6 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Runs a command. A UserError gives one line on stderr and exit code 2; Ctrl-C and SIGTERM give code 130."""
-        own_process.claim()
         stop_like_ctrl_c()
         try:
             return super().invoke(ctx)

@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from unet_ray import own_process
 from unet_ray.config import IGNORE, MAX_PIXELS, DataConfig, ValueRange
 from unet_ray.data import headers
 from unet_ray.data.headers import NPY_MAGIC, TIFF_MAGIC, ImageError
@@ -29,33 +28,31 @@ Source = bytes | Image.Image
 """The bytes of an image file, or an open image, which is loaded but never changed."""
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 """Channels -> Pillow's mode."""
+Image.MAX_IMAGE_PIXELS = None  # --max-pixels (`MAX_PIXELS`) replaces Pillow's own limit
 PERCENTILES = (0.5, 99.5)
 ROTATED = {5, 6, 7, 8}  # EXIF orientations that swap width and height
 ORIENTATION = 0x0112
 
 
-def _take_over_pillow() -> None:
-    """Replaces Pillow's limit of pixels by --max-pixels (`MAX_PIXELS`), and keeps it and its C library from printing
-    about odd files: errors become `ImageError`."""
-    Image.MAX_IMAGE_PIXELS = None
-    warnings.filterwarnings("ignore", module=r"PIL\.")
+def _silence_libtiff() -> None:
+    """Keeps the C library in Pillow's wheels from printing about damaged files, which Pillow's errors report."""
     for library in (Path(PIL.__file__).parents[1] / "pillow.libs").glob("libtiff*"):
         with suppress(OSError, AttributeError):
             ctypes.CDLL(str(library)).TIFFSetErrorHandler(None)
 
 
-own_process.when_claimed(_take_over_pillow)
+_silence_libtiff()
 
 
 @contextmanager
 def _reading() -> Iterator[None]:
     """Turns all errors that reading a file raises into ImageError."""
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about odd EXIF or large images; Pillow raises if it can't read one
+            yield
     except ImageError:
         raise
-    except Image.DecompressionBombError:
-        raise ImageError("more pixels than PIL.Image.MAX_IMAGE_PIXELS of this process allows") from None
     except UnidentifiedImageError:
         raise ImageError("not an image, or of a format that Pillow can't read") from None
     except MemoryError:

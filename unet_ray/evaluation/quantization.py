@@ -139,9 +139,9 @@ def _images(pairs: Sequence[Pair], reader: Reader, card: ModelCard) -> Iterator[
 
 def _in_int8(network: Any, images: Sequence[np.ndarray]) -> Any:
     """Returns an openvino.Model in int8. The images give the ranges of its activations."""
+    backends.without_telemetry()
     compiling.without_cuda_chatter()
-    with backends.without_telemetry():
-        import nncf
+    import nncf
 
     logging.getLogger("nncf").setLevel(logging.ERROR)  # NNCF's own function would silence other loggers' handlers, too
     network.reshape(list(images[0].shape))

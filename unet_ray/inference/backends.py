@@ -13,8 +13,7 @@ import platform
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -207,19 +206,9 @@ def read_int8(stem: str) -> Any:
     return _read(stem)
 
 
-@contextmanager
-def without_telemetry() -> Iterator[None]:
-    """Hides, in a `with` block, the package through which OpenVINO's converter and NNCF report each use to their maker.
-    They look for it when they are imported."""
-    name = "openvino_telemetry"
-    hidden = name not in sys.modules
-    if hidden:
-        sys.modules[name] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        if hidden:
-            sys.modules.pop(name, None)
+def without_telemetry() -> None:
+    """Hides the package through which OpenVINO's converter and NNCF report each use to their maker."""
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 
 def export(model: SegmentationModel, card: ModelCard) -> Any:
@@ -227,12 +216,13 @@ def export(model: SegmentationModel, card: ModelCard) -> Any:
 
     Raises _DiffersError if its output differs from torch's.
     """
+    without_telemetry()
+    import openvino
+
     wrapped, channels = _ChannelsLast(model), card.model.in_channels
     # The graph holds for every size, so it is traced with a small image.
     images = _noise(channels, _two_sides(model, card))
-    with warnings.catch_warnings(), without_telemetry(), torch.no_grad():
-        import openvino
-
+    with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # the tracer warns of every branch, even if it depends only on sizes
         traced = torch.jit.trace(wrapped, images[0], check_trace=False)
         network = openvino.convert_model(traced, input=[[1, -1, -1, channels]])

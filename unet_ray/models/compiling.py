@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unet_ray import own_process
 from unet_ray.config import ModelConfig, UserError, first_line
 from unet_ray.models import SegmentationModel, build
 
@@ -99,5 +98,4 @@ class Compiled:
 
 def without_cuda_chatter() -> None:
     """Silences torch's message about CUDA's compiler, which it prints even on machines without a GPU."""
-    if own_process.is_own():
-        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)

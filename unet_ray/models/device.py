@@ -11,7 +11,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from unet_ray import own_process
 from unet_ray.config import DataConfig, ModelConfig, UserError
 from unet_ray.models.tiles import by_tiles, mirror_margin
 
@@ -80,11 +79,8 @@ def keep_freed_memory(*, of_any_size: bool = False) -> None:
     decoding and writing was 27 % faster, and a training step of U-Net base 64 on four images of 512² was 14 % faster.
 
     `of_any_size`: also keep blocks over 32 MiB, which a network takes at every step. Don't use it if the size of the
-    arrays keeps changing, since gaps would add up. Without glibc (musl, macOS, Windows) the function does nothing, nor
-    does it in a host's process, whose memory is not ours to arrange.
+    arrays keeps changing, since gaps would add up. Without glibc (musl, macOS, Windows) the function does nothing.
     """
-    if not own_process.is_own():
-        return
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):

@@ -15,7 +15,6 @@ import ray.data
 from ray.data import ActorPoolStrategy, DataContext, Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
-from unet_ray import own_process
 from unet_ray.config import UserError
 from unet_ray.data import storage
 from unet_ray.data.chunks import Chunk, Stage
@@ -179,7 +178,6 @@ class _Preprocess:
     preprocess: Callable[[int], Chunk]
 
     def __call__(self, table: Chunk) -> Chunk:
-        own_process.claim()
         keep_freed_memory()  # of images at full size
         assert len(table["number"]) == 1, "a block holds one chunk"
         return _or_raised(self.preprocess, int(table["number"][0]))
@@ -192,7 +190,6 @@ class _UnlessEmpty:
     stage: Stage
 
     def __call__(self, chunk: Chunk) -> Chunk:
-        own_process.claim()
         keep_freed_memory()
         return _or_raised(self.stage, chunk) if _rows(chunk) and RAISED not in chunk else chunk
 
@@ -201,7 +198,6 @@ class _ModelActor:
     """The model stage in the form that Ray Data needs: a class that each actor instantiates once."""
 
     def __init__(self, model: Callable[[int | None], Stage], threads: int | None, roll: Any) -> None:
-        own_process.claim()
         try:
             stage = replicas.load_as_called(roll, partial(model, threads))
         except UserError as error:

@@ -13,7 +13,6 @@ import ray
 import ray.data
 from ray.data import DataContext
 
-from unet_ray import own_process
 from unet_ray.config import UserError
 from unet_ray.data import cache
 from unet_ray.data.pairs import Pair
@@ -31,7 +30,6 @@ class DecodePairs:
     decoder: Decodes
 
     def __call__(self, table: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        own_process.claim()
         count = len(table["index"])
         decoded = self.decoder.empty(count)
         errors = np.full(count, "", dtype=object)
@@ -148,7 +146,6 @@ class RayStreamedRows:
 
 @ray.remote
 def _error_of_writing(write: cache.Write, pairs: cache.Pairs) -> str | None:
-    own_process.claim()
     try:
         write(pairs)
     except UserError as error:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-from unet_ray import own_process
 from unet_ray.ray_backend import internals
 
 _own_ray = False
@@ -51,11 +50,6 @@ def ray_session(verbose: bool = False) -> Iterator[None]:
     Uses the connection that this process already has, or else the cluster that RAY_ADDRESS names (it is set in a job).
     Otherwise starts a Ray on this machine, and at the end stops it and deletes its files.
     """
-    with own_process.unchanged():
-        yield from _session(verbose)
-
-
-def _session(verbose: bool) -> Iterator[None]:
     for name, value in internals.ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if not verbose:
@@ -78,14 +72,9 @@ def _session(verbose: bool) -> Iterator[None]:
 def _connected(options: dict[str, Any], verbose: bool) -> Iterator[None]:
     import ray
 
-    handler = signal.getsignal(signal.SIGTERM)
     with nullcontext() if verbose else _stderr_to_nowhere():
         ray.init(**options)
-    # `ray.init` has installed its own handler of SIGTERM.
-    if own_process.is_own():
-        stop_like_ctrl_c()
-    elif handler is not None and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, handler)
+    stop_like_ctrl_c()  # `ray.init` has installed its own handler
     try:
         yield
     finally:

@@ -14,7 +14,6 @@ import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device
 
-from unet_ray import own_process
 from unet_ray.config import UserError, first_line
 from unet_ray.data import storage
 from unet_ray.ray_backend import nodes
@@ -86,7 +85,6 @@ def raising_workers_lost() -> Iterator[None]:
 
 def _run_worker(arguments: dict[str, Any]) -> None:
     """Runs in each of Ray Train's workers."""
-    own_process.claim()
     with writing_errors(arguments["errors"], ray.train.get_context().get_world_rank()):
         arguments["worker"](get_device())
 
