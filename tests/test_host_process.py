@@ -22,7 +22,6 @@ warnings.simplefilter("once")
 logging.getLogger("ray").setLevel(logging.INFO)
 logging.getLogger("ray.data").setLevel(logging.INFO)
 LOGGERS = [None, "ray", "ray.data", "ray.train", "torch.utils.cpp_extension", "nncf", "unet_ray"]
-UNCHANGED = {"environment": dict(os.environ)}
 
 def freed_memory_returns():
     libc = ctypes.CDLL(None)
@@ -37,12 +36,14 @@ def state():
     loggers = {str(name): logging.getLogger(name) for name in LOGGERS}
     found = {
         "Pillow's limit": Image.MAX_IMAGE_PIXELS,
-        "warnings": [str(f) for f in warnings.filters],
+        # Libraries add filters for their own warnings when they are imported.
+        "warnings": [str(f) for f in warnings.filters if f[2].__module__ == "builtins"],
         "signals": [str(signal.getsignal(s)) for s in (signal.SIGTERM, signal.SIGINT)],
         "threads": torch.get_num_threads(),
         "torch": [str(torch.get_default_dtype()), torch.are_deterministic_algorithms_enabled(),
                   torch.get_float32_matmul_precision(), torch.is_grad_enabled(), torch.is_inference_mode_enabled()],
-        "environment": dict(os.environ),
+        # torch names the folder of compiled code, which is its default, as soon as its compiler is imported.
+        "environment": {n: v for n, v in os.environ.items() if n != "TORCHINDUCTOR_CACHE_DIR"},
         "folder": os.getcwd(),
         "start method": multiprocessing.get_start_method(allow_none=True),
         "telemetry": "openvino_telemetry" in sys.modules and sys.modules["openvino_telemetry"] is None,
@@ -63,7 +64,11 @@ def compare(call, before):
     after = state()
     for name in before:
         if before[name] != after[name]:
-            changed[f"{name}, after {call}"] = [before[name], after[name]]
+            one, two = before[name], after[name]
+            if isinstance(one, dict):
+                names = [key for key in {**one, **two} if one.get(key) != two.get(key)]
+                one, two = ({key: values.get(key) for key in names} for values in (one, two))
+            changed[f"{name}, after {call}"] = [one, two]
 
 before = state()
 import unet_ray

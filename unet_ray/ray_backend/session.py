@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 import shutil
 import signal
 import sys
@@ -63,13 +64,13 @@ def ray_session(verbose: bool = False) -> Iterator[None]:
 def _put_back(wanted: Mapping[str, str]) -> Iterator[None]:
     """Sets environment variables that nobody has set, and puts back what we and Ray change in this process.
 
-    In the end the environment, the loggers, the handler of SIGTERM and Ray Data's options are as `import ray.data`
+    In the end the environment, the loggers, the handler of SIGTERM, Python's random numbers and Ray Data's options are as `import ray.data`
     leaves them. Only the main thread can set a handler.
     """
     before = dict(os.environ)
     for name, value in wanted.items():
         os.environ.setdefault(name, value)
-    handler = signal.getsignal(signal.SIGTERM)
+    handler, numbers = signal.getsignal(signal.SIGTERM), random.getstate()
     import ray.data
 
     found = map(logging.getLogger, LOGGERS)
@@ -82,6 +83,7 @@ def _put_back(wanted: Mapping[str, str]) -> Iterator[None]:
             yield
     finally:
         internals.look_for_finished_tasks_often(waits)
+        random.setstate(numbers)  # Ray draws names
         for logger, level, propagate, handlers in loggers:
             logger.level, logger.propagate, logger.handlers = level, propagate, handlers
             logger.setLevel(level)  # forgets what was cached
