@@ -36,8 +36,8 @@ def state():
     loggers = {str(name): logging.getLogger(name) for name in LOGGERS}
     found = {
         "Pillow's limit": Image.MAX_IMAGE_PIXELS,
-        # Libraries add filters for their own warnings when they are imported.
-        "warnings": [str(f) for f in warnings.filters if f[2].__module__ == "builtins"],
+        # Libraries add filters for their own warnings when they are imported: of their classes, or with their texts.
+        "warnings": [str(f) for f in warnings.filters if f[2].__module__ == "builtins" and f[1] is None],
         "signals": [str(signal.getsignal(s)) for s in (signal.SIGTERM, signal.SIGINT)],
         "threads": torch.get_num_threads(),
         "torch": [str(torch.get_default_dtype()), torch.are_deterministic_algorithms_enabled(),

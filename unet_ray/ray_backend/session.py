@@ -64,8 +64,8 @@ def ray_session(verbose: bool = False) -> Iterator[None]:
 def _put_back(wanted: Mapping[str, str]) -> Iterator[None]:
     """Sets environment variables that nobody has set, and puts back what we and Ray change in this process.
 
-    In the end the environment, the loggers, the handler of SIGTERM, Python's random numbers and Ray Data's options are as `import ray.data`
-    leaves them. Only the main thread can set a handler.
+    In the end the environment, the loggers, the handler of SIGTERM, Python's random numbers and Ray Data's options are
+    as `import ray.data` leaves them. Only the main thread can set a handler.
     """
     before = dict(os.environ)
     for name, value in wanted.items():
