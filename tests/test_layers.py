@@ -28,6 +28,7 @@ ORDER = [
     "data",
     "settings",
     "config",
+    "own_process",
     "registry",
 ]
 """The folders and files of the package from top to bottom: each imports from itself and from what stands below."""

@@ -15,6 +15,7 @@ from measures.common import Apart, Job, Line, arithmetic_for, dice, in_turns, ma
 from unet_ray.inference import backends
 from unet_ray.models import checkpoint, compiling
 from unet_ray.models.device import bf16_is_fast, keep_freed_memory
+from unet_ray.own_process import claim
 
 
 def plain_network(job: Job) -> Callable[[np.ndarray], np.ndarray]:
@@ -37,6 +38,7 @@ def networks(job: Job) -> Iterator[tuple[str, backends.Network]]:
 
 
 def model_section(job: Job) -> Iterator[Line]:
+    claim()
     keep_freed_memory(of_any_size=True)
     decoded = job.decoded(16)
     ours = {name: partial(mask_of, network, job=job) for name, network in networks(job)}

@@ -27,6 +27,7 @@ from unet_ray.inference.stages import Chunks, DecodeImages, MasksToSink, Preproc
 from unet_ray.inference.write import Write
 from unet_ray.models.checkpoint import ModelCard
 from unet_ray.models.device import keep_freed_memory
+from unet_ray.own_process import claim
 from unet_ray.ray_backend.data_context import configure
 from unet_ray.ray_backend.inference import pool_of_replicas, run_on_cluster
 from unet_ray.ray_backend.session import ray_session
@@ -87,6 +88,7 @@ class Way:
 
     def bare(self, numbers: Sequence[int]) -> None:
         """Runs all stages one after the other, in this process."""
+        claim()
         keep_freed_memory()
         torch.set_num_threads(1)
         preprocess, model, postprocess = self.stages()

@@ -20,6 +20,7 @@ from unet_ray.data import rows
 from unet_ray.data.pairs import Pair
 from unet_ray.models import build, compiling
 from unet_ray.models.device import keep_freed_memory
+from unet_ray.own_process import claim
 from unet_ray.ray_backend.session import Runtime
 from unet_ray.settings import load_train_config
 from unet_ray.training.results import read_metrics
@@ -67,6 +68,7 @@ def plain_steps(config: TrainConfig, pairs: list[Pair], device: str) -> Callable
 
 def our_steps(config: TrainConfig, pairs: list[Pair], device: str, compiled: bool) -> Callable[[], float]:
     """Returns the training step of `unet-ray train --local`; with `compiled`, the step of long trainings."""
+    claim()
     keep_freed_memory(of_any_size=True)
     prepared = prepare(config, torch.device(device))
     prepared.ddp_network.train()

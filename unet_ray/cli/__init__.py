@@ -25,6 +25,7 @@ from unet_ray.cli import (
     train,
 )
 from unet_ray.config import UserError
+from unet_ray.own_process import claim
 from unet_ray.ray_backend.session import stop_like_ctrl_c
 
 
@@ -33,6 +34,7 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Runs a command. A UserError gives one line on stderr and exit code 2; Ctrl-C and SIGTERM give code 130."""
+        claim()
         stop_like_ctrl_c()
         try:
             return super().invoke(ctx)

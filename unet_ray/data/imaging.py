@@ -9,10 +9,12 @@ from __future__ import annotations
 import ctypes
 import io
 import re
+import threading
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL
@@ -28,28 +30,61 @@ Source = bytes | Image.Image
 """The bytes of an image file, or an open image, which is loaded but never changed."""
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 """Channels -> Pillow's mode."""
-Image.MAX_IMAGE_PIXELS = None  # --max-pixels (`MAX_PIXELS`) replaces Pillow's own limit
 PERCENTILES = (0.5, 99.5)
 ROTATED = {5, 6, 7, 8}  # EXIF orientations that swap width and height
 ORIENTATION = 0x0112
 
 
-def _silence_libtiff() -> None:
-    """Keeps the C library in Pillow's wheels from printing about damaged files, which Pillow's errors report."""
+def _setter_of_libtiff() -> Callable[[int | None], int | None]:
+    """Returns the function that sets what the C library in Pillow's wheels calls to print errors; it returns the former
+    one, as an address."""
     for library in (Path(PIL.__file__).parents[1] / "pillow.libs").glob("libtiff*"):
         with suppress(OSError, AttributeError):
-            ctypes.CDLL(str(library)).TIFFSetErrorHandler(None)
+            setter = ctypes.CDLL(str(library)).TIFFSetErrorHandler
+            setter.restype, setter.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+            return setter
+    return lambda former: former
 
 
-_silence_libtiff()
+_set_libtiff = _setter_of_libtiff()
+_lock = threading.Lock()
+_inside = 0  # `without_pillows_limit` blocks that run now, in all threads
+_former: Any = None  # what the last of them puts back
+
+
+@contextmanager
+def without_pillows_limit() -> Iterator[None]:
+    """Lifts Pillow's own limit for a `with` block, since --max-pixels (`MAX_PIXELS`) replaces it, and hides warnings
+    and what libtiff prints about damaged files, which Pillow's errors report.
+
+    All three belong to the whole process, which may be a host's: the last block to end, of those that run in several
+    threads, puts them back.
+    """
+    global _inside, _former
+    with _lock:
+        if _inside == 0:
+            quiet = warnings.catch_warnings()
+            quiet.__enter__()
+            warnings.simplefilter("ignore")  # about odd EXIF data; Pillow raises if it can't read an image
+            _former = quiet, Image.MAX_IMAGE_PIXELS, _set_libtiff(None)
+            Image.MAX_IMAGE_PIXELS = None
+        _inside += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _inside -= 1
+            if _inside == 0:
+                quiet, Image.MAX_IMAGE_PIXELS, printer = _former
+                _set_libtiff(printer)
+                quiet.__exit__(None, None, None)
 
 
 @contextmanager
 def _reading() -> Iterator[None]:
     """Turns all errors that reading a file raises into ImageError."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about odd EXIF or large images; Pillow raises if it can't read one
+        with without_pillows_limit():
             yield
     except ImageError:
         raise
@@ -236,7 +271,8 @@ class Pixels:
         if self.array is not None:
             part = self.array[top:bottom, left:right]
         else:
-            part = np.asarray(self.image.crop((left, top, right, bottom)))
+            with without_pillows_limit():
+                part = np.asarray(self.image.crop((left, top, right, bottom)))
             part = part[..., None] if part.ndim == 2 else part
         return part[rows - top][:, columns - left]
 

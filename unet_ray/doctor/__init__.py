@@ -7,7 +7,6 @@ Reads names and headers of all files, and pixels of a sample of the pairs. An `e
 from __future__ import annotations
 
 import os
-import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +14,7 @@ from typing import Any
 
 from unet_ray.config import MAX_PIXELS
 from unet_ray.data import storage
+from unet_ray.data.imaging import without_pillows_limit
 from unet_ray.data.inputs import ImageFile, evenly
 from unet_ray.data.pairs import Pair
 from unet_ray.data.progress import OnProgress
@@ -53,8 +53,7 @@ def examine(
     `samples`: pairs whose pixels are read. `timing`: time a training step for `Report.expected`. `on_progress` gets
     damaged files as failed. Raises UserError if there is no such folder.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # from Pillow, about odd EXIF data and the like; real problems become findings
+    with without_pillows_limit():  # real problems become findings
         found = listing(images, masks)
         headers, looks = _read(found, samples, max_pixels, on_progress)
         traits, findings = _judge(found, headers, looks)

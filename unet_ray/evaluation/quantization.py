@@ -31,6 +31,7 @@ from unet_ray.models import checkpoint, compiling
 from unet_ray.models.checkpoint import ModelCard
 from unet_ray.models.device import instruction_set
 from unet_ray.models.tiles import mirrored
+from unet_ray.own_process import is_own
 from unet_ray.ray_backend.session import LOCAL
 
 MAY_FALL = 0.001
@@ -139,13 +140,14 @@ def _images(pairs: Sequence[Pair], reader: Reader, card: ModelCard) -> Iterator[
 
 def _in_int8(network: Any, images: Sequence[np.ndarray]) -> Any:
     """Returns an openvino.Model in int8. The images give the ranges of its activations."""
-    backends.without_telemetry()
     compiling.without_cuda_chatter()
-    import nncf
-
-    logging.getLogger("nncf").setLevel(logging.ERROR)  # NNCF's own function would silence other loggers' handlers, too
     network.reshape(list(images[0].shape))
-    with redirect_stdout(StringIO()):  # hides progress bars
+    with backends.without_telemetry(), redirect_stdout(StringIO()):  # hides progress bars
+        import nncf
+
+        if is_own():
+            # NNCF's own function would silence other loggers' handlers, too.
+            logging.getLogger("nncf").setLevel(logging.ERROR)
         quantized = nncf.quantize(network, nncf.Dataset(list(images)), subset_size=len(images))
     quantized.reshape([1, -1, -1, images[0].shape[-1]])
     return quantized

@@ -5,6 +5,7 @@ Legend: N images, C channels, K classes (1 for a single logit), H, W pixels.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import itertools
@@ -13,7 +14,7 @@ import platform
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -206,9 +207,17 @@ def read_int8(stem: str) -> Any:
     return _read(stem)
 
 
-def without_telemetry() -> None:
-    """Hides the package through which OpenVINO's converter and NNCF report each use to their maker."""
+@contextlib.contextmanager
+def without_telemetry() -> Iterator[None]:
+    """Hides, for a `with` block, the package through which OpenVINO's converter and NNCF report each use to their
+    maker."""
+    hidden = "openvino_telemetry" not in sys.modules
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        if hidden and sys.modules.get("openvino_telemetry") is None:
+            sys.modules.pop("openvino_telemetry", None)
 
 
 def export(model: SegmentationModel, card: ModelCard) -> Any:
@@ -216,13 +225,12 @@ def export(model: SegmentationModel, card: ModelCard) -> Any:
 
     Raises _DiffersError if its output differs from torch's.
     """
-    without_telemetry()
-    import openvino
-
     wrapped, channels = _ChannelsLast(model), card.model.in_channels
     # The graph holds for every size, so it is traced with a small image.
     images = _noise(channels, _two_sides(model, card))
-    with warnings.catch_warnings(), torch.no_grad():
+    with without_telemetry(), warnings.catch_warnings(), torch.no_grad():
+        import openvino
+
         warnings.simplefilter("ignore")  # the tracer warns of every branch, even if it depends only on sizes
         traced = torch.jit.trace(wrapped, images[0], check_trace=False)
         network = openvino.convert_model(traced, input=[[1, -1, -1, channels]])

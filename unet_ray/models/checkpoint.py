@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import safetensors.torch
+import torch
 from torch import nn
 
 from unet_ray import __version__
@@ -155,7 +156,8 @@ def load_model(location: str) -> tuple[SegmentationModel, ModelCard]:
     json_card = read_card(location)
     if dataclasses.replace(json_card, scores=card.scores, weights_sha256=card.weights_sha256) != card:
         raise UserError(f"{location}: {CARD} and {WEIGHTS} are of different models: copy the folder again, whole")
-    model = build(dataclasses.replace(card.model, pretrained=False))
+    with torch.random.fork_rng([]):  # the first weights draw from the process's random numbers; these are a host's
+        model = build(dataclasses.replace(card.model, pretrained=False))
     model.load_state_dict(safetensors.torch.load(data))
     return model, card
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from unet_ray.config import ModelConfig, UserError, first_line
 from unet_ray.models import SegmentationModel, build
+from unet_ray.own_process import is_own
 
 log = logging.getLogger("unet_ray")
 
@@ -97,5 +98,7 @@ class Compiled:
 
 
 def without_cuda_chatter() -> None:
-    """Silences torch's message about CUDA's compiler, which it prints even on machines without a GPU."""
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    """Silences torch's message about CUDA's compiler, which it prints even on machines without a GPU. A host's process
+    keeps its loggers as they are."""
+    if is_own():
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from unet_ray.config import DataConfig, ModelConfig, UserError
 from unet_ray.models.tiles import by_tiles, mirror_margin
+from unet_ray.own_process import is_own
 
 
 def device_here(wanted: str, workers: int) -> torch.device:
@@ -79,8 +80,11 @@ def keep_freed_memory(*, of_any_size: bool = False) -> None:
     decoding and writing was 27 % faster, and a training step of U-Net base 64 on four images of 512² was 14 % faster.
 
     `of_any_size`: also keep blocks over 32 MiB, which a network takes at every step. Don't use it if the size of the
-    arrays keeps changing, since gaps would add up. Without glibc (musl, macOS, Windows) the function does nothing.
+    arrays keeps changing, since gaps would add up. Without glibc (musl, macOS, Windows) the function does nothing; nor
+    does it in the process of a host, since glibc can't tell the settings that it would have to put back.
     """
+    if not is_own():
+        return
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):

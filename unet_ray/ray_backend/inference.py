@@ -19,6 +19,7 @@ from unet_ray.config import UserError
 from unet_ray.data import storage
 from unet_ray.data.chunks import Chunk, Stage
 from unet_ray.models.device import keep_freed_memory
+from unet_ray.own_process import claim
 from unet_ray.ray_backend import autoscaling, internals, nodes, replicas
 
 NUMBERS_PER_TASK = 4096
@@ -178,6 +179,7 @@ class _Preprocess:
     preprocess: Callable[[int], Chunk]
 
     def __call__(self, table: Chunk) -> Chunk:
+        claim()
         keep_freed_memory()  # of images at full size
         assert len(table["number"]) == 1, "a block holds one chunk"
         return _or_raised(self.preprocess, int(table["number"][0]))
@@ -190,6 +192,7 @@ class _UnlessEmpty:
     stage: Stage
 
     def __call__(self, chunk: Chunk) -> Chunk:
+        claim()
         keep_freed_memory()
         return _or_raised(self.stage, chunk) if _rows(chunk) and RAISED not in chunk else chunk
 
@@ -198,6 +201,7 @@ class _ModelActor:
     """The model stage in the form that Ray Data needs: a class that each actor instantiates once."""
 
     def __init__(self, model: Callable[[int | None], Stage], threads: int | None, roll: Any) -> None:
+        claim()
         try:
             stage = replicas.load_as_called(roll, partial(model, threads))
         except UserError as error:

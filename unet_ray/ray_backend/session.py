@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import random
 import shutil
 import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
+from unet_ray.own_process import is_own
 from unet_ray.ray_backend import internals
 
+LOGGERS = (None, "ray", "ray.data", "ray.train", "ray.tune", "ray.serve", "ray.rllib")
+"""The loggers that we or Ray change; None is the root."""
 _own_ray = False
 
 
@@ -50,10 +55,49 @@ def ray_session(verbose: bool = False) -> Iterator[None]:
     Uses the connection that this process already has, or else the cluster that RAY_ADDRESS names (it is set in a job).
     Otherwise starts a Ray on this machine, and at the end stops it and deletes its files.
     """
-    for name, value in internals.ENVIRONMENT.items():
+    wanted = internals.ENVIRONMENT | ({} if verbose else {internals.BACKEND_LOG_VARIABLE: "fatal"})
+    with _put_back(wanted), _provided(verbose):
+        yield
+
+
+@contextmanager
+def _put_back(wanted: Mapping[str, str]) -> Iterator[None]:
+    """Sets environment variables that nobody has set, and puts back what we and Ray change in this process.
+
+    In the end the environment, the loggers, the handler of SIGTERM, Python's random numbers and Ray Data's options are
+    as `import ray.data` leaves them. Only the main thread can set a handler.
+    """
+    before = dict(os.environ)
+    for name, value in wanted.items():
         os.environ.setdefault(name, value)
-    if not verbose:
-        os.environ.setdefault(internals.BACKEND_LOG_VARIABLE, "fatal")
+    handler, numbers = signal.getsignal(signal.SIGTERM), random.getstate()
+    import ray.data
+
+    found = map(logging.getLogger, LOGGERS)
+    loggers = [(logger, logger.level, logger.propagate, [*logger.handlers]) for logger in found]
+    options, imported = ray.data.DataContext.get_current(), dict(os.environ)
+    waits = internals.data_waits()
+    try:
+        # A copy, since our settings are not for a host's own datasets.
+        with ray.data.DataContext.current(options.copy()):
+            yield
+    finally:
+        internals.look_for_finished_tasks_often(waits)
+        random.setstate(numbers)  # Ray draws names
+        for logger, level, propagate, handlers in loggers:
+            logger.level, logger.propagate, logger.handlers = level, propagate, handlers
+            logger.setLevel(level)  # forgets what was cached
+        for name in {*wanted, *(os.environ.keys() - imported.keys())}:
+            if name in before:
+                os.environ[name] = before[name]
+            else:
+                os.environ.pop(name, None)
+        if threading.current_thread() is threading.main_thread() and handler is not None:
+            signal.signal(signal.SIGTERM, handler)
+
+
+@contextmanager
+def _provided(verbose: bool) -> Iterator[None]:
     import ray
 
     if ray.is_initialized():  # by a notebook or a test, which also ends it
@@ -72,9 +116,15 @@ def ray_session(verbose: bool = False) -> Iterator[None]:
 def _connected(options: dict[str, Any], verbose: bool) -> Iterator[None]:
     import ray
 
+    handler = signal.getsignal(signal.SIGTERM)
     with nullcontext() if verbose else _stderr_to_nowhere():
         ray.init(**options)
-    stop_like_ctrl_c()  # `ray.init` has installed its own handler
+    # `ray.init` has installed its own handler. A host's own comes back at once; without one, SIGTERM must not end this
+    # process at once, since a Ray and its files would stay.
+    if is_own() or handler == signal.SIG_DFL:
+        stop_like_ctrl_c()
+    elif handler is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
     try:
         yield
     finally:

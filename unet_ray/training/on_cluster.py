@@ -14,6 +14,7 @@ from unet_ray.data.output_lock import Holder
 from unet_ray.data.rows import Subset
 from unet_ray.models import checkpoint
 from unet_ray.models.device import check_precision
+from unet_ray.own_process import claim
 from unet_ray.training.follower import Follower
 from unet_ray.training.loop import fit
 from unet_ray.training.progress import RAY_FOLDER, progress_writer
@@ -155,6 +156,7 @@ class Worker:
     def __call__(self, device: torch.device) -> None:
         import torch
 
+        claim()
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         # The driver reads the run directory. Nothing is reported to Ray, which takes two seconds for each report.

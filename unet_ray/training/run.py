@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from unet_ray.config import TrainConfig, UserError
 from unet_ray.data import cache, rows, storage
@@ -30,6 +30,9 @@ from unet_ray.training.setup import (
     resolved,
     write_start,
 )
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,11 +124,24 @@ def _train_here(config: TrainConfig, split: Split, holder: Holder, on_epoch: OnE
     """Trains in this process."""
     import torch
 
-    out = holder.out
     device = device_here(config.compute.device, config.compute.fewest_workers)
     check_precision(config.train.precision, device.type)
-    if config.compute.cpus_per_worker:
-        torch.set_num_threads(config.compute.cpus_per_worker)
+    # The seed and the number of threads hold for the whole process, so a host gets its own back.
+    threads = torch.get_num_threads()
+    gpus = [torch.cuda.current_device()] if device.type == "cuda" else []
+    with torch.random.fork_rng(gpus):
+        try:
+            if config.compute.cpus_per_worker:
+                torch.set_num_threads(config.compute.cpus_per_worker)
+            _fit_here(config, split, holder, device, on_epoch, on_step)
+        finally:
+            torch.set_num_threads(threads)
+
+
+def _fit_here(
+    config: TrainConfig, split: Split, holder: Holder, device: torch.device, on_epoch: OnEpoch, on_step: OnStep
+) -> None:
+    out = holder.out
     decoder = decoder_with_filled_cache(config, split.pairs, cache.in_threads(os.cpu_count() or 1))
     fits = rows.fits_in_memory(len(split.pairs), decoder, config.compute.memory_fraction)
     kind = rows.MemoryRows if fits else rows.StreamedRows

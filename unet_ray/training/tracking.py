@@ -5,6 +5,8 @@ They get each line of `metrics.jsonl`. Neither needs an account.
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -40,14 +42,21 @@ def scalars(line: dict[str, Any]) -> dict[str, float]:
 
 @contextmanager
 def _tensorboard(folder: str) -> Iterator[Track]:
+    mode = "CRC32C_SW_MODE"
+    known = mode in os.environ
     from tensorboardX import SummaryWriter
 
+    if not known:
+        os.environ.pop(mode, None)  # tensorboardX sets it for a library that it imports
     writers: list[SummaryWriter] = []
 
     def track(line: dict[str, Any]) -> None:
         if not writers:
             # Only now, since `purge_step` needs the first epoch: it voids that and later epochs of an earlier run.
+            method = multiprocessing.get_start_method(allow_none=True)
             writers.append(SummaryWriter(folder, purge_step=line["epoch"]))
+            if method is None:  # the queue of tensorboardX has settled it, and the host could no longer choose
+                multiprocessing.set_start_method(None, force=True)
         for key, value in scalars(line).items():
             subset, _, rest = key.partition("_")
             writers[0].add_scalar(f"{subset}/{rest}" if subset in ("train", "val") else key, value, line["epoch"])
