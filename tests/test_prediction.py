@@ -17,7 +17,6 @@ from conftest import TINY, make_bad, make_discs, make_model, make_photos
 from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
-from ray.data import DataContext
 
 from unet_ray import registry
 from unet_ray.config import FORMATS, EvaluateConfig, PredictConfig, UserError
@@ -28,6 +27,7 @@ from unet_ray.inference.formats import OutputFormat
 from unet_ray.inference.ledger import SideTable
 from unet_ray.inference.predict import predict
 from unet_ray.models.device import run_network
+from unet_ray.ray_backend import data_context
 from unet_ray.ray_backend.data_context import configure
 from unet_ray.ray_backend.inference import pool_of_replicas, run_on_cluster
 from unet_ray.ray_backend.session import LOCAL, Runtime
@@ -426,11 +426,12 @@ def test_scores_that_are_not_finite_fail_their_row_and_make_no_mask(model, tmp_p
 # --- through Ray ---
 
 
-def test_verbose_reaches_ray_data(ray_cluster, model, tmp_path):
-    folder = make_photos(tmp_path / "few", 2)
+def test_verbose_reaches_ray_data(ray_cluster, model, tmp_path, monkeypatch):
+    folder, given = make_photos(tmp_path / "few", 2), []
+    monkeypatch.setattr(data_context, "configure", lambda verbose=False: given.append(verbose) or configure(verbose))
     for verbose in (True, False):
         run(model, folder, tmp_path / str(verbose), runtime=Runtime(verbose=verbose))
-        assert DataContext.get_current().enable_progress_bars is verbose
+    assert given == [True, False]
 
 
 def test_ray_and_one_process_write_the_same_files(ray_cluster, model, tmp_path, small_chunks):
