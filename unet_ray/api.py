@@ -4,6 +4,10 @@ The functions take plain values, build the settings of `config.py` and call what
 this process (`ray.init()`) and leave it running. Without one, each call starts a Ray, which takes seconds, and ends it.
 With `local=True` they use no Ray.
 
+They leave the process that calls them as it was: see `own_process`. While a call runs, Pillow's own limit of pixels is
+lifted for all threads, and a training with `local=True` sets torch's seed and number of threads. When it ends, each is
+put back, also after an error; random numbers that other threads drew from torch meanwhile then come again.
+
 tests/test_api.py runs the examples, in a folder with `images` and `masks`.
 """
 
