@@ -171,3 +171,9 @@ def test_the_tree_is_read_by_its_indents():
 
 def test_the_readme_is_short():
     assert README.count("\n") <= 220
+
+
+def test_processes_that_only_answer_load_no_torch():
+    """The roll of the replicas, and a task that a node is asked, start with each prediction."""
+    code = "import unet_ray.ray_backend.replicas, unet_ray.ray_backend.shared_files, sys; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

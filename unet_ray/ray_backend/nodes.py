@@ -10,8 +10,6 @@ import ray
 import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from unet_ray.models.device import ONE_HEAP
-
 log = logging.getLogger("unet_ray")
 
 Answer = TypeVar("Answer")
@@ -116,4 +114,6 @@ def cpus_reserved_by_replica(threads: int) -> float:
 
 def runtime_env(device: str) -> dict[str, Any]:
     """Returns Ray's `runtime_env` for a process in which a network runs."""
+    from unet_ray.models.device import ONE_HEAP  # loads torch, which the processes that only answer need not load
+
     return {"env_vars": ONE_HEAP} if device == "cpu" else {}
