@@ -214,7 +214,8 @@ class SegmentedImage:
     def overlay(self) -> Image.Image:
         """Returns the image with the mask drawn in, at most 1024 pixels a side; rereads a file. Raises UserError."""
         try:
-            return Image.open(io.BytesIO(self._draw()))
+            with imaging.without_pillows_limit():  # a host's may be lower than our picture's 1024 by 1024
+                return Image.open(io.BytesIO(self._draw()))
         except ImageError as error:
             raise UserError(str(error)) from None
 

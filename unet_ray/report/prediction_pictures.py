@@ -64,7 +64,8 @@ def _from_parquet(folder: str, paths: set[str]) -> dict[str, bytes]:
     import pyarrow.parquet as pq
 
     masks: dict[str, bytes] = {}
-    for name in storage.names_in(folder):
+    # A killed run may leave a temporary file, whose name begins with a dot.
+    for name in (name for name in storage.names_in(folder) if not name.startswith(".")):
         with storage.reading(storage.join(folder, name)) as stream, pq.ParquetFile(stream) as file:
             for number in range(file.num_row_groups):
                 found = file.read_row_group(number, ["path"])["path"].to_pylist()
