@@ -27,7 +27,7 @@ from unet_ray.inference.formats import OutputFormat
 from unet_ray.inference.ledger import SideTable
 from unet_ray.inference.predict import predict
 from unet_ray.models.device import run_network
-from unet_ray.ray_backend import data_context
+from unet_ray.ray_backend import data_context, inference
 from unet_ray.ray_backend.data_context import configure
 from unet_ray.ray_backend.inference import pool_of_replicas, run_on_cluster
 from unet_ray.ray_backend.session import LOCAL, Runtime
@@ -428,9 +428,15 @@ def test_scores_that_are_not_finite_fail_their_row_and_make_no_mask(model, tmp_p
 
 def test_verbose_reaches_ray_data(ray_cluster, model, tmp_path, monkeypatch):
     folder, given = make_photos(tmp_path / "few", 2), []
-    monkeypatch.setattr(data_context, "configure", lambda verbose=False: given.append(verbose) or configure(verbose))
+
+    def enough(*_arguments: object) -> None:
+        raise UserError("enough")
+
+    monkeypatch.setattr(data_context, "configure", lambda verbose=False: given.append(verbose))
+    monkeypatch.setattr(inference, "pool_of_replicas", enough)
     for verbose in (True, False):
-        run(model, folder, tmp_path / str(verbose), runtime=Runtime(verbose=verbose))
+        with pytest.raises(UserError, match="enough"):
+            run(model, folder, tmp_path / str(verbose), runtime=Runtime(verbose=verbose))
     assert given == [True, False]
 
 
