@@ -266,7 +266,7 @@ def _summary(pipeline: Pipeline, run: _Run, listed: int, counts: _Counts, starte
         already_done=run.already_done,
         gone=counts.images - listed,
         cleanup=pipeline.cleanup_text,
-        arithmetic=[str(arithmetic) for arithmetic in output_folder.arithmetics(run.ledger.out)],
+        arithmetic=[*dict.fromkeys(map(str, output_folder.arithmetics(run.ledger.out)))],
         seconds=round(seconds, 3),
         images_per_second=round((counts.images - run.already_done) / seconds, 3),
         stages={name: round(value, 3) for name, value in run.seconds_by_stage(started).items()},
