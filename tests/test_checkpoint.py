@@ -52,3 +52,8 @@ def test_only_the_header_of_a_state_is_read_to_know_its_epoch(discs, tmp_path, m
 
     monkeypatch.setattr(storage, "read_bytes", whole)
     assert training_state.read_state(str(tmp_path / "run/last")).epoch == 1
+    monkeypatch.undo()
+    for damaged in (b"\xff" * 20, b"\x05" + bytes(7) + b"{oops"):
+        (tmp_path / "run/last/state.safetensors").write_bytes(damaged)
+        with pytest.raises(UserError, match=r"state.safetensors: damaged"):
+            training_state.read_state(str(tmp_path / "run/last"))

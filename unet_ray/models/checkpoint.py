@@ -28,6 +28,8 @@ from unet_ray.settings import from_mapping
 FORMAT = 1
 """Version of the directory's layout. Raise it when an older package can no longer read a new directory."""
 WEIGHTS, CARD = "model.safetensors", "model.json"
+MOST_HEADER_BYTES = 100 * 2**20
+"""As safetensors itself allows."""
 CLEANUP, INT8 = "cleanup.json", "int8.json"
 
 
@@ -235,9 +237,18 @@ def text_entries(data: bytes) -> dict[str, str]:
 
 
 def read_text_entries(location: str) -> dict[str, str]:
-    """Returns the text entries of a safetensors file. It reads only the header, which may be a millionth of it."""
+    """Returns the text entries of a safetensors file. It reads only the header, which may be a millionth of it.
+
+    Raises UserError if the file is damaged.
+    """
     with storage.reading(location) as stream:
-        return json.loads(stream.read(int.from_bytes(stream.read(8), "little")))["__metadata__"]
+        length = int.from_bytes(stream.read(8), "little")
+        try:
+            if length > MOST_HEADER_BYTES:
+                raise ValueError(f"a header of {length} bytes")
+            return json.loads(stream.read(length))["__metadata__"]
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{location}: damaged ({error}): restore it, or choose another --out") from None
 
 
 def _split(data: bytes) -> tuple[bytes, memoryview]:

@@ -28,7 +28,10 @@ class PredictionPictures:
     def draw(self, rows: Iterable[dict[str, Any]]) -> Iterator[tuple[str, str]]:
         """Yields (data URI, caption) for the manifest's rows whose mask can be read."""
         rows = list(rows)
-        in_parquet = _from_parquet(storage.join(self.out, "masks.parquet"), {row["path"] for row in rows})
+        try:
+            in_parquet = _from_parquet(storage.join(self.out, "masks.parquet"), {row["path"] for row in rows})
+        except (OSError, ValueError):  # a damaged file costs its pictures, not the page
+            in_parquet = {}
         for row in rows:
             ids = self._mask(row, in_parquet)
             if ids is None:
