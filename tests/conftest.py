@@ -251,6 +251,15 @@ class Machines:
         variables = {"PYTHONPATH": f"{start_up}{os.pathsep}{ROOT}"} if start_up else {}
         return self._start(f"--address={self.address}", *resources, prefix=prefix, **variables)
 
+    @contextlib.contextmanager
+    def joined(self, cpus: int, **options: Any) -> Iterator[psutil.Process]:
+        """Adds a node, see `node`, and takes it away afterwards."""
+        machine = self.node(cpus, **options)
+        try:
+            yield machine
+        finally:
+            self.kill(machine)
+
     def kill(self, machine: psutil.Process) -> None:
         """Ends it as a power failure does."""
         with contextlib.suppress(psutil.NoSuchProcess):

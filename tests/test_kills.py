@@ -32,13 +32,17 @@ def predict(model: Path, folder: Path, out: Path, *more: str, **variables: str) 
 
 
 def contents(out: Path) -> dict[str, bytes]:
-    """Returns all that must be the same: the files, and the manifest's rows without the time that each image took."""
+    """Returns all that must be the same: the files, and the manifest's rows without the time that each image took.
+
+    A kill between a file's writing and its renaming leaves a hidden file, which nothing reads.
+    """
     found = {
         str(p.relative_to(out)): p.read_bytes()
         for p in out.rglob("*")
         if p.is_file()
         and p.name not in ("summary.json", "report.html", "lock.json")
         and p.parent.name != "manifest.parquet"
+        and not (p.name.startswith(".") and p.name.endswith(".tmp"))
     }
     for file in (out / "manifest.parquet").iterdir():
         found[file.name] = pq.read_table(file).drop_columns("milliseconds").to_pylist()

@@ -86,16 +86,15 @@ def test_models_on_gpus_leave_the_cpus_to_the_images():
 def test_a_gpu_that_torch_cannot_use_is_one_line(machines, model, tmp_path):
     images, masks = make_discs(tmp_path / "discs", 6)
     machines.complete()
-    with_gpu = machines.node(2, gpus=1)
-    for arguments in (
-        ("predict", model, images, "--out", tmp_path / "out"),
-        ("train", "--images", images, "--masks", masks, "--out", tmp_path / "run", *flags(TINY)),
-    ):
-        process = machines.command(*arguments)
-        output = process.communicate(timeout=200)[0]
-        assert process.returncode == 2 and "Error: torch can't use the GPU of " in output, output[-3000:]
-        assert "--device cpu" in output and "Traceback" not in output
-    machines.kill(with_gpu)
+    with machines.joined(2, gpus=1):
+        for arguments in (
+            ("predict", model, images, "--out", tmp_path / "out"),
+            ("train", "--images", images, "--masks", masks, "--out", tmp_path / "run", *flags(TINY)),
+        ):
+            process = machines.command(*arguments)
+            output = process.communicate(timeout=200)[0]
+            assert process.returncode == 2 and "Error: torch can't use the GPU of " in output, output[-3000:]
+            assert "--device cpu" in output and "Traceback" not in output
 
 
 WITHOUT_OPENVINO = """
@@ -115,19 +114,18 @@ def test_where_one_node_has_no_openvino_all_use_torch(machines, model, tmp_path)
     photos, out = make_photos(tmp_path / "photos", 30), tmp_path / "out"
     (tmp_path / "sitecustomize.py").write_text(WITHOUT_OPENVINO)
     machines.complete()
-    bare = machines.node(2, start_up=tmp_path)
 
     def answer(*options: str) -> tuple[str, int]:
         process = machines.command("predict", model, photos, "--out", out, *options)
         return process.communicate(timeout=200)[0], process.returncode
 
-    output, code = answer("--backend", "openvino")
-    assert code == 2 and "has no OpenVINO: pip install 'unet_ray[cpu]'" in output and "Traceback" not in output
-    output, code = answer()
-    assert code == 0 and "torch in fp32 on CPUs is used instead" in output, output
+    with machines.joined(2, start_up=tmp_path):
+        output, code = answer("--backend", "openvino")
+        assert code == 2 and "has no OpenVINO: pip install 'unet_ray[cpu]'" in output and "Traceback" not in output
+        output, code = answer()
+        assert code == 0 and "torch in fp32 on CPUs is used instead" in output, output
     [used] = json.loads((out / "settings.json").read_text())["arithmetic"]
     assert used["backend"] == "torch"
-    machines.kill(bare)
 
 
 def test_an_autoscaler_that_has_just_started_is_waited_for(monkeypatch):
@@ -145,22 +143,21 @@ def test_a_folder_that_only_one_node_sees_is_refused(machines, model, tmp_path):
     if subprocess.run(["unshare", "--mount", "true"], check=False, capture_output=True).returncode:
         pytest.skip("only root can give a node a disk of its own")
     machines.complete()
-    alone = machines.node(2, own_folder=local)
-    images, masks = make_discs(tmp_path / "discs", 6)
-    for arguments, named in (
-        (
-            ("train", "--images", images, "--masks", masks, "--out", local / "run", *flags(TINY)),
-            f"--out {local / 'run'}",
-        ),
-        (("predict", model, images, "--out", local / "out"), f"--out {local / 'out'}"),
-    ):
-        process = machines.command(*arguments)
-        output = process.communicate(timeout=200)[0]
-        assert process.returncode == 2, output[-3000:]
-        assert f"Error: {named}: the node 127.0.0." in output and f"does not see {local}" in output
-        assert "use a folder that all nodes share" in output
-    assert not list((local / "run").iterdir())  # nothing blocks another attempt
-    machines.kill(alone)
+    with machines.joined(2, own_folder=local):
+        images, masks = make_discs(tmp_path / "discs", 6)
+        for arguments, named in (
+            (
+                ("train", "--images", images, "--masks", masks, "--out", local / "run", *flags(TINY)),
+                f"--out {local / 'run'}",
+            ),
+            (("predict", model, images, "--out", local / "out"), f"--out {local / 'out'}"),
+        ):
+            process = machines.command(*arguments)
+            output = process.communicate(timeout=200)[0]
+            assert process.returncode == 2, output[-3000:]
+            assert f"Error: {named}: the node 127.0.0." in output and f"does not see {local}" in output
+            assert "use a folder that all nodes share" in output
+        assert not list((local / "run").iterdir())  # nothing blocks another attempt
 
 
 @pytest.mark.cluster

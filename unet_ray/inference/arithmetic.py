@@ -14,7 +14,7 @@ import torch
 
 from unet_ray.config import MaskOptions
 from unet_ray.models import compiling
-from unet_ray.models.device import bf16_is_fast, instruction_set
+from unet_ray.models.device import bf16_is_fast, check_gpu, instruction_set
 
 INSTALL = "pip install 'unet_ray[cpu]'"
 
@@ -35,7 +35,9 @@ class Machine:
 
     @classmethod
     def here(cls, device: str) -> Machine:
-        """Describes the machine of this process. `device`: `cpu` or `cuda`."""
+        """Describes the machine of this process. `device`: `cpu` or `cuda`. Raises UserError if torch can't use it."""
+        if device == "cuda":
+            check_gpu()
         versions = {"torch": str(torch.__version__)}
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions["openvino"] = importlib.metadata.version("openvino")

@@ -36,7 +36,7 @@ def able_to_work() -> list[dict[str, Any]]:
 def answers(question: Callable[[], Answer], bundle: Bundle | None = None) -> list[tuple[str, Answer]]:
     """Asks every node that can run anything, or only those with the resources of the bundle.
 
-    Returns (address, answer) of each that answers. This node answers in this process.
+    Returns (address, answer) of each that answers. This node answers in this process. Raises what the question raises.
     """
     here = ray.get_runtime_context().get_node_id()
     needs = (bundle or {}).items()
@@ -47,6 +47,8 @@ def answers(question: Callable[[], Answer], bundle: Bundle | None = None) -> lis
         address = node["NodeManagerAddress"]
         try:
             found.append((address, question() if future is None else ray.get(future, timeout=ANSWER_SECONDS)))
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
         except (ray.exceptions.RayError, TimeoutError) as error:  # a lost node is handled elsewhere
             log.info("%s did not answer: %s", address, error)
     return found
