@@ -111,7 +111,7 @@ def script(source: str, *arguments: str, folder=None) -> str:
     return done.stdout.splitlines()[-1]
 
 
-@pytest.mark.parametrize("way", ["local", "ray"])
+@pytest.mark.parametrize("way", ["local", pytest.param("ray", marks=pytest.mark.cluster)])
 def test_a_hosts_process_stays_as_it_was(tmp_path, way):
     make_discs(tmp_path, 6)
     make_model(tmp_path / "model")

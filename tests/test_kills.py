@@ -98,12 +98,12 @@ def model(tmp_path_factory) -> Path:
 
 
 def test_killed_twice_it_ends_with_the_same_bytes_and_does_no_image_twice(model, tmp_path):
-    folder, out = make_photos(tmp_path / "images", 600), tmp_path / "killed"
+    folder, out = make_photos(tmp_path / "images", 400), tmp_path / "killed"
     make_bad(folder / "bad")
     with tempfile.TemporaryDirectory(prefix="ur-") as temporary:  # a short path, for Ray's sockets
         whole = predict(model, folder, tmp_path / "whole", TMPDIR=temporary)
         assert not list(Path(temporary).glob("unet-ray-*")), "a command ends its own Ray and removes its folder"
-    assert (whole["images"], whole["ok"], whole["failed"]) == (610, 600, 10)
+    assert (whole["images"], whole["ok"], whole["failed"]) == (410, 400, 10)
     generator, done = random.Random(0), {}
     for kinds, local in ((["driver"], True), (["actor", "raylet"], False)):
         arguments = command(model, folder, out, *["--local"] * local)
@@ -113,7 +113,7 @@ def test_killed_twice_it_ends_with_the_same_bytes_and_does_no_image_twice(model,
         done = before
     assert len(done) > 50
     last = predict(model, folder, out, "--local")
-    assert (last["images"], last["ok"], last["failed"]) == (610, 600, 10)
+    assert (last["images"], last["ok"], last["failed"]) == (410, 400, 10)
     assert last["already_done"] >= len(done)
     assert done.items() <= recorded(out).items()
     assert contents(out) == contents(tmp_path / "whole")

@@ -1,6 +1,7 @@
 """Clusters of several nodes, each a `ray start` on this machine: nodes are lost and added, heads die, clusters grow."""
 
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -163,7 +164,7 @@ def test_a_folder_that_only_one_node_sees_is_refused(machines, model, tmp_path):
 @pytest.mark.cluster
 def test_a_prediction_loses_a_node_gains_one_and_outlives_its_cluster(machines, model, tmp_path):
     machines.complete()
-    folder, out = make_photos(tmp_path / "images", 1000), tmp_path / "out"
+    folder, out = make_photos(tmp_path / "images", 700), tmp_path / "out"
     arguments = ("predict", model, folder, "--out", out, "--precision", "fp32")
     process = machines.command(*arguments)
     until(lambda: len(recorded(out)) > 60, process)
@@ -177,15 +178,15 @@ def test_a_prediction_loses_a_node_gains_one_and_outlives_its_cluster(machines, 
     process.communicate()
     machines.kill_all()
     before = recorded(out)
-    assert 60 < len(before) < 1000
+    assert 60 < len(before) < 700
     machines.complete()  # another cluster
     process = machines.command(*arguments, "--json")
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 0, output[-3000:]
     summary = json.loads(output[output.index("{") :])
-    assert (summary["images"], summary["ok"], summary["already_done"]) == (1000, 1000, len(before))
+    assert (summary["images"], summary["ok"], summary["already_done"]) == (700, 700, len(before))
     rows = pq.read_table(out / "manifest.parquet").to_pylist()
-    assert len({row["path"] for row in rows}) == len(rows) == 1000
+    assert len({row["path"] for row in rows}) == len(rows) == 700
     assert before.items() <= recorded(out).items(), "finished masks are not written again"
 
 
@@ -235,7 +236,7 @@ def nodes_of(address: str) -> int:
 def test_an_autoscaling_cluster_grows_for_a_prediction_and_shrinks_after_it(tmp_path):
     settings = [("model.base_channels", 32), ("model.depth", 4), ("data.image_size", 256)]
     model = make_model(tmp_path / "model", *settings)
-    folder, out = make_photos(tmp_path / "images", 260), tmp_path / "out"
+    folder, out = make_photos(tmp_path / "images", 1000), tmp_path / "out"
     variables = {
         "RAY_FAKE_CLUSTER": "1",
         "RAY_enable_autoscaler_v2": "1",  # as in KubeRay
@@ -259,10 +260,10 @@ def test_an_autoscaling_cluster_grows_for_a_prediction_and_shrinks_after_it(tmp_
             )
 
         until(lambda: raylets_with_models() == 2, process)
-        output = process.communicate(timeout=300)[0]
-        assert process.returncode == 0, output[-3000:]
+        process.send_signal(signal.SIGINT)  # its end is tested above
+        output = process.communicate(timeout=60)[0]
+        assert process.returncode == 130, output[-3000:]
         assert "autoscaler" not in output, output
-        assert pq.read_table(out / "manifest.parquet").num_rows == 260
         # A request that no node can meet is refused within a minute. Meanwhile idle nodes are removed.
         images, masks = make_discs(tmp_path / "discs", 6)
         begun = time.monotonic()
