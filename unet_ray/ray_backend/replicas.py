@@ -97,9 +97,14 @@ def _alive() -> dict[str, str]:
 
 @contextmanager
 def called_roll() -> Iterator[Any]:
-    """Provides the roll as an actor beside this process, and warns once of each node that is left out."""
+    """Provides the roll as an actor beside this process, and warns once of each node that is left out.
+
+    Ray may place it elsewhere all the same. If that node dies, the roll begins to count again on another one, and a
+    replica that calls it meanwhile waits.
+    """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    roll = ray.remote(num_cpus=0, scheduling_strategy=here)(Roll).remote()
+    options = {"num_cpus": 0, "scheduling_strategy": here, "max_restarts": -1, "max_task_retries": -1}
+    roll = ray.remote(**options)(Roll).remote()
     stop = threading.Event()
     thread = threading.Thread(target=_warn, args=(roll, stop), daemon=True)
     thread.start()
