@@ -56,7 +56,7 @@ def masks_of(files: dict[str, bytes]) -> dict[str, bytes]:
 
 def test_a_prediction_in_a_bucket_is_killed_and_goes_on(bucket, tmp_path):
     client, options = bucket
-    folder = make_photos(tmp_path / "images", 300)
+    folder = make_photos(tmp_path / "images", 160)
     make_bad(folder / "bad")
     for name in ("vanished.jpg", "pipe.jpg"):
         (folder / "bad" / name).unlink()
@@ -73,11 +73,11 @@ def test_a_prediction_in_a_bucket_is_killed_and_goes_on(bucket, tmp_path):
     first.send_signal(signal.SIGKILL)
     first.communicate()
     done = len(masks_of(stored(client, "out/")))
-    assert 0 < done < 300
+    assert 0 < done < 160
     second = subprocess.run(command, capture_output=True, text=True, check=True)
     summary = json.loads(second.stdout)
-    assert (summary["images"], summary["ok"], summary["failed"]) == (308, 300, 8)
-    assert 0 < summary["already_done"] < 300
+    assert (summary["images"], summary["ok"], summary["failed"]) == (168, 160, 8)
+    assert 0 < summary["already_done"] < 160
     local = PredictConfig(
         model=str(model),
         inputs=(str(folder),),
@@ -94,7 +94,7 @@ def test_a_prediction_in_a_bucket_is_killed_and_goes_on(bucket, tmp_path):
     assert files["submission.csv"] == (tmp_path / "out/submission.csv").read_bytes()
     filesystem, path = storage.resolve(f"s3://images/out/manifest.parquet{options}")
     rows = pq.read_table(path, filesystem=filesystem).to_pylist()
-    assert len({row["path"] for row in rows}) == len(rows) == 308
+    assert len({row["path"] for row in rows}) == len(rows) == 168
     # Rows have no options, which may hold secrets.
     assert rows[0]["path"] == "s3://images/in/bad/bomb.png"
     assert "endpoint" not in files["settings.json"].decode()

@@ -190,11 +190,11 @@ def test_a_prediction_loses_a_node_gains_one_and_outlives_its_cluster(machines, 
 
 
 def autoscaling_config(address: str, idle_minutes: float) -> dict:
-    """Returns a config for `ray start --autoscaling-config`: up to two nodes of three CPUs, started on this machine."""
+    """Returns a config for `ray start --autoscaling-config`: up to two nodes of two CPUs, started on this machine."""
     commands = ("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands")
     starts = ("head_start_ray_commands", "worker_start_ray_commands")
     files = ("cluster_synced_files", "rsync_exclude", "rsync_filter")
-    worker = {"resources": {"CPU": 3, "object_store_memory": 150 * 2**20}, "node_config": {}}
+    worker = {"resources": {"CPU": 2, "object_store_memory": 150 * 2**20}, "node_config": {}}
     return {
         "cluster_name": "fake",
         "provider": {
@@ -236,6 +236,7 @@ def test_an_autoscaling_cluster_grows_for_a_prediction_and_shrinks_after_it(tmp_
     settings = [("model.base_channels", 32), ("model.depth", 4), ("data.image_size", 256)]
     model = make_model(tmp_path / "model", *settings)
     folder, out = make_photos(tmp_path / "images", 1000), tmp_path / "out"
+    images, masks = make_discs(tmp_path / "discs", 6)
     variables = {
         "RAY_FAKE_CLUSTER": "1",
         "RAY_enable_autoscaler_v2": "1",  # as in KubeRay
@@ -258,21 +259,20 @@ def test_an_autoscaling_cluster_grows_for_a_prediction_and_shrinks_after_it(tmp_
                 bool(processes_at_work(raylet, "_ModelActor")) for raylet in processes_at_work(head, "raylet/raylet")
             )
 
-        until(lambda: raylets_with_models() == 2, process)
-        process.terminate()  # not SIGINT, which a shell's background job ignores
-        output = process.communicate(timeout=60)[0]
-        assert process.returncode == 130, output[-3000:]
-        assert "autoscaler" not in output, output
-        # A request that no node can meet is refused within a minute. Meanwhile idle nodes are removed.
-        images, masks = make_discs(tmp_path / "discs", 6)
+        until(lambda: raylets_with_models() == 2, process, seconds=400)
+        # A request that no node can meet is refused within a minute, while others work.
         begun = time.monotonic()
-        process = cluster.command(
+        refused = cluster.command(
             *("train", "--images", images, "--masks", masks, "--out", tmp_path / "run", "--device", "cpu"),
             *("--workers", 2, "--set", "compute.cpus_per_worker=8"),
             *flags(TINY),
         )
-        output = process.communicate(timeout=300)[0]
-        assert process.returncode == 2, output[-3000:]
+        process.terminate()  # not SIGINT, which a shell's background job ignores
+        output = process.communicate(timeout=60)[0]
+        assert process.returncode == 130, output[-3000:]
+        assert "autoscaler" not in output, output
+        output = refused.communicate(timeout=300)[0]
+        assert refused.returncode == 2, output[-3000:]
         assert "no node that would do is being started" in output
-        assert time.monotonic() - begun < 60 + 30  # to start the command
-        until(lambda: not nodes_of(cluster.address))
+        assert time.monotonic() - begun < 60 + 60  # to start the command, where cores are few
+        until(lambda: not nodes_of(cluster.address))  # idle nodes are removed
