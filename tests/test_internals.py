@@ -47,6 +47,18 @@ def test_ray_init_takes_the_options_of_an_own_ray():
     assert all(f'kwargs.pop("{name}"' in worker for name in internals.own_ray_options("folder"))
 
 
+def test_ray_finds_and_asks_a_head_keeps_a_token_and_knows_the_memory(monkeypatch):
+    from ray._private import services
+
+    monkeypatch.setattr(services, "find_gcs_addresses", set)
+    monkeypatch.setattr(services, "find_bootstrap_address", lambda _folder: "10.0.0.1:6379")
+    assert internals.running_here() == "10.0.0.1:6379"
+    assert hasattr(internals._core(), "GcsClient")
+    assert in_binary("_raylet.so", internals.TOKEN_MODE_VARIABLE) and in_binary("_raylet.so", internals.TOKEN_VARIABLE)
+    internals.forget_token()
+    assert internals.memory_of_machine() > 2**28
+
+
 def test_ray_data_looks_for_finished_tasks_at_an_interval():
     path = "data/_internal/execution/streaming_executor_state.py"
     assert re.search(r"^WAIT_FOR_TASK_COMPLETION_TIMEOUT_S = 0\.1$", source(path), re.MULTILINE)

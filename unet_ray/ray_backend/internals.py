@@ -62,6 +62,48 @@ def own_ray_options(folder: str) -> dict[str, Any]:
     return {"_temp_dir": folder, "_node_ip_address": "127.0.0.1", "_system_config": SYSTEM_CONFIG}
 
 
+TOKEN_MODE_VARIABLE, TOKEN_VARIABLE = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"
+"""A Ray answers only those who send its token. With these variables a Ray of our own has a token for one run. Without
+them Ray writes one into ~/.ray, and some homes can't be written to. They are public, but what is kept of them isn't."""
+
+
+def forget_token() -> None:
+    """Makes Ray read the token's variables again: it keeps the first token for as long as a process lives."""
+    _core().AuthenticationTokenLoader.instance().reset_cache()
+
+
+def running_here() -> str | None:
+    """Returns HOST:PORT of the Ray that `ray start` started on this machine; None if there is none.
+
+    `ray.init(address="auto")` finds it too, but then waits for minutes if it has died.
+    """
+    from ray._private.services import canonicalize_bootstrap_address
+
+    return canonicalize_bootstrap_address("auto")
+
+
+def ask_head(host_and_port: str) -> None:
+    """Asks the head of a cluster for the cluster's id. Raises what Ray raises if it gets no answer, after 40 s.
+
+    `ray.init` asks the same, but several times, and it can't be interrupted meanwhile.
+    """
+    _core().GcsClient(address=host_and_port)
+
+
+def _core() -> Any:
+    import ray._raylet
+
+    return ray._raylet
+
+
+def memory_of_machine() -> int:
+    """Returns how many bytes of memory this machine has, or its container. Ray sizes its object store by this number,
+    and has no public function for it."""
+    from ray._common.utils import get_system_memory
+
+    return get_system_memory()
+
+
 LOOK_SECONDS = 0.02
 """The longest time, in seconds, that Ray Data waits before it looks which tasks have finished."""
 

@@ -5,22 +5,32 @@ from __future__ import annotations
 import logging
 import os
 import random
+import secrets
 import shutil
 import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
+from unet_ray.config import UserError, first_line
 from unet_ray.own_process import is_own
-from unet_ray.ray_backend import internals
+from unet_ray.ray_backend import address, internals
+
+log = logging.getLogger("unet_ray")
 
 LOGGERS = (None, "ray", "ray.data", "ray.train", "ray.tune", "ray.serve", "ray.rllib")
 """The loggers that we or Ray change; None is the root."""
+LONGEST_FOLDER = 44
+"""Bytes of the longest folder in which Ray can make its sockets: a socket's path takes at most 107, and Ray appends
+`/session_…/sockets/plasma_store`, with the time and a process number of up to 7 digits."""
+LEAST_MEMORY = 3 * 2**30
+"""Bytes of memory with which a Ray of our own and one small network run. With 2 GiB the system killed them."""
+OWN_PREFIX = "unet-ray-"
 _own_ray = False
 
 
@@ -104,21 +114,48 @@ def _provided(verbose: bool) -> Iterator[None]:
         yield
         return
     options: dict[str, Any] = {} if verbose else {"log_to_driver": False, "logging_level": "ERROR"}
-    if os.environ.get("RAY_ADDRESS"):
-        with _connected(options, verbose):
+    named = os.environ.get("RAY_ADDRESS")
+    if named and named != "local":
+        with nullcontext() if verbose else _stderr_to_nowhere():
+            address.check_address(named)
+        with _connected(options, verbose, lambda error: address.refused(named, error)):
             yield
         return
-    with _own_folder() as folder, _connected(options | _own_options(folder), verbose), _remembered_as_own():
+    _check_memory()
+    with (
+        _own_folder() as folder,
+        _own_token(),
+        _connected(options | _own_options(folder), verbose, _not_started),
+        _remembered_as_own(),
+    ):
         yield
 
 
+def _not_started(error: Exception) -> UserError:
+    return UserError(f"Ray can't be started on this machine ({first_line(error)}): use --local, which needs no Ray")
+
+
+def _check_memory() -> None:
+    memory = internals.memory_of_machine()
+    if memory < LEAST_MEMORY:
+        raise UserError(
+            f"this machine has {memory / 2**30:.1f} GiB of memory, and Ray needs {LEAST_MEMORY / 2**30:.0f}:"
+            " use --local, which needs no Ray"
+        )
+
+
 @contextmanager
-def _connected(options: dict[str, Any], verbose: bool) -> Iterator[None]:
+def _connected(options: dict[str, Any], verbose: bool, failed: Callable[[Exception], UserError]) -> Iterator[None]:
     import ray
 
     handler = signal.getsignal(signal.SIGTERM)
-    with nullcontext() if verbose else _stderr_to_nowhere():
-        ray.init(**options)
+    try:
+        with nullcontext() if verbose else _stderr_to_nowhere():
+            ray.init(**options)
+    except Exception as error:  # Ray raises many kinds
+        log.info("Ray: %s", error, exc_info=True)
+        ray.shutdown()
+        raise failed(error) from None
     # `ray.init` has installed its own handler. A host's own comes back at once; without one, SIGTERM must not end this
     # process at once, since a Ray and its files would stay.
     if is_own() or handler == signal.SIG_DFL:
@@ -132,12 +169,36 @@ def _connected(options: dict[str, Any], verbose: bool) -> Iterator[None]:
 
 
 @contextmanager
+def _own_token() -> Iterator[None]:
+    """Gives a Ray of our own a token for this run, unless the user has chosen. `_put_back` takes it away again."""
+    if internals.TOKEN_MODE_VARIABLE in os.environ or internals.TOKEN_VARIABLE in os.environ:
+        yield
+        return
+    os.environ |= {internals.TOKEN_MODE_VARIABLE: "token", internals.TOKEN_VARIABLE: secrets.token_hex(32)}
+    internals.forget_token()
+    try:
+        yield
+    finally:
+        internals.forget_token()
+
+
+@contextmanager
 def _own_folder() -> Iterator[str]:
-    folder = tempfile.mkdtemp(prefix="unet-ray-")
+    folder = tempfile.mkdtemp(prefix=OWN_PREFIX, dir=_short_parent())
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _short_parent() -> str:
+    """Returns the temporary folder, or another one if its path is too long for Ray's sockets. Raises UserError."""
+    wanted = tempfile.gettempdir()
+    for parent in (wanted, "/tmp", "/var/tmp", "/dev/shm"):
+        length = len(os.fsencode(parent)) + len(f"/{OWN_PREFIX}12345678")
+        if length <= LONGEST_FOLDER and os.access(parent, os.W_OK | os.X_OK):
+            return parent
+    raise UserError(f"TMPDIR={wanted} is too long for Ray's sockets: set TMPDIR to a shorter folder, or use --local")
 
 
 def _own_options(folder: str) -> dict[str, Any]:
