@@ -109,7 +109,7 @@ def predict(
     on_progress: OnProgress = lambda _done, _failed, _all: None,
     **options: Any,
 ) -> PredictSummary:
-    """Segments every image of folders, files, globs, lists (.txt, .parquet) or buckets and writes the masks into `out`.
+    """Segments every image of folders, files, globs, lists or buckets and writes the masks into `out`.
 
     `model`: run or model directory. `formats`: names of `registry.FORMATS` (png, parquet, rle, kaggle, coco, prob,
     overlay), as a list or with commas. `options`: the other fields of PredictConfig, such as `tile=512`, `tta=True`,
@@ -306,7 +306,7 @@ class Segmenter:
             path = storage.absolute(image)
         else:
             source = _source(image, card.model.in_channels)
-            reader = GivenReader(reader.channels, reader.value_range, reader.max_pixels, source)
+            reader = GivenReader(reader.channels, reader.value_range, reader.max_pixels, None, source)
         prediction = self.pipeline.one(self.batches, path, reader, probabilities=probabilities)
         found = prediction.segmented
         if found is None:

@@ -491,9 +491,12 @@ class PredictConfig(MaskOptions):
     model: str
     """Model directory, or run directory (then its best model)."""
     inputs: tuple[str, ...]
-    """Folders, files, globs, lists (.txt, .parquet) or URIs."""
+    """Folders, files, globs, lists (.txt, .csv, .tsv, .jsonl, .parquet) or URIs."""
     out: str
     """Folder or URI for the results."""
+    column: str | None = None
+    """Column of a list or of Parquet files that names the images, or holds them; None: the first one with a known name
+    (`lists.PATH_COLUMNS`, `inputs.BYTES_COLUMNS`)."""
     formats: tuple[str, ...] = ("png",)
     """Some of `registry.FORMATS`, which explains each."""
     name: str = "{relpath}/{stem}.png"

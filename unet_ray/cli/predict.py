@@ -50,6 +50,12 @@ REASONS = 5
     metavar="LIST",
     help=f"What to write: {', '.join(FORMATS)}; several with commas.",
 )
+@option(
+    OUTPUT,
+    "--column",
+    metavar="NAME",
+    help="Column of a list or Parquet file with paths or images.  [default: path, uri, url, … or image, bytes, …]",
+)
 @option(OUTPUT, "--overlay", is_flag=True, help="The same as adding overlay to --format.")
 @option(
     OUTPUT,
@@ -95,9 +101,10 @@ def predict(
     """Segment every image of folders, files, globs, lists or buckets.
 
     MODEL is a run directory (then its best model) or a model directory. INPUT is a folder (with its subfolders), an
-    image, a glob, a .txt with a path on each line, or a .parquet with a column `path` or with the encoded images
-    themselves, each on a disk or on s3://, gs://. Images are JPEG, PNG, GIF, TIFF, BMP, WebP or NPY, of any mode and
-    size; for models of many channels or 16 bits, TIFF (the extra `tiff`) and NPY.
+    image, a glob of images or folders, a list (.txt, .csv, .tsv, .jsonl or .parquet with a column of paths or URIs), or
+    Parquet files with the encoded images themselves, each on a disk or on s3://, gs://. Images are JPEG, PNG, GIF,
+    TIFF, BMP, WebP or NPY, of any mode and size; for models of many channels or 16 bits, TIFF (the extra `tiff`) and
+    NPY.
 
     \b
     Example:

@@ -7,21 +7,31 @@ the split, so neither depends on the machine, on where the folder is, or on the 
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import glob
+import itertools
+import logging
 import os
+import posixpath
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path, PurePosixPath
-from typing import TypeVar
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from unet_ray.config import UserError
-from unet_ray.data import storage
+from unet_ray.data import lists, storage
+from unet_ray.data.lists import Entry
+
+if TYPE_CHECKING:
+    from pyarrow.fs import FileInfo
+
+log = logging.getLogger("unet_ray")
 
 T = TypeVar("T")
 
@@ -30,8 +40,11 @@ BYTES_COLUMNS = ("image", "bytes", "image_bytes", "data", "content")
 """Columns of a Parquet file that may hold encoded images; the first one present is used."""
 NAME_COLUMNS = ("path", "file_name", "name", "id")
 """Columns that may name those images; the first one present is used."""
+PREDICTION = ("settings.json", "manifest.parquet", ".work")
+"""Names by which the output folder of a prediction is known: the first, and one of the others."""
 NAMES_AT_ONCE = 2**16
 LISTED_AT_ONCE = 1024
+NO_IMAGE = "this row of the list names no image"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,38 +77,64 @@ def find_images(location: str) -> list[ImageFile]:
     return sorted(iter_images(location), key=lambda image: image.name)
 
 
-def iter_images(location: str) -> Iterator[ImageFile]:
-    """Yields the images of a folder and its subfolders, of a local glob, of a list, or a single file.
+def iter_images(location: str, column: str | None = None) -> Iterator[ImageFile]:
+    """Yields the images of a folder and its subfolders, of a glob of files or folders, of a list, or a single file.
 
-    The order depends only on the names; a list keeps its own order. A list is a `.txt` with a path or URI on each line
-    (relative paths are below the list's folder), or a `.parquet` file or folder with a column `path` or with encoded
-    images in a binary column (`image`, `bytes`, …, or Hugging Face's struct of bytes and path). In folders and globs,
-    hidden files and extensions that are not in `EXTENSIONS` are skipped. A broken link, or a file in a list that does
-    not exist, has size -1. Only the names of one folder at a time are in memory. Raises UserError if there is no such
-    folder or no image in it.
+    The order depends only on the names; a list keeps its own order. A list has one of `lists.SUFFIXES`, or is a
+    `.parquet` file or folder that names images, or holds them encoded (`image`, `bytes`, …, or Hugging Face's struct of
+    bytes and path). A folder without any image may hold such Parquet files. `column`: the column of a table to use.
+    Relative paths are below the list's folder. In folders and globs, hidden files, extensions that are not in
+    `EXTENSIONS`, and folders that `predict` has written are skipped. A broken link, or a file in a list that does not
+    exist, has size -1, and so has a line of a list that names no image. Only the names of one folder at a time are in
+    memory. Raises UserError if there is no such folder or no image in it.
     """
     location = storage.absolute(location)
     count = 0
-    for image in _found(location):
+    for image in _found(location, column):
         count += 1
         yield image
     if not count:
         raise UserError(f"{location}: no image in it ({', '.join(sorted(EXTENSIONS))})")
 
 
+def iter_files(paths: Sequence[str]) -> Iterator[ImageFile]:
+    """Yields images that are named one by one; their relative paths begin at their common folder. Raises UserError."""
+    paths = [storage.absolute(path) for path in paths]
+    for image in _listed([Entry(0, path) for path in paths], common_folder(paths), ""):
+        if image.size < 0 and not os.path.islink(image.path):  # noqa: PTH114 - a name need not be UTF-8
+            raise UserError(f"{image.path}: no such folder or file")
+        yield image
+
+
+def is_one_file(location: str) -> bool:
+    """Returns whether an input names one image, and no folder, list or glob."""
+    path = PurePosixPath(storage.split_options(location)[0])
+    return _wanted(path.name) and not (_is_glob(location) or storage.is_folder(location))
+
+
+def common_folder(paths: Sequence[str]) -> str:
+    """Returns the deepest folder, with its bucket's options, that holds all of some files. Raises UserError."""
+    parents = [storage.split_options(storage.parent(storage.absolute(path))) for path in paths]
+    levels = zip(*(base.split("/") for base, _ in parents), strict=False)
+    same = [names[0] for names in itertools.takewhile(lambda names: len(set(names)) == 1, levels)]
+    if not same or same[1:] == [""] or len({options for _, options in parents}) > 1:
+        raise UserError(f"{paths[0]} … {paths[-1]}: files named one by one must be on one disk or in one bucket")
+    return ("/".join(same) or "/") + parents[0][1]
+
+
 def root_name(location: str) -> str:
     """Returns a name for the folder that an input's relative paths begin at: the folder's name, or a list's stem."""
     location = storage.absolute(location)
     path = PurePosixPath(storage.split_options(location)[0])
-    if path.suffix in (".txt", ".parquet"):
+    if path.suffix in (*lists.SUFFIXES, ".parquet"):
         return path.stem
     while glob.has_magic(path.name) or _wanted(path.name):
         path = path.parent
     return path.name or "input"
 
 
-def _found(location: str) -> Iterator[ImageFile]:
-    if not storage.is_uri(location) and not storage.exists(location) and glob.has_magic(location):
+def _found(location: str, column: str | None) -> Iterator[ImageFile]:
+    if _is_glob(location):
         yield from _of_glob(location)
         return
     found = storage.info(location)
@@ -103,15 +142,29 @@ def _found(location: str) -> Iterator[ImageFile]:
     if found is None and not os.path.islink(location):  # noqa: PTH114 - keeps the surrogates of names that aren't UTF-8
         raise UserError(f"{location}: no such folder or file")
     if path.suffix == ".parquet":
-        yield from _of_parquet(location)
+        yield from _of_parquet(location, column)
     elif found is not None and storage.is_folder(location):
-        yield from _walk(location, "", ())
-    elif path.suffix == ".txt":
-        base = storage.parent(location)
-        lines = storage.read_bytes(location).decode("utf-8", "surrogateescape").splitlines()
-        yield from _listed((line.strip() for line in lines if line.strip()), base)
+        yield from _of_folder(location, column)
+    elif path.suffix in lists.SUFFIXES:
+        entries = lists.read_list(storage.read_bytes(location), path.suffix, column, location)
+        yield from _listed(entries, storage.parent(location), location)
     else:
-        yield from _listed([location], storage.parent(location))
+        yield from _listed([Entry(1, location)], storage.parent(location), location)
+
+
+def _is_glob(location: str) -> bool:
+    pattern = storage.split_options(location)[0]
+    return glob.has_magic(pattern) and (storage.is_uri(location) or not os.path.lexists(location))
+
+
+def _of_folder(folder: str, column: str | None) -> Iterator[ImageFile]:
+    """Yields the images below a folder; if it has none, those in its Parquet files, as Hugging Face stores them."""
+    empty = True
+    for image in _walk(folder, "", ()):
+        empty = False
+        yield image
+    if empty and any(entry.path.endswith(".parquet") for entry in storage.list_files(folder)):
+        yield from _of_parquet(folder, column)
 
 
 def _image(path: str, name: str, size: int, mtime_ns: int) -> ImageFile:
@@ -124,11 +177,49 @@ def _wanted(name: str) -> bool:
 
 
 def _of_glob(pattern: str) -> Iterator[ImageFile]:
-    fixed = pattern[: re.search(r"[*?\[]", pattern).start()]  # type: ignore[union-attr]
+    """Yields the files that match, and everything in the folders that do. With `**`, which matches folders at all
+    depths, only files count. Relative paths begin at the last folder without a `*`, `?` or `[`."""
+    base = storage.split_options(pattern)[0]
+    fixed = base[: re.search(r"[*?\[]", base).start()]  # type: ignore[union-attr]
     root = fixed.rpartition("/")[0] or "/"
-    for path in sorted(glob.iglob(pattern, recursive=True)):  # noqa: PTH207
-        if _wanted(path.rpartition("/")[2]) and not Path(path).is_dir():
-            yield _image(path, path[len(root) :].lstrip("/"), *storage.sizes_and_times([path])[0])
+    for path in _matching(pattern) if storage.is_uri(pattern) else sorted(glob.iglob(pattern, recursive=True)):  # noqa: PTH207
+        name = storage.split_options(path)[0][len(root) :].lstrip("/")
+        if _wanted(name.rpartition("/")[2]) and not storage.is_folder(path):
+            yield _image(path, name, *storage.sizes_and_times([path])[0])
+        elif "**" not in base and storage.is_folder(path):
+            yield from _walk(path, f"{name}/", ())
+
+
+def _matching(pattern: str) -> Iterator[str]:
+    """Yields what matches a glob in a bucket: `*` and `[…]` within a name, `**` for any number of folders."""
+    base, options = storage.split_options(pattern)
+    scheme, rest = base.split("://", 1)
+    bucket, *names = rest.rstrip("/").split("/")
+    found = [f"{scheme}://{bucket}{options}"]
+    for place, name in enumerate(names):
+        if name == "**":
+            yield from (path for folder in found for path in _below(folder, names[place + 1 :] or ["*"]))
+            return
+        if glob.has_magic(name):
+            inside = ((folder, entry.base_name) for folder in found for entry in storage.entries(folder))
+            found = [storage.join(folder, each) for folder, each in inside if fnmatch.fnmatchcase(each, name)]
+        else:
+            found = [storage.join(folder, name) for folder in found]
+    yield from filter(storage.exists, found)
+
+
+def _below(folder: str, pattern: Sequence[str]) -> Iterator[str]:
+    """Yields the files at any depth whose last names match the names of a pattern."""
+    for path in _files_below(folder):
+        names = path.split("/")
+        if len(names) >= len(pattern) and all(map(fnmatch.fnmatchcase, names[-len(pattern) :], pattern)):
+            yield storage.join(folder, *names)
+
+
+def _files_below(folder: str) -> list[str]:
+    """Returns the relative paths of all files below a folder, sorted."""
+    base = storage.resolve(folder)[1].rstrip("/")
+    return sorted(entry.path.removeprefix(base).lstrip("/") for entry in storage.list_files(folder))
 
 
 def _walk(folder: str, below: str, ancestors: tuple[tuple[int, int], ...]) -> Iterator[ImageFile]:
@@ -138,15 +229,22 @@ def _walk(folder: str, below: str, ancestors: tuple[tuple[int, int], ...]) -> It
     """
     subfolders: list[str] = []
     if storage.is_uri(folder):
-        yield from _in_bucket(folder, below, subfolders)
+        here = storage.entries(folder)
+        if below and _is_prediction(entry.base_name for entry in here):
+            log.warning("%s was written by `predict`: it is left out", below)
+            return
+        yield from _in_bucket(folder, here, below, subfolders)
     else:
         status = os.stat(folder)  # noqa: PTH116
-        here = (status.st_dev, status.st_ino)
-        if here in ancestors:
+        place = (status.st_dev, status.st_ino)
+        if place in ancestors:
             return
-        ancestors = (*ancestors, here)
+        ancestors = (*ancestors, place)
         try:
             files = _names_here(folder, subfolders)
+            if below and _is_prediction(name for name in PREDICTION if os.path.lexists(f"{folder}/{name}")):
+                log.warning("%s was written by `predict`: it is left out", folder)
+                return
         except OSError as error:
             if not below:
                 raise UserError(f"{folder}: cannot be listed: {error.strerror}") from None
@@ -160,9 +258,16 @@ def _walk(folder: str, below: str, ancestors: tuple[tuple[int, int], ...]) -> It
         yield from _walk(storage.join(folder, name), f"{below}{name}/", ancestors)
 
 
-def _in_bucket(folder: str, below: str, subfolders: list[str]) -> Iterator[ImageFile]:
+def _is_prediction(names: Iterable[str]) -> bool:
+    """Returns whether these names in a folder tell that `predict` has written it, or is writing it: its masks are no
+    images, and a second run would take them for such."""
+    found = set(names)
+    return "settings.json" in found and bool(found & set(PREDICTION[1:]))
+
+
+def _in_bucket(folder: str, here: Iterable[FileInfo], below: str, subfolders: list[str]) -> Iterator[ImageFile]:
     """Yields the images directly in a bucket's folder, and appends the names of its folders to `subfolders`."""
-    for entry in storage.entries(folder):
+    for entry in here:
         if entry.is_file and _wanted(entry.base_name):
             path = storage.join(folder, entry.base_name)
             yield _image(path, below + entry.base_name, entry.size, entry.mtime_ns or 0)
@@ -200,61 +305,115 @@ def _in_order(names: pa.Array) -> Iterator[str]:
             yield os.fsdecode(name)
 
 
-def _listed(paths: Iterable[str], base: str) -> Iterator[ImageFile]:
-    """Yields the images of a list of paths; relative paths are below `base`."""
-    paths, folder = iter(paths), storage.split_options(base)[0].rstrip("/") + "/"
-    while batch := list(islice(paths, LISTED_AT_ONCE)):
-        full = [p if storage.is_uri(p) or p.startswith("/") else storage.join(base, *p.split("/")) for p in batch]
-        for path, found in zip(full, storage.sizes_and_times(full), strict=True):
+def _listed(entries: Iterable[Entry], base: str, source: str) -> Iterator[ImageFile]:
+    """Yields the images of a list; relative paths are below `base`. `source`: the list.
+
+    A line that names no image becomes an image of size -1 in the list itself, so that it is a row that fails.
+    """
+    entries, folder = iter(entries), storage.split_options(base)[0].rstrip("/") + "/"
+    while batch := list(islice(entries, LISTED_AT_ONCE)):
+        paths = [None if entry.path is None else _full(entry.path, base) for entry in batch]
+        asked = [
+            path for path, entry in zip(paths, batch, strict=True) if path is not None and _must_be_asked(path, entry)
+        ]
+        found = dict(zip(asked, storage.sizes_and_times(asked), strict=True))
+        for path, entry in zip(paths, batch, strict=True):
+            if path is None:
+                here, options = storage.split_options(source)
+                name = f"{PurePosixPath(here).name}#{entry.number}"
+                yield ImageFile(name, f"{here}#{entry.number}{options}", name, -1, 0, source, entry.number)
+                continue
             shown = storage.split_options(path)[0]
             if shown.startswith(folder):
                 name = shown[len(folder) :]
             else:
                 name = shown.partition("://")[2] or shown.lstrip("/")
-            yield _image(path, name, *found)
+            yield _image(path, name, *found.get(path, (-1 if entry.size is None else entry.size, entry.mtime_ns or 0)))
 
 
-def _of_parquet(location: str) -> Iterator[ImageFile]:
+def _full(path: str, base: str) -> str:
+    """Returns a list's path or URI in full; `./a`, `a` and `b/../a` are the same."""
+    if storage.is_uri(path):
+        return storage.absolute(path)
+    if storage.is_uri(base) and not path.startswith("/"):
+        return storage.join(base, *posixpath.normpath(path).split("/"))
+    # An absolute path beside a list in a bucket is a path on this machine.
+    return posixpath.normpath(path if path.startswith("/") else storage.join(base, *path.split("/")))
+
+
+def _must_be_asked(path: str, entry: Entry) -> bool:
+    """Returns whether size and time of a file are unknown. A list may say those of an object in a bucket. A URI that
+    can't be opened is a row that fails."""
+    if not storage.is_uri(path):
+        return True
+    return storage.is_known_scheme(path) and (entry.size is None or entry.mtime_ns is None)
+
+
+def _of_parquet(location: str, column: str | None) -> Iterator[ImageFile]:
     if storage.is_folder(location):
-        names = [name for name in storage.names_in(location) if name.endswith(".parquet") and name[0] not in "._"]
-        files = [(storage.join(location, name), name.removesuffix(".parquet") + "/") for name in names]
+        names = [name for name in _files_below(location) if name.endswith(".parquet")]
+        names = [name for name in names if not any(part[0] in "._" for part in name.split("/"))]
+        files = [(storage.join(location, *name.split("/")), name.removesuffix(".parquet") + "/") for name in names]
     else:
         files = [(location, "")]
     for path, prefix in files:
         try:
-            yield from _of_parquet_file(path, prefix)
+            yield from _of_parquet_file(path, prefix, column)
         except (pa.ArrowInvalid, OSError) as error:
             raise UserError(f"{path}: not a Parquet file that can be read: {error}") from None
 
 
-def _of_parquet_file(location: str, prefix: str) -> Iterator[ImageFile]:
+def _of_parquet_file(location: str, prefix: str, column: str | None) -> Iterator[ImageFile]:
     filesystem, inner = storage.resolve(location)
     with pq.ParquetFile(inner, filesystem=filesystem) as file:
         schema = file.schema_arrow
-        images = image_column(schema)
-        names = next((n for n in NAME_COLUMNS if n in schema.names and _is_text(schema, n)), None)
-        if images is None and names != "path":
-            raise UserError(
-                f"{location}: neither a column `path` nor encoded images in a binary one ({', '.join(BYTES_COLUMNS)})"
-            )
+        images = image_column(schema, column)
         if images is None:
-            for batch in file.iter_batches(LISTED_AT_ONCE, columns=["path"]):
-                yield from _listed(batch.column(0).to_pylist(), storage.parent(location))
+            yield from _listed(_paths_in(file, column, location), storage.parent(location), location)
             return
         size, mtime_ns = storage.sizes_and_times([location])[0]
         base, options = storage.split_options(location)
-        row = 0
-        for batch in file.iter_batches(LISTED_AT_ONCE, columns=[names] if names else [schema.names[0]]):
-            for value in batch.column(0).to_pylist() if names else [None] * batch.num_rows:
-                name = prefix + (value.lstrip("/") if value else f"{row:09d}")
-                image = _image(f"{base}#{row}{options}", name, size, mtime_ns)
-                yield dataclasses.replace(image, source=location, row=row)
-                row += 1
+        for row, value in enumerate(_names_in(file, images)):
+            name = prefix + (value.lstrip("/") if value else f"{row:09d}")
+            image = _image(f"{base}#{row}{options}", name, size, mtime_ns)
+            yield dataclasses.replace(image, source=location, row=row)
 
 
-def image_column(schema: pa.Schema) -> str | None:
-    """Returns the column with encoded images (binary, or a struct with `bytes`) of a Parquet schema; None if none."""
-    for name in BYTES_COLUMNS:
+def _paths_in(file: pq.ParquetFile, column: str | None, location: str) -> Iterator[Entry]:
+    """Yields the rows of a Parquet file that names images in a column. Raises UserError if none does."""
+    schema = file.schema_arrow
+    texts = [name for name in schema.names if _is_text(schema, name)]
+    wanted = column or next((name for name in lists.PATH_COLUMNS if name in texts), None)
+    if wanted not in texts:
+        raise UserError(
+            f"{location}: no column with paths ({column or ', '.join(lists.PATH_COLUMNS)}), nor encoded images in a"
+            f" binary one ({', '.join(BYTES_COLUMNS)}): name the right one of {', '.join(schema.names)} with --column"
+        )
+    others = [name for name in (lists.SIZE_COLUMN, *lists.TIME_COLUMNS) if name in schema.names]
+    number = 0
+    for batch in file.iter_batches(LISTED_AT_ONCE, columns=[wanted, *others]):
+        for row in batch.to_pylist():
+            number += 1
+            yield Entry(number, row[wanted] or None, *lists.size_and_time(row))
+
+
+def _names_in(file: pq.ParquetFile, images: str) -> Iterator[str | None]:
+    """Yields the name of each encoded image in a Parquet file: of a column, or of the image's own `path`."""
+    schema = file.schema_arrow
+    own = pa.types.is_struct(schema.field(images).type) and schema.field(images).type.get_field_index("path") >= 0
+    name = next((n for n in NAME_COLUMNS if n in schema.names and n != images and _is_text(schema, n)), None)
+    if name is None and not own:
+        yield from [None] * file.metadata.num_rows
+        return
+    for batch in file.iter_batches(LISTED_AT_ONCE, columns=[name or f"{images}.path"]):
+        for value in batch.column(0).to_pylist():
+            yield (value or {}).get("path") if name is None else value
+
+
+def image_column(schema: pa.Schema, column: str | None = None) -> str | None:
+    """Returns the column with encoded images (binary, or a struct with `bytes`) of a Parquet schema; None if none.
+    `column`: look only at this one."""
+    for name in [column] if column else BYTES_COLUMNS:
         if name in schema.names:
             kind = schema.field(name).type
             if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
@@ -264,23 +423,26 @@ def image_column(schema: pa.Schema) -> str | None:
     return None
 
 
-def encoded_images(location: str, rows: Sequence[int]) -> dict[int, bytes]:
-    """Reads some rows (ascending) of a Parquet file. Returns row -> encoded image.
+def encoded_images(location: str, rows: Sequence[int], column: str | None = None) -> dict[int, bytes]:
+    """Reads some rows (ascending) of a Parquet file. Returns row -> encoded image. `column`: as in `iter_images`.
 
-    Reads only their row groups, a batch at a time. Raises OSError, or ValueError if the file no longer has images.
+    Reads only their row groups, a batch at a time. Raises OSError, or ValueError if the file holds no images: a list is
+    the source of a line that names none.
     """
+    if PurePosixPath(storage.split_options(location)[0]).suffix != ".parquet":
+        raise ValueError(NO_IMAGE)
     filesystem, inner = storage.resolve(location)
     found: dict[int, bytes] = {}
     with pq.ParquetFile(inner, filesystem=filesystem) as file:
-        column = image_column(file.schema_arrow)
-        if column is None:
-            raise ValueError("no longer a Parquet file with images")
+        images = image_column(file.schema_arrow, column)
+        if images is None:
+            raise ValueError(NO_IMAGE)
         start = 0
         for number in range(file.metadata.num_row_groups):
             stop = start + file.metadata.row_group(number).num_rows
             wanted = [row for row in rows if start <= row < stop]
             if wanted:
-                found.update(_of_row_group(file, number, column, start, wanted))
+                found.update(_of_row_group(file, number, images, start, wanted))
             start = stop
     return found
 

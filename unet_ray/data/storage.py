@@ -40,6 +40,14 @@ def is_uri(location: str) -> bool:
     return re.match(r"[a-z][a-z0-9+.-]*://", location) is not None
 
 
+SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs", "file")
+"""Schemes of URIs that pyarrow opens."""
+
+
+def is_known_scheme(uri: str) -> bool:
+    return uri.partition("://")[0] in SCHEMES
+
+
 def absolute(location: str | os.PathLike[str]) -> str:
     """Returns the absolute path, or the URI as it is, so that workers in other folders of this machine find it."""
     location = os.fspath(location)

@@ -9,20 +9,38 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from unet_ray.data.inputs import ImageFile, iter_images, root_name
+from unet_ray.data import storage
+from unet_ray.data.inputs import ImageFile, common_folder, is_one_file, iter_files, iter_images, root_name
 
 
-def images_of(locations: Sequence[str]) -> Iterator[ImageFile]:
-    """Yields the images of all inputs. With several inputs, each name begins with the name of its input folder."""
+def images_of(locations: Sequence[str], column: str | None = None) -> Iterator[ImageFile]:
+    """Yields the images of all inputs, see `iter_images`. Images that are named one by one are one input. With several
+    inputs, each name begins with the name of its input folder."""
+    files, others = _apart(locations)
+    inputs = [(root_name(location), iter_images(location, column)) for location in others]
+    if files:
+        inputs.append((root_name(common_folder(files)), iter_files(files)))
     used: Counter[str] = Counter()
-    for location in locations:
-        prefix = ""
-        if len(locations) > 1:
-            base = root_name(location)
-            used[base] += 1
-            prefix = f"{base}/" if used[base] == 1 else f"{base}-{used[base]}/"
-        for image in iter_images(location):
+    for base, images in inputs:
+        used[base] += 1
+        prefix = "" if len(inputs) == 1 else f"{base}/" if used[base] == 1 else f"{base}-{used[base]}/"
+        for image in images:
             yield dataclasses.replace(image, name=prefix + image.name) if prefix else image
+
+
+def shown(locations: Sequence[str]) -> list[str]:
+    """Returns the inputs as the settings record them: `FOLDER/*` for all images that are named one by one, so that one
+    more of them is no other input."""
+    files, others = _apart(locations)
+    named = [storage.join(common_folder(files), "*")] if files else []
+    return [storage.without_secrets(storage.absolute(location)) for location in [*others, *named]]
+
+
+def _apart(locations: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Returns the images that are named one by one, and the other inputs."""
+    files = [location for location in locations if is_one_file(location)]
+    named = set(files)
+    return files, [location for location in locations if location not in named]
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 from unet_ray.config import PredictConfig, UserError
 from unet_ray.data import storage
+from unet_ray.inference import naming
 from unet_ray.inference.arithmetic import NOT_RECORDED, Arithmetic
 from unet_ray.inference.choose_arithmetic import begun_otherwise
 from unet_ray.inference.formats import all_owned_names
@@ -28,7 +29,8 @@ def settings_of(config: PredictConfig, pipeline: Pipeline) -> dict[str, Any]:
     return {
         "weights_sha256": pipeline.card.weights_sha256,
         "ensemble": [checkpoint.read_card(model).weights_sha256 for model in options.ensemble],
-        "inputs": [storage.without_secrets(storage.absolute(location)) for location in config.inputs],
+        "inputs": naming.shown(config.inputs),
+        "column": config.column,
         "formats": sorted(config.formats),
         "name": config.name,
         "tile": config.tile,

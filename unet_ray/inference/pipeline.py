@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from unet_ray.config import Cleanup, MaskOptions, UserError
+from unet_ray.config import Cleanup, MaskOptions, PredictConfig, UserError
 from unet_ray.data import storage
 from unet_ray.data.chunks import Chunk, Stage, objects
 from unet_ray.inference.arithmetic import Arithmetic, Machine
@@ -77,7 +77,8 @@ class Pipeline(ABC):
         """Segments one image in this process. Returns its mask, or the reason of the failure."""
 
     def reader(self) -> Reader:
-        return Reader.of(self.card, self.options.max_pixels)
+        column = self.options.column if isinstance(self.options, PredictConfig) else None
+        return Reader.of(self.card, self.options.max_pixels, column)
 
     def segmenter(self, threads: int | None = None) -> BatchSegmenter:
         """Loads the network. The arithmetic must be chosen. `threads`: see BatchSegmenter."""

@@ -132,7 +132,7 @@ def _survey(config: PredictConfig, ledger: Ledger, pipeline: Pipeline, begun: bo
     try:
         return survey(
             ledger,
-            images_of(config.inputs),
+            images_of(config.inputs, config.column),
             Naming(config.name),
             pipeline.row_cost(),
             lambda count: on_progress(count, 0, 0),

@@ -28,15 +28,17 @@ class Reader:
     channels: int
     value_range: Any
     max_pixels: int
+    column: str | None
+    """Column of a Parquet file with encoded images; None: the first known one."""
 
     @classmethod
-    def of(cls, card: ModelCard, max_pixels: int) -> Reader:
-        return cls(card.model.in_channels, card.value_range, max_pixels)
+    def of(cls, card: ModelCard, max_pixels: int, column: str | None = None) -> Reader:
+        return cls(card.model.in_channels, card.value_range, max_pixels, column)
 
     def encoded(self, chunk: Chunk) -> Iterator[Source | str]:
         """Yields the file of each row, or the reason of the failure."""
         inside = "source" in chunk and any(chunk["source"])
-        stored = _from_parquet(chunk) if inside else {}
+        stored = _from_parquet(chunk, self.column) if inside else {}
         for row, path in enumerate(chunk["path"]):
             try:
                 if row in stored:
@@ -92,14 +94,14 @@ class GivenReader(Reader):
         yield from [self.image] * len(chunk["path"])
 
 
-def _from_parquet(chunk: Chunk) -> dict[int, bytes | str]:
+def _from_parquet(chunk: Chunk, column: str | None) -> dict[int, bytes | str]:
     """Returns row of the chunk -> encoded image or reason of the failure, for images inside Parquet files."""
     images: dict[int, bytes | str] = {}
     for source in sorted(set(chunk["source"]) - {b""}):
         rows = np.flatnonzero(chunk["source"] == source)
         wanted = {int(chunk["source_row"][row]): int(row) for row in rows}
         try:
-            data = encoded_images(os.fsdecode(source), sorted(wanted))
+            data = encoded_images(os.fsdecode(source), sorted(wanted), column)
             images |= {wanted[number]: image for number, image in data.items()}
         except (OSError, ValueError) as error:
             images |= dict.fromkeys(wanted.values(), _reason(error))

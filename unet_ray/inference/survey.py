@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
@@ -15,6 +16,8 @@ from unet_ray.data.inputs import ImageFile
 from unet_ray.inference.chunk_size import RowCost, chunk_rows
 from unet_ray.inference.digests import DigestMap, digests_of
 from unet_ray.inference.ledger import SHARD_ROWS, Ledger
+
+log = logging.getLogger("unet_ray")
 
 INPUTS_SCHEMA = pa.schema(
     # Names are bytes, because a file system's names need not be UTF-8.
@@ -67,6 +70,8 @@ class _Listing:
         """Row of an earlier image -> its new size and time."""
         self.count = 0
         """Different images in this listing."""
+        self.twice = 0
+        """Lines that named an image again."""
         self.writer = _ShardWriter(ledger, len(ledger.shards()), cost)
 
     def _read_earlier(self) -> None:
@@ -101,8 +106,9 @@ class _Listing:
         in_batch: set[bytes] = set()
         for place, row in enumerate(self.known.find(digests).tolist()):
             digest = digests[place].tobytes()
-            if row >= self.earlier or digest in in_batch:
-                continue  # listed twice
+            if row >= self.earlier or digest in in_batch or (row >= 0 and self.seen[row]):
+                self.twice += 1
+                continue
             in_batch.add(digest)
             if row >= 0:
                 self._note_earlier(row, batch[place])
@@ -111,7 +117,7 @@ class _Listing:
         return new
 
     def _note_earlier(self, row: int, image: ImageFile) -> None:
-        self.count += not self.seen[row]
+        self.count += 1
         self.seen[row] = True
         if (image.size, image.mtime_ns) != (self.sizes[row], self.times[row]):
             self.changed[row] = (image.size, image.mtime_ns)
@@ -132,6 +138,8 @@ class _Listing:
 
     def close(self) -> None:
         self.writer.close()
+        if self.twice:
+            log.warning("%d images are listed more than once: each is done once", self.twice)
         _renew(self.ledger, self.changed)
 
 

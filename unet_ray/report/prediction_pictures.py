@@ -54,7 +54,7 @@ class PredictionPictures:
         size_hw = row["height"], row["width"]
         try:
             data = imaging.read_file(os.fsdecode(row["location"]))
-            return Reader(3, None, 2 * MAX_PIXELS).picture(data, size_hw, SIDE)
+            return Reader(3, None, 2 * MAX_PIXELS, None).picture(data, size_hw, SIDE)
         except (OSError, ImageError, UserError):
             return np.full((*imaging.fitted(size_hw, SIDE), 3), 128, np.uint8)
 
