@@ -440,3 +440,19 @@ def test_every_recipe_prints_names_its_source_and_trains(discs, tmp_path, name):
     settings = flags(small.items())
     output = train(discs, tmp_path / "r", "--config", tmp_path / "c.yaml", settings=settings).output
     assert "best: epoch 1" in output
+
+
+def test_a_fault_of_ours_has_a_traceback_and_a_code_of_its_own(monkeypatch):
+    def fault(*_arguments, **_options):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(main.commands["recipes"], "callback", fault)
+    result = CliRunner().invoke(main, ["recipes"])
+    assert result.exit_code == 3
+    assert "RuntimeError: a bug" in result.stderr and "A fault of unet-ray" in result.stderr
+
+
+def test_a_reader_that_goes_away_is_no_fault():
+    command = f"{sys.executable} -m unet_ray recipes carvana-fast | true; exit ${{PIPESTATUS[0]}}"
+    ran = subprocess.run(["bash", "-c", command], stderr=subprocess.PIPE, text=True, check=False)
+    assert ran.returncode in (0, 141) and not ran.stderr

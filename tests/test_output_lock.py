@@ -341,3 +341,11 @@ def test_two_trainings_never_write_into_one_run(tmp_path, monkeypatch):
     Path(out / LOCK).unlink(missing_ok=True)
     assert train(config, str(out), runtime=LOCAL, resume=True).epochs == 3
     assert not (out / LOCK).exists()
+
+
+def test_a_folder_that_ray_deletes_after_the_job_is_refused(tmp_path):
+    folder = tmp_path / "session_1/runtime_resources/working_dir_files/_ray_pkg_1"
+    folder.mkdir(parents=True)
+    refused = pytest.raises(UserError, match=r"which Ray deletes .* such as /shared/masks, or a bucket")
+    with refused, output_lock(str(folder / "masks"), "lock.json"):
+        raise AssertionError("it is locked")

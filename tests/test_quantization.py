@@ -94,7 +94,7 @@ def test_int8_that_costs_too_much_is_refused_and_removed(run, tmp_path, monkeypa
     run = str(shutil.copytree(run, tmp_path / "run"))
     monkeypatch.setattr(quantization, "MAY_FALL", -1.0)
     answer = CliRunner().invoke(main, ["quantize", run, "--calibration", "2"])
-    assert answer.exit_code == 1
+    assert answer.exit_code == 2
     assert "refused" in answer.stderr
     assert not pipeline_of(run, MaskOptions(device="cpu")).chosen_here().arithmetic.int8
     assert not list(Path(run, "model").glob("int8*"))

@@ -5,7 +5,9 @@ The commands that need torch and Ray import them themselves, so that `unet-ray -
 
 from __future__ import annotations
 
+import os
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,7 +35,8 @@ class Commands(click.Group):
     """Turns errors into exit codes, and lists the commands in the order in which a user meets them."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Runs a command. A UserError gives one line on stderr and exit code 2; Ctrl-C and SIGTERM give code 130."""
+        """Runs a command. A UserError gives one line on stderr and exit code 2, a fault of ours its traceback and code
+        3 (Python's own 1 would mean that images failed), Ctrl-C and SIGTERM code 130."""
         claim()
         stop_like_ctrl_c()
         try:
@@ -46,6 +49,15 @@ class Commands(click.Group):
                 "Stopped. What is finished is kept: start again with --resume (train) or as before (predict).", err=True
             )
             ctx.exit(130)
+        except (click.exceptions.Exit, click.ClickException, click.Abort):
+            raise
+        except BrokenPipeError:  # the reader of our output has gone, as in `| head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            ctx.exit(141)  # what a shell gives for SIGPIPE
+        except Exception:
+            traceback.print_exc()
+            click.echo("A fault of unet-ray. What is finished is kept. Please report the lines above.", err=True)
+            ctx.exit(3)
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
         return list(self.commands)
@@ -62,8 +74,8 @@ def main() -> None:
       unet-ray doctor --images photos --masks masks    finds what is wrong with a data set
       unet-ray COMMAND --help                          shows options, defaults, examples, files written
 
-    Exit codes: 0 done; 1 some images failed; 2 an error that you must fix, in one line on stderr; 130 stopped by Ctrl-C
-    or SIGTERM.
+    Exit codes: 0 done; 1 some images failed (doctor: warnings); 2 an error that you must fix, in one line on stderr; 3
+    a fault of unet-ray; 130 stopped by Ctrl-C or SIGTERM.
     """
 
 

@@ -36,7 +36,7 @@ def quantize(run: str, calibration: int, as_json: bool) -> None:
     Example:
       unet-ray quantize RUN
 
-    Writes RUN/model/int8.json and the network's files, int8-*, beside it. Exit code 1: refused, and nothing is kept.
+    Writes RUN/model/int8.json and the network's files, int8-*, beside it. Exit code 2: refused, and nothing is kept.
     """
     from unet_ray.evaluation.quantization import MAY_FALL
     from unet_ray.evaluation.quantization import quantize as make_int8
@@ -52,4 +52,4 @@ def quantize(run: str, calibration: int, as_json: bool) -> None:
             click.echo("kept: predict and evaluate use it on CPUs (--precision bf16 or fp32: they don't)")
     if not result.kept:
         click.echo(f"refused: {result.dice - result.dice_int8:.4f} is more than {MAY_FALL}", err=True)
-        sys.exit(1)
+        sys.exit(2)

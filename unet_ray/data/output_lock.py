@@ -207,13 +207,18 @@ def _now() -> float:
     return time.monotonic() if clock is None else time.clock_gettime(clock)
 
 
+JOB_FOLDER = "/runtime_resources/working_dir_files/"
+"""Part of the path of the folder into which Ray unpacks `--working-dir`."""
+
+
 @contextmanager
 def output_lock(out: str, name: str, again: str = AGAIN) -> Iterator[OutputLock]:
     """Locks an output folder for this run with the file `name` below it. `again`: see `Holder`.
 
     On a disk it takes a file lock, which the system releases when the process ends, even if it is killed. Elsewhere see
-    this module's first lines. Raises UserError if another run holds the lock.
+    this module's first lines. Raises UserError if another run holds the lock, or if Ray will delete the folder.
     """
+    _check_lasting(out)
     holder = Holder(out, storage.join(out, *name.split("/")), uuid.uuid4().hex, again)
     me = {"id": holder.id, **asdict(Process.here()), "since": time.strftime("%F %T")}
     file = None if storage.is_uri(out) else _file_lock(holder)
@@ -231,6 +236,15 @@ def output_lock(out: str, name: str, again: str = AGAIN) -> Iterator[OutputLock]
             with contextlib.suppress(OSError):
                 if _parsed(_read(holder.path)).get("id") == holder.id:  # else the user removed the folder meanwhile
                     os.unlink(holder.path)  # noqa: PTH108 - while it is locked: see `_file_lock`
+
+
+def _check_lasting(out: str) -> None:
+    """Raises UserError for a folder in the working directory of a Ray job, which Ray deletes after the job."""
+    if not storage.is_uri(out) and JOB_FOLDER in f"{os.path.realpath(out)}/":
+        raise UserError(
+            f"--out {out} is in the job's working directory, which Ray deletes when the job has ended: give an absolute"
+            f" path that all nodes see, such as /shared/{os.path.basename(out)}, or a bucket"  # noqa: PTH119
+        )
 
 
 def _file_lock(holder: Holder) -> IO[str] | None:
