@@ -37,7 +37,7 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("sizes", [(1,), (2,), (3,), (7, 2), (8,), (15,), (16, 4), (24, 2), (56,), (64, 16), (192,)])
 def test_replicas_of_a_model_never_fill_a_node(monkeypatch, sizes):
-    there = [{"Alive": True, "Resources": {"CPU": float(cpus)}} for cpus in sizes]
+    there = [{"NodeID": str(place), "Resources": {"CPU": float(cpus)}} for place, cpus in enumerate(sizes)]
     monkeypatch.setattr(nodes, "alive", lambda: there)
     default, replicas = nodes.replicas_on_cpus()
     assert replicas == sum(cpus // default for cpus in sizes)
@@ -51,6 +51,25 @@ def test_replicas_of_a_model_never_fill_a_node(monkeypatch, sizes):
         # With --workers, replicas may be so small that they leave the smallest nodes less than a task reserves.
         assert min(left.values()) > 0
         assert (min(left.values()) if threads == default else left[max(sizes)]) >= TASK_CPUS_BESIDE_A_MODEL
+
+
+@pytest.mark.parametrize("busy", range(9))
+def test_what_others_hold_is_left_to_them(monkeypatch, busy):
+    monkeypatch.setattr(nodes, "alive", lambda: [{"NodeID": "a", "Resources": {"CPU": 8.0, "memory": 1.0}}])
+    monkeypatch.setattr(nodes, "LOOK_SECONDS", 0.0)
+    # Ray leaves out a resource of which nothing is free.
+    free = {"a": {"CPU": 8.0 - busy, "memory": 1.0} if busy < 8 else {"memory": 1.0}}
+    monkeypatch.setattr(internals, "available_resources", lambda: free)
+    nodes.look()
+    assert (nodes.room({"CPU": 1.0}), nodes.total("CPU"), nodes.held("CPU")) == (8 - busy, 8.0 - busy, busy)
+    assert nodes.room_without_others({"CPU": 1.0}) == 8
+    if busy < 8:
+        threads, replicas = nodes.replicas_on_cpus()
+        assert (threads, replicas) == (8 - busy, 1)
+        assert nodes.cpus_reserved_by_replica(threads) + 2 * TASK_CPUS_BESIDE_A_MODEL <= 8 - busy
+    free["a"] = {"CPU": 8.0}
+    nodes.look()
+    assert nodes.room({"CPU": 1.0}) == 8
 
 
 AS_MANY_GPUS_AS_CPUS = """

@@ -5,6 +5,7 @@ import errno
 import io
 import json
 import os
+import threading
 from pathlib import Path
 
 import duckdb
@@ -13,7 +14,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import TINY, make_bad, make_discs, make_model, make_photos
+from conftest import TINY, make_bad, make_discs, make_model, make_photos, until
 from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
@@ -424,6 +425,28 @@ def test_scores_that_are_not_finite_fail_their_row_and_make_no_mask(model, tmp_p
 
 
 # --- through Ray ---
+
+
+def test_cpus_that_others_hold_are_left_to_them_or_waited_for(ray_cluster, model, tmp_path, caplog):
+    @ray_cluster.remote(num_cpus=2)
+    class Other:
+        def ready(self):
+            return True
+
+    others = [Other.remote() for _ in range(2)]
+    ray_cluster.get([other.ready.remote() for other in others])
+    waits = "waiting: 4 of 4 CPUs are held by other work"
+    make_photos(tmp_path / "images", 5)
+
+    def end_one_of_them() -> None:
+        until(lambda: waits in caplog.text)
+        ray_cluster.kill(others[0])
+
+    thread = threading.Thread(target=end_one_of_them)
+    thread.start()
+    assert run(model, tmp_path / "images", tmp_path / "out", runtime=Runtime()).ok == 5
+    thread.join()
+    ray_cluster.kill(others[1])
 
 
 def test_verbose_reaches_ray_data(ray_cluster, model, tmp_path, monkeypatch):

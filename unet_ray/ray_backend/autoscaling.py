@@ -25,6 +25,8 @@ FIRST_REPORT_SECONDS = 15.0
 """Seconds that a newly started autoscaler may take to see the first node: it looks every five seconds."""
 ASK_SECONDS, MOST_AT_ONCE = 5.0, 16
 """Seconds for new nodes to be put to use before the next request, and the most bundles in one request."""
+SAY_SECONDS = 30.0
+"""Seconds between two lines while others hold what is needed."""
 STEP_SECONDS = 1.0
 """Seconds between two looks at the cluster."""
 
@@ -38,7 +40,7 @@ def pick_device(wanted: str) -> str:
     if wanted == "cpu":
         return "cpu"
     gpu = {"GPU": 1.0}
-    if nodes.room(gpu):
+    if nodes.room_without_others(gpu):
         return "cuda"
     if wanted == "cuda":
         make_room(1, gpu, "--device cuda: the cluster has no GPU", "use --device cpu")
@@ -60,10 +62,10 @@ def make_room_for_workers(workers: int, device: str, cpus_per_worker: int = 1, m
     """
     cpus = max(1, cpus_per_worker)
     bundle: Bundle = {"GPU": 1.0} if device == "cuda" else {"CPU": float(cpus)}
-    fitting, kind = nodes.room(bundle), "GPU" if device == "cuda" else "CPU"
+    fitting, kind = nodes.room_without_others(bundle), "GPU" if device == "cuda" else "CPU"
     size = f" of {cpus} CPUs" if kind == "CPU" and cpus > 1 else ""
     remedy = f"use --workers {fitting} or fewer" if fitting else "lower compute.cpus_per_worker"
-    problem = f"--workers {workers}{size}: the cluster has {int(nodes.total(kind))} {kind}s"
+    problem = f"--workers {workers}{size}: the cluster has {nodes.total(kind) + nodes.held(kind):g} {kind}s"
     return make_room(workers, bundle, problem, remedy, most)
 
 
@@ -75,6 +77,9 @@ def make_room(workers: int, bundle: Bundle, problem: str, remedy: str, most: int
     """
     if nodes.room(bundle) >= workers:
         return False
+    if nodes.room_without_others(bundle) >= workers:
+        _wait_for_others(workers, bundle)
+        return True
     if not may_grow():
         raise UserError(f"{problem}: {remedy}")
     log.warning("%s: asking for nodes", problem)
@@ -100,6 +105,18 @@ def make_room(workers: int, bundle: Bundle, problem: str, remedy: str, most: int
     finally:
         remove_placement_group(group)
     return True
+
+
+def _wait_for_others(workers: int, bundle: Bundle) -> None:
+    """Waits until others have let go of what these bundles need, and says so every `SAY_SECONDS`."""
+    kind = "GPU" if "GPU" in bundle else "CPU"
+    said = -SAY_SECONDS
+    while nodes.room(bundle) < workers:
+        if time.monotonic() - said >= SAY_SECONDS:
+            said = time.monotonic()
+            held, all_there_is = nodes.held(kind), nodes.total(kind) + nodes.held(kind)
+            log.warning("waiting: %g of %g %ss are held by other work on this cluster", held, all_there_is, kind)
+        nodes.look()
 
 
 @contextmanager

@@ -112,11 +112,13 @@ def pool_of_replicas(workers: int, device: str) -> Pool:
     cluster grows. `device`: `auto`, `cpu` or `cuda`.
     """
     device = autoscaling.pick_device(device)
+    nodes.look()
     if workers:
         autoscaling.make_room_for_workers(workers, device)
     grows = not workers and autoscaling.may_grow()
     if device == "cuda":
         bundle = {"GPU": 1.0}
+        autoscaling.make_room(1, bundle, "no node of the cluster has a GPU", "use --device cpu")
         # A replica reserves no CPU: a node with as many GPUs as CPUs would have none left to decode images.
         resources = {"num_gpus": 1.0, "num_cpus": 0.0}
         return Pool(workers or nodes.room(bundle), device, None, bundle, resources, TASK_CPUS, grows)

@@ -62,6 +62,17 @@ def own_ray_options(folder: str) -> dict[str, Any]:
     return {"_temp_dir": folder, "_node_ip_address": "127.0.0.1", "_system_config": SYSTEM_CONFIG}
 
 
+def available_resources() -> dict[str, dict[str, float]]:
+    """Returns node -> resource -> what nobody holds of it now, as the head has heard: up to a second late.
+
+    `ray.available_resources()` is the sum over all nodes. `ray.util.state.list_nodes` tells what a node has, and not
+    what is free.
+    """
+    from ray._private.state import available_resources_per_node
+
+    return available_resources_per_node()
+
+
 TOKEN_MODE_VARIABLE, TOKEN_VARIABLE = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"
 """A Ray answers only those who send its token. With these variables a Ray of our own has a token for one run. Without
 them Ray writes one into ~/.ray, and some homes can't be written to. They are public, but what is kept of them isn't."""

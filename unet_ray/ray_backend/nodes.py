@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import ray
 import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from unet_ray.ray_backend import internals
 
 log = logging.getLogger("unet_ray")
 
@@ -21,6 +24,41 @@ THREADS_PER_REPLICA = 8
 
 Bundle = dict[str, float]
 """Resources that one worker takes of a node: name -> amount."""
+
+LOOK_SECONDS, STEP_SECONDS = 5.0, 0.2
+"""How long the head may take to hear that resources are free again, and the time between two looks."""
+_held: dict[str, Bundle] = {}
+"""Node -> what others held of it when `look` was called. A node that joined later is all ours."""
+
+
+def look() -> None:
+    """Notes the CPUs and GPUs that others hold: `room` and its like leave them out. Call it when none of our own work
+    is running. What has just ended may still seem to be held, so it looks again for some seconds."""
+    deadline = time.monotonic() + LOOK_SECONDS
+    while True:
+        _held.clear()
+        free = internals.available_resources()
+        for node in alive():
+            # Ray leaves out a resource of which nothing is free.
+            left = free.get(node["NodeID"], node["Resources"])
+            held = {kind: node["Resources"].get(kind, 0) - left.get(kind, 0) for kind in ("CPU", "GPU")}
+            _held[node["NodeID"]] = {kind: amount for kind, amount in held.items() if amount > 1e-9}
+        if not any(_held.values()) or time.monotonic() > deadline:
+            return
+        time.sleep(STEP_SECONDS)
+
+
+def held(kind: str) -> float:
+    """Returns how many CPUs or GPUs others held when `look` was called."""
+    return sum(_held.get(node["NodeID"], {}).get(kind, 0) for node in alive())
+
+
+def free() -> list[Bundle]:
+    """Returns the resources of each node, less what others held when `look` was called."""
+    return [
+        {kind: amount - _held.get(node["NodeID"], {}).get(kind, 0) for kind, amount in node["Resources"].items()}
+        for node in alive()
+    ]
 
 
 def alive() -> list[dict[str, Any]]:
@@ -65,8 +103,8 @@ def _ask_on(node: dict[str, Any], question: Callable[[], Answer]) -> ray.ObjectR
 
 
 def total(resource: str) -> float:
-    """Returns the sum of a resource over all nodes."""
-    return sum(node["Resources"].get(resource, 0) for node in alive())
+    """Returns the sum of a resource over all nodes, without what others hold."""
+    return sum(node.get(resource, 0) for node in free())
 
 
 def object_store_of_smallest() -> int:
@@ -77,9 +115,16 @@ def object_store_of_smallest() -> int:
 
 def room(bundle: Bundle) -> int:
     """Returns how many workers with this bundle fit on the nodes at once. No worker spans two nodes."""
-    return sum(
-        min(int(node["Resources"].get(name, 0) / amount + 1e-9) for name, amount in bundle.items()) for node in alive()
-    )
+    return _room(free(), bundle)
+
+
+def room_without_others(bundle: Bundle) -> int:
+    """Returns how many would fit if nobody else held anything."""
+    return _room([node["Resources"] for node in alive()], bundle)
+
+
+def _room(nodes: list[Bundle], bundle: Bundle) -> int:
+    return sum(min(int(node.get(name, 0) / amount + 1e-9) for name, amount in bundle.items()) for node in nodes)
 
 
 def cpus_for_each(workers: int, spare: int) -> int:
@@ -94,7 +139,7 @@ def replicas_on_cpus() -> tuple[int, int]:
 
     Splits the largest node evenly into replicas of about `THREADS_PER_REPLICA` CPUs.
     """
-    largest = max([int(node["Resources"].get("CPU", 0)) for node in alive()], default=0)
+    largest = max([int(node.get("CPU", 0)) for node in free()], default=0)
     cpus = max(1, largest // max(1, largest // THREADS_PER_REPLICA))
     return cpus, max(1, room({"CPU": cpus}))
 
@@ -107,8 +152,8 @@ def cpus_reserved_by_replica(threads: int) -> float:
     CPU, not even if it moved there from a lost node: no image could be decoded, and the prediction would never end.
     """
     reserved = threads - 1.0
-    for node in able_to_work():
-        cpus = node["Resources"].get("CPU", 0)
+    for node in free():
+        cpus = node.get("CPU", 0)
         one_too_many = cpus // threads + 1
         reserved = max(reserved, cpus / one_too_many + 0.001)
     return reserved

@@ -93,7 +93,7 @@ def _attempt(config: TrainConfig, split: Split, holder: Holder, device: str, fol
 
 def _check_nodes(config: TrainConfig, split: Split, out: str, device: str) -> None:
     """Raises UserError unless there is room for the workers, and every node sees the data and the run directory."""
-    from unet_ray.ray_backend import autoscaling
+    from unet_ray.ray_backend import autoscaling, nodes
     from unet_ray.ray_backend.shared_files import check_shared
 
     compute, first = config.compute, split.pairs[0]
@@ -104,6 +104,7 @@ def _check_nodes(config: TrainConfig, split: Split, out: str, device: str) -> No
         # Also before the room for workers is counted: this asks every node, and waits for a node that has just died
         # until Ray knows of it.
         check_shared(places)
+        nodes.look()
         if autoscaling.make_room_for_workers(
             compute.fewest_workers, device, compute.cpus_per_worker, compute.most_workers
         ):
