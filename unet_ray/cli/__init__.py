@@ -27,6 +27,7 @@ from unet_ray.cli import (
     train,
 )
 from unet_ray.config import UserError
+from unet_ray.data.buckets import left_a_request_behind
 from unet_ray.own_process import claim
 from unet_ray.ray_backend.session import stop_like_ctrl_c
 
@@ -48,6 +49,9 @@ class Commands(click.Group):
             click.echo(
                 "Stopped. What is finished is kept: start again with --resume (train) or as before (predict).", err=True
             )
+            if left_a_request_behind():  # everything else has ended, and its files are closed
+                sys.stderr.flush()
+                os._exit(130)
             ctx.exit(130)
         except (click.exceptions.Exit, click.ClickException, click.Abort):
             raise

@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 
 from unet_ray.config import UserError
 from unet_ray.data import lists, storage
+from unet_ray.data.buckets import patient
 from unet_ray.data.lists import Entry
 
 if TYPE_CHECKING:
@@ -423,6 +424,7 @@ def image_column(schema: pa.Schema, column: str | None = None) -> str | None:
     return None
 
 
+@patient
 def encoded_images(location: str, rows: Sequence[int], column: str | None = None) -> dict[int, bytes]:
     """Reads some rows (ascending) of a Parquet file. Returns row -> encoded image. `column`: as in `iter_images`.
 

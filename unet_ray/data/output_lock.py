@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from unet_ray.config import UserError, first_line
-from unet_ray.data import storage
+from unet_ray.data import buckets, storage
 
 log = logging.getLogger("unet_ray")
 
@@ -184,6 +184,10 @@ class _RenewedLock(OutputLock):
 
     def _beat(self) -> None:
         number, wait = 1, BEAT_SECONDS
+        with buckets.at_once():  # a request that is repeated for minutes would come too late
+            self._renew(number, wait)
+
+    def _renew(self, number: int, wait: float) -> None:
         while not self.stop.wait(wait) and not self.lost:
             if _now() - self.renewed > STOP_SECONDS:
                 return  # `check` says so

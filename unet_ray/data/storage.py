@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import errno
 import functools
+import io
 import logging
 import os
-import re
 import shutil
 import tempfile
 import time
@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, TypeVar
 
 from unet_ray.config import UserError, first_line
+from unet_ray.data import buckets
+from unet_ray.data.buckets import is_uri, patient
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileInfo, FileSystem
@@ -34,10 +36,6 @@ USER_MUST_FIX = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EP
 """Error numbers of a full or read-only disk, which the user must fix."""
 QUESTION_MARK = "%3F"
 """Replaces a `?` in an object's name in a URI, since a plain `?` begins the options."""
-
-
-def is_uri(location: str) -> bool:
-    return re.match(r"[a-z][a-z0-9+.-]*://", location) is not None
 
 
 SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs", "file")
@@ -60,14 +58,32 @@ def absolute(location: str | os.PathLike[str]) -> str:
 
 @functools.cache
 def _filesystem(scheme_and_host: str) -> FileSystem:
-    from pyarrow.fs import FileSystem, LocalFileSystem
+    from pyarrow.fs import LocalFileSystem
 
     if not scheme_and_host:
         return LocalFileSystem()
+    buckets.check_credentials(scheme_and_host)
     try:
-        return FileSystem.from_uri(scheme_and_host)[0]
+        return _opened(buckets.with_endpoint(scheme_and_host))
+    except UserError:
+        raise
     except Exception as error:  # pyarrow raises many types here
-        raise UserError(f"{scheme_and_host}: not a location that can be opened: {error}") from None
+        raise UserError(f"{without_secrets(scheme_and_host)}: not a location that can be opened: {error}") from None
+
+
+@patient
+def _opened(uri: str) -> FileSystem:
+    """Opens a bucket's filesystem. For S3 pyarrow asks for the bucket's region here. It opens as many connections as it
+    has threads for files, so it has as many of these as requests at once."""
+    from pyarrow import io_thread_count, set_io_thread_count
+    from pyarrow.fs import FileSystem
+
+    threads = io_thread_count()
+    set_io_thread_count(max(threads, buckets.REQUESTS_AT_ONCE))
+    try:
+        return FileSystem.from_uri(uri)[0]
+    finally:
+        set_io_thread_count(threads)
 
 
 def resolve(location: str) -> tuple[FileSystem, str]:
@@ -107,6 +123,7 @@ def join(location: str, *names: str) -> str:
     return "/".join([base.rstrip("/") or "/", *names]).replace("//", "/", int(base == "/")) + options
 
 
+@patient
 def read_bytes(location: str) -> bytes:
     """Reads a whole file. Raises OSError."""
     if not is_uri(location):
@@ -116,6 +133,7 @@ def read_bytes(location: str) -> bytes:
         return stream.read()
 
 
+@patient
 def read_at_most(location: str, count: int) -> bytes:
     """Reads a file up to this number of bytes. Raises OSError."""
     if not is_uri(location):
@@ -148,9 +166,7 @@ def write_bytes(location: str, data: bytes, *, durable: bool = False) -> None:
     bucket has confirmed is stored.) To write many files, call `sync` once after them.
     """
     if is_uri(location):
-        filesystem, path = resolve(location)
-        with filesystem.open_output_stream(path) as stream:
-            stream.write(data)
+        _put(location, io.BytesIO(data))
         return
     target = Path(location)
     with _replacing(target) as temporary:
@@ -163,6 +179,26 @@ def write_bytes(location: str, data: bytes, *, durable: bool = False) -> None:
             _sync_one(str(temporary))
     if durable:
         _sync_folders([location])
+
+
+@patient
+def _put(location: str, data: IO[bytes]) -> None:
+    """Writes an object. Raises UserError if the bucket refuses it."""
+    filesystem, path = resolve(location)
+    data.seek(0)
+    try:
+        with filesystem.open_output_stream(path) as stream:
+            shutil.copyfileobj(data, stream, 2**23)
+    except OSError as error:
+        raise _refused(location, "cannot be written", error) from None
+
+
+def _refused(location: str, what: str, error: OSError) -> OSError | UserError:
+    """Returns a bucket's error as it is if it may be over soon, so that it is tried again, or if something is not
+    there; else as one line."""
+    if buckets.is_passing(error) or isinstance(error, FileNotFoundError) or error.errno is not None:
+        return error
+    return UserError(f"{without_secrets(location)}: {what}: {first_line(error)}")
 
 
 SYNC_THREADS = 8
@@ -229,10 +265,7 @@ def writing(location: str) -> Iterator[IO[bytes]]:
         # The data go to a local file first, because pyarrow would complete an upload that an error interrupts.
         with tempfile.TemporaryFile() as stream:
             yield stream
-            stream.seek(0)
-            filesystem, path = resolve(location)
-            with filesystem.open_output_stream(path) as target:
-                shutil.copyfileobj(stream, target, 2**23)
+            _put(location, stream)
         return
     target_path = Path(location)
     target_path.parent.mkdir(parents=True, exist_ok=True)
@@ -268,6 +301,7 @@ def exists(location: str) -> bool:
     return info(location) is not None
 
 
+@patient
 def info(location: str) -> FileInfo | None:
     """Returns pyarrow's information about a file or folder; None if it does not exist. Raises UserError."""
     from pyarrow.fs import FileType
@@ -276,7 +310,7 @@ def info(location: str) -> FileInfo | None:
     try:
         found = filesystem.get_file_info(path)
     except OSError as error:
-        raise UserError(f"{location}: {error}") from None
+        raise _refused(location, "cannot be found out about", error) from None
     return None if found.type == FileType.NotFound else found
 
 
@@ -288,15 +322,20 @@ def is_folder(location: str) -> bool:
     return found is not None and found.type == FileType.Directory
 
 
+@patient
 def list_files(location: str) -> list[FileInfo]:
     """Lists all files below a folder and its subfolders, in no particular order."""
     from pyarrow.fs import FileSelector, FileType
 
     filesystem, path = resolve(location)
-    found = filesystem.get_file_info(FileSelector(path, recursive=True))
+    try:
+        found = filesystem.get_file_info(FileSelector(path, recursive=True))
+    except OSError as error:
+        raise _refused(location, "cannot be listed", error) from None
     return [entry for entry in found if entry.type == FileType.File]
 
 
+@patient
 def entries(location: str) -> list[FileInfo]:
     """Lists files and folders directly inside a folder, sorted by name. Raises UserError."""
     from pyarrow.fs import FileSelector
@@ -305,25 +344,28 @@ def entries(location: str) -> list[FileInfo]:
     try:
         found = filesystem.get_file_info(FileSelector(path))
     except OSError as error:
-        raise UserError(f"{location}: cannot be listed: {error}") from None
+        if not is_uri(location):
+            raise UserError(f"{location}: cannot be listed: {error}") from None
+        raise _refused(location, "cannot be listed", error) from None
     return sorted(found, key=lambda entry: entry.base_name)
 
 
 def sizes_and_times(locations: Sequence[str]) -> list[tuple[int, int]]:
     """Returns (bytes, modification time in ns) of each file; (-1, 0) if it does not exist. Raises UserError."""
-    found: list[tuple[int, int]] = []
-    for location in locations:
-        if is_uri(location):
-            entry = info(location)
-            found.append((-1, 0) if entry is None else (entry.size, entry.mtime_ns or 0))
-        else:
-            try:
-                status = os.stat(location)  # noqa: PTH116 - called for millions of files, and some names are not UTF-8
-            except OSError:
-                found.append((-1, 0))
-            else:
-                found.append((status.st_size, status.st_mtime_ns))
-    return found
+    if len(locations) > 1 and any(map(is_uri, locations)):
+        return buckets.each(_size_and_time, locations)
+    return [_size_and_time(location) for location in locations]
+
+
+def _size_and_time(location: str) -> tuple[int, int]:
+    if is_uri(location):
+        entry = info(location)
+        return (-1, 0) if entry is None else (entry.size, entry.mtime_ns or 0)
+    try:
+        status = os.stat(location)  # noqa: PTH116 - called for millions of files, and some names are not UTF-8
+    except OSError:
+        return -1, 0
+    return status.st_size, status.st_mtime_ns
 
 
 def parent(location: str) -> str:
@@ -332,6 +374,7 @@ def parent(location: str) -> str:
     return (base.rpartition("/")[0] or "/") + options
 
 
+@patient
 def names_in(location: str) -> list[str]:
     """Returns the names directly inside a folder, sorted; empty if the folder does not exist."""
     from pyarrow.fs import FileSelector
@@ -342,16 +385,23 @@ def names_in(location: str) -> list[str]:
         found = filesystem.get_file_info(selector)
     except FileNotFoundError:  # pyarrow raises it for a folder that another process makes during the call
         found = filesystem.get_file_info(selector)
+    except OSError as error:
+        raise _refused(location, "cannot be listed", error) from None
     return sorted(entry.base_name for entry in found)
 
 
+@patient
 def delete_folder(location: str) -> None:
     """Removes a folder and everything in it, if it exists."""
     filesystem, path = resolve(location)
     if exists(location):
-        filesystem.delete_dir(path)
+        try:
+            filesystem.delete_dir(path)
+        except OSError as error:
+            raise _refused(location, "cannot be deleted", error) from None
 
 
+@patient
 def delete_file(location: str) -> None:
     """Removes a file, if it exists. Raises OSError."""
     if not is_uri(location):
@@ -359,4 +409,7 @@ def delete_file(location: str) -> None:
         return
     filesystem, path = resolve(location)
     if exists(location):
-        filesystem.delete_file(path)
+        try:
+            filesystem.delete_file(path)
+        except OSError as error:
+            raise _refused(location, "cannot be deleted", error) from None

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from unet_ray.data import imaging, pictures, storage
+from unet_ray.data.buckets import OutOfReachError
 from unet_ray.data.chunks import Chunk
 from unet_ray.data.imaging import ImageError, Pixels, Source
 from unet_ray.data.inputs import encoded_images
@@ -45,6 +46,8 @@ class Reader:
                     yield stored[row]
                 else:
                     yield self._file(os.fsdecode(path))
+            except OutOfReachError:
+                raise
             except (ImageError, OSError, ValueError) as error:
                 yield _reason(error)
 
@@ -103,6 +106,8 @@ def _from_parquet(chunk: Chunk, column: str | None) -> dict[int, bytes | str]:
         try:
             data = encoded_images(os.fsdecode(source), sorted(wanted), column)
             images |= {wanted[number]: image for number, image in data.items()}
+        except OutOfReachError:
+            raise
         except (OSError, ValueError) as error:
             images |= dict.fromkeys(wanted.values(), _reason(error))
     return images
