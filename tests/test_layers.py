@@ -29,6 +29,7 @@ ORDER = [
     "settings",
     "config",
     "own_process",
+    "keys",
     "registry",
 ]
 """The folders and files of the package from top to bottom: each imports from itself and from what stands below."""

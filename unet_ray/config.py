@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import yaml
 
+from unet_ray import keys
 from unet_ray.registry import FORMATS, LOSSES, NETWORKS, OPTIMIZERS
 
 IGNORE = 255
@@ -182,6 +183,7 @@ class DataConfig:
     """Names of the classes, in the order of their ids. Mean scores leave out a class 0 called `background`."""
 
     def __post_init__(self) -> None:
+        _without_keys(self)
         for side in self.size_hw:
             if side < 1:
                 raise UserError(f"data.image_size is {self.image_size}: must be 1 or more")
@@ -310,6 +312,7 @@ class OptimizationConfig:
     """Compute each level's activations again in the backward pass instead of storing them: less memory, more time."""
 
     def __post_init__(self) -> None:
+        _without_keys(self)
         _check_choices(self, "train", optimizer=OPTIMIZERS)
         _at_least(self, "train", epochs=1, batch_size=1, weight_decay=0, clip_norm=0, accumulate=1, patience=0)
         _at_least(self, "train", focal_gamma=0, border_weight=0, plateau_patience=0)
@@ -353,6 +356,7 @@ class ComputeConfig:
     """Tracking URI, such as `http://127.0.0.1:5000`, to which the metrics are also written (extra `mlflow`)."""
 
     def __post_init__(self) -> None:
+        _without_keys(self)
         _check_choices(self, "compute")
         _at_least(self, "compute", cpus_per_worker=0, memory_fraction=0, retries=0)
         if not 1 <= self.fewest_workers <= self.most_workers:
@@ -476,6 +480,7 @@ class MaskOptions:
     pays for the number of images. It is chosen once, for all machines."""
 
     def __post_init__(self) -> None:
+        _without_keys(self)
         _check_choices(self, "predict")
         _at_least(self, "predict", workers=0, tile=0, max_pixels=1)
         if not 0 <= self.overlap <= 0.9:
@@ -555,6 +560,15 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if not close and "." in name:  # a right key under a wrong section
         close = [k for k in known if k.split(".")[-1] == name.split(".")[-1]][:1]
     return f": did you mean {close[0]!r}?" if close else f": one of {', '.join(sorted(known))}"
+
+
+def _without_keys(section: Any) -> None:
+    """Takes the keys out of the URIs among the fields: settings are written into files."""
+    for each in dataclasses.fields(section):
+        value = getattr(section, each.name)
+        clean = keys.stripped_all(value)
+        if clean != value:
+            object.__setattr__(section, each.name, clean)
 
 
 def _check_choices(section: Any, prefix: str, **tables: Iterable[str]) -> None:

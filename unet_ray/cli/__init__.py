@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from unet_ray import __version__
+from unet_ray import __version__, keys
 from unet_ray.cli import (
     demo,
     doctor,
@@ -62,6 +62,12 @@ class Commands(click.Group):
             traceback.print_exc()
             click.echo("A fault of unet-ray. What is finished is kept. Please report the lines above.", err=True)
             ctx.exit(3)
+
+    def main(self, args: Sequence[str] | None = None, *others: Any, **options: Any) -> Any:
+        """Runs the command of these arguments, without keys in their URIs. Ray's dashboard shows `sys.argv`."""
+        given = [keys.stripped(argument) for argument in (sys.argv[1:] if args is None else args)]
+        sys.argv = [keys.stripped(argument) for argument in sys.argv]
+        return super().main(given, *others, **options)
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
         return list(self.commands)

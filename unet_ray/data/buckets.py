@@ -47,7 +47,7 @@ PASSING = re.compile(
 )
 """What an error says that may be over in a minute. (AWS SDK's CoreErrors, S3's error codes, gRPC's status codes.)"""
 _here = threading.local()
-_left_behind = threading.Event()
+THREAD = "unet_ray: bucket"
 
 
 class OutOfReachError(UserError):
@@ -134,20 +134,16 @@ def each(call: Callable[[Item], Answer], items: Sequence[Item]) -> list[Answer]:
                 future.set_exception(error)
 
     for _ in range(min(REQUESTS_AT_ONCE, len(items))):
-        threading.Thread(target=work, name="unet_ray: bucket", daemon=True).start()
+        threading.Thread(target=work, name=THREAD, daemon=True).start()
     try:
         return [future.result() for future in futures]
-    except BaseException:
-        if not all(future.done() for future in futures):
-            _left_behind.set()
-        raise
     finally:
         stop.set()
 
 
 def left_a_request_behind() -> bool:
     """Returns whether a request was given up that still runs. At its end Python would wait for it, in pyarrow."""
-    return _left_behind.is_set()
+    return any(thread.name == THREAD for thread in threading.enumerate())
 
 
 def bucket_of(location: str) -> str:

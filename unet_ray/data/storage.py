@@ -19,7 +19,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, TypeVar
+from urllib.parse import parse_qsl
 
+from unet_ray import keys
 from unet_ray.config import UserError, first_line
 from unet_ray.data import buckets
 from unet_ray.data.buckets import is_uri, patient
@@ -53,26 +55,28 @@ def absolute(location: str | os.PathLike[str]) -> str:
         from pyarrow.fs import FileSystem
 
         return FileSystem.from_uri(location)[1]
-    return location if is_uri(location) else str(Path(location).expanduser().absolute())
+    return keys.stripped(location) if is_uri(location) else str(Path(location).expanduser().absolute())
 
 
 @functools.cache
-def _filesystem(scheme_and_host: str) -> FileSystem:
+def _filesystem(scheme_and_host: str, user: str = "") -> FileSystem:
     from pyarrow.fs import LocalFileSystem
 
     if not scheme_and_host:
         return LocalFileSystem()
-    buckets.check_credentials(scheme_and_host)
+    if not user:
+        buckets.check_credentials(scheme_and_host)
     try:
-        return _opened(buckets.with_endpoint(scheme_and_host))
+        return _opened(buckets.with_endpoint(scheme_and_host), user)
     except UserError:
         raise
     except Exception as error:  # pyarrow raises many types here
-        raise UserError(f"{without_secrets(scheme_and_host)}: not a location that can be opened: {error}") from None
+        reason = str(error).replace(f"{user}@", "") if user else error
+        raise UserError(f"{without_secrets(scheme_and_host)}: not a location that can be opened: {reason}") from None
 
 
 @patient
-def _opened(uri: str) -> FileSystem:
+def _opened(uri: str, user: str) -> FileSystem:
     """Opens a bucket's filesystem. For S3 pyarrow asks for the bucket's region here. It opens as many connections as it
     has threads for files, so it has as many of these as requests at once."""
     from pyarrow import io_thread_count, set_io_thread_count
@@ -81,19 +85,32 @@ def _opened(uri: str) -> FileSystem:
     threads = io_thread_count()
     set_io_thread_count(max(threads, buckets.REQUESTS_AT_ONCE))
     try:
-        return FileSystem.from_uri(uri)[0]
+        if user == keys.ANONYMOUS and uri.startswith("s3://"):
+            return _without_signing(uri)
+        return FileSystem.from_uri(uri.replace("://", f"://{user}@", 1) if user else uri)[0]
     finally:
         set_io_thread_count(threads)
+
+
+def _without_signing(uri: str) -> FileSystem:
+    """Opens a public bucket of S3. (pyarrow's URIs can't say `anonymous` for S3, only for Google's.)"""
+    from pyarrow.fs import S3FileSystem, resolve_s3_region
+
+    base, options = split_options(uri)
+    given = dict(parse_qsl(options[1:]))
+    region = given.pop("region", None) or resolve_s3_region(base.partition("://")[2])
+    return S3FileSystem(anonymous=True, region=region, **given)
 
 
 def resolve(location: str) -> tuple[FileSystem, str]:
     """Returns the pyarrow filesystem of a location, and the location's path in it. Raises UserError."""
     if not is_uri(location):
         return _filesystem(""), location
-    scheme, rest = location.split("://", 1)
+    scheme, rest = keys.stripped(location).split("://", 1)
     bucket, _, query = rest.partition("?")
     # Bucket options such as ?region= or ?endpoint_override= belong to the filesystem, not to the path.
-    filesystem = _filesystem(f"{scheme}://{bucket.split('/')[0]}{'?' + query if query else ''}")
+    host = f"{scheme}://{bucket.split('/')[0]}"
+    filesystem = _filesystem(f"{host}{'?' + query if query else ''}", keys.of(host))
     return filesystem, bucket.replace(QUESTION_MARK, "?")
 
 

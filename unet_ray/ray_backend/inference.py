@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from ray.data.block import BlockMetadata
 from unet_ray.config import UserError
 from unet_ray.data import storage
 from unet_ray.data.chunks import Chunk, Stage
+from unet_ray.keys import Keys
 from unet_ray.models.device import keep_freed_memory
 from unet_ray.own_process import claim
 from unet_ray.ray_backend import autoscaling, internals, nodes, replicas
@@ -74,7 +75,7 @@ def run_on_cluster(
         segmented = internals.map_whole_blocks(
             chunks,
             _ModelActor,
-            fn_constructor_kwargs={"model": model, "threads": pool.threads, "roll": roll},
+            fn_constructor_kwargs={"model": model, "threads": pool.threads, "roll": roll, "_keys": Keys()},
             compute=compute,
             runtime_env=nodes.runtime_env(pool.device),
             **pool.replica_resources,
@@ -179,6 +180,7 @@ def _rows(chunk: Chunk) -> int:
 @dataclass(frozen=True, slots=True)
 class _Preprocess:
     preprocess: Callable[[int], Chunk]
+    keys: Keys = field(default_factory=Keys)
 
     def __call__(self, table: Chunk) -> Chunk:
         claim()
@@ -192,6 +194,7 @@ class _UnlessEmpty:
     """Applies a stage to chunks with rows; returns empty ones, and those that stand for an exception, unchanged."""
 
     stage: Stage
+    keys: Keys = field(default_factory=Keys)
 
     def __call__(self, chunk: Chunk) -> Chunk:
         claim()
@@ -202,7 +205,7 @@ class _UnlessEmpty:
 class _ModelActor:
     """The model stage in the form that Ray Data needs: a class that each actor instantiates once."""
 
-    def __init__(self, model: Callable[[int | None], Stage], threads: int | None, roll: Any) -> None:
+    def __init__(self, model: Callable[[int | None], Stage], threads: int | None, roll: Any, _keys: Keys) -> None:
         claim()
         try:
             stage = replicas.load_as_called(roll, partial(model, threads))

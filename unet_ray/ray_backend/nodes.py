@@ -11,6 +11,7 @@ import ray
 import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from unet_ray.keys import Keys
 from unet_ray.ray_backend import internals
 
 log = logging.getLogger("unet_ray")
@@ -93,13 +94,13 @@ def answers(question: Callable[[], Answer], bundle: Bundle | None = None) -> lis
 
 
 @ray.remote(num_cpus=0, max_retries=0)
-def _asked(question: Callable[[], Answer]) -> Answer:
+def _asked(question: Callable[[], Answer], _keys: Keys) -> Answer:
     return question()
 
 
 def _ask_on(node: dict[str, Any], question: Callable[[], Answer]) -> ray.ObjectRef:
     strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-    return _asked.options(scheduling_strategy=strategy).remote(question)
+    return _asked.options(scheduling_strategy=strategy).remote(question, Keys())
 
 
 def total(resource: str) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from unet_ray.config import UserError
 from unet_ray.data import cache
 from unet_ray.data.pairs import Pair
 from unet_ray.data.rows import Batch, Decodes
+from unet_ray.keys import Keys
 from unet_ray.ray_backend.data_context import configure
 
 ROWS_PER_BLOCK = 16
@@ -28,6 +29,7 @@ class DecodePairs:
     """Decodes a table of pairs. A pair that can't be used carries the reason in the column `error`."""
 
     decoder: Decodes
+    keys: Keys = field(default_factory=Keys)
 
     def __call__(self, table: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         count = len(table["index"])
@@ -145,7 +147,7 @@ class RayStreamedRows:
 
 
 @ray.remote
-def _error_of_writing(write: cache.Write, pairs: cache.Pairs) -> str | None:
+def _error_of_writing(write: cache.Write, pairs: cache.Pairs, _keys: Keys) -> str | None:
     try:
         write(pairs)
     except UserError as error:
@@ -159,7 +161,7 @@ def fill_cache(write: cache.Write, shards: list[cache.Pairs]) -> Iterator[None]:
     Raises UserError if a pair can't be used.
     """
     shared = ray.put(write)
-    pending = [_error_of_writing.remote(shared, pairs) for pairs in shards]
+    pending = [_error_of_writing.remote(shared, pairs, Keys()) for pairs in shards]
     while pending:
         done, pending = ray.wait(pending)
         for error in ray.get(done):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from unet_ray.config import TrainConfig, UserError
 from unet_ray.data import storage
 from unet_ray.data.output_lock import Holder
 from unet_ray.data.rows import Subset
+from unet_ray.keys import Keys
 from unet_ray.models import checkpoint
 from unet_ray.models.device import check_precision
 from unet_ray.own_process import claim
@@ -153,6 +154,7 @@ class Worker:
     holder: Holder
     threads: int | None
     """Threads of torch; None leaves the number to torch."""
+    keys: Keys = field(default_factory=Keys)
 
     def __call__(self, device: torch.device) -> None:
         import torch
