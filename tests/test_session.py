@@ -117,11 +117,13 @@ def test_it_starts_with_a_long_tmpdir_and_a_home_that_cannot_be_written(tmp_path
     make_model(tmp_path / "model")
     long = tmp_path / ("a folder whose name is long " * 3)
     long.mkdir()
+    variables = environment(TMPDIR=str(long), HOME="/proc/no-home")
+    del variables["RAY_AUTH_MODE"]  # of the tests: this Ray has its own token
     before = set(Path("/tmp").glob(f"{session.OWN_PREFIX}*"))
     ran = subprocess.run(
         [sys.executable, "-m", "unet_ray", "predict", "model", "images", "--out", "out"],
         cwd=tmp_path,
-        env=environment(TMPDIR=str(long), HOME="/proc/no-home"),
+        env=variables,
         capture_output=True,
         text=True,
         timeout=200,

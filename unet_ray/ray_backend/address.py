@@ -74,10 +74,10 @@ def _ask(host_and_port: str, address: str) -> None:
 
 def refused(address: str, error: BaseException) -> UserError:
     """Returns the error for a Ray that was found but doesn't let us in."""
-    text = str(error)
-    if any(word in text.lower() for word in ("token", "unauthenticated", "authentication")):
+    reason = first_line(error).partition(". ")[0]  # Ray goes on for a page
+    if any(word in str(error).lower() for word in ("token", "unauthenticated", "authentication")):
         return UserError(
-            f"RAY_ADDRESS={address}: the cluster refuses this machine's token ({first_line(error)}). Set"
+            f"RAY_ADDRESS={address}: the cluster refuses this machine's token ({reason}). Set"
             " RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to what `ray get-auth-token` prints on its head"
         )
-    return UserError(f"RAY_ADDRESS={address}: no Ray answers there ({first_line(error)}). Correct it, {OWN}")
+    return UserError(f"RAY_ADDRESS={address}: no Ray answers there ({reason}). Correct it, {OWN}")

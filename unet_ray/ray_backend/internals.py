@@ -55,11 +55,12 @@ def own_ray_options(folder: str) -> dict[str, Any]:
     """Returns the arguments of `ray.init` for a Ray that this process starts for itself.
 
     `_temp_dir`: a folder of its own, which `session` deletes afterwards. By default each run leaves its logs and
-    sockets in a folder that all users of the machine share. `_node_ip_address`: with 127.0.0.1 other machines can't
-    reach its ports; by default all listen on the outer address. `ray start` has public flags for both, `ray.init` has
-    none.
+    sockets in a folder that all users of the machine share. `ray start` has a public flag for it, `ray.init` has none.
+
+    (Ray's ports listen on all addresses of the machine, and `_node_ip_address` does not change that: Ray replaces
+    127.0.0.1 by the outer address. What keeps others out is the token, see `session`.)
     """
-    return {"_temp_dir": folder, "_node_ip_address": "127.0.0.1", "_system_config": SYSTEM_CONFIG}
+    return {"_temp_dir": folder, "_system_config": SYSTEM_CONFIG}
 
 
 def available_resources() -> dict[str, dict[str, float]]:
@@ -78,9 +79,11 @@ TOKEN_MODE_VARIABLE, TOKEN_VARIABLE = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"
 them Ray writes one into ~/.ray, and some homes can't be written to. They are public, but what is kept of them isn't."""
 
 
-def forget_token() -> None:
-    """Makes Ray read the token's variables again: it keeps the first token for as long as a process lives."""
-    _core().AuthenticationTokenLoader.instance().reset_cache()
+def read_token_variables() -> None:
+    """Makes Ray read the token's variables again: it keeps what they were when it was imported."""
+    core = _core()
+    core.Config.initialize("")
+    core.AuthenticationTokenLoader.instance().reset_cache()
 
 
 def running_here() -> str | None:

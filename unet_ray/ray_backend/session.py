@@ -170,16 +170,19 @@ def _connected(options: dict[str, Any], verbose: bool, failed: Callable[[Excepti
 
 @contextmanager
 def _own_token() -> Iterator[None]:
-    """Gives a Ray of our own a token for this run, unless the user has chosen. `_put_back` takes it away again."""
-    if internals.TOKEN_MODE_VARIABLE in os.environ or internals.TOKEN_VARIABLE in os.environ:
+    """Gives a Ray of our own a token for this run, unless the user has chosen."""
+    token = {internals.TOKEN_MODE_VARIABLE: "token", internals.TOKEN_VARIABLE: secrets.token_hex(32)}
+    if token.keys() & os.environ.keys():
         yield
         return
-    os.environ |= {internals.TOKEN_MODE_VARIABLE: "token", internals.TOKEN_VARIABLE: secrets.token_hex(32)}
-    internals.forget_token()
+    os.environ |= token
+    internals.read_token_variables()
     try:
         yield
     finally:
-        internals.forget_token()
+        for name in token:
+            os.environ.pop(name, None)
+        internals.read_token_variables()
 
 
 @contextmanager
