@@ -138,6 +138,14 @@ class _Listing:
 
     def close(self) -> None:
         self.writer.close()
+        if self.changed:
+            sizes = sum(size != self.sizes[row] for row, (size, _) in self.changed.items())
+            kinds = [f"{sizes} other sizes"] * bool(sizes) + [f"{len(self.changed) - sizes} other times"]
+            log.warning(
+                "%d images have changed since the earlier run (%s): they are done again",
+                len(self.changed),
+                ", ".join(kind for kind in kinds if not kind.startswith("0 ")),
+            )
         if self.twice:
             log.warning("%d images are listed more than once: each is done once", self.twice)
         _renew(self.ledger, self.changed)
