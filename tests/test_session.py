@@ -86,6 +86,13 @@ def test_what_ray_raises_while_it_starts_is_one_line(monkeypatch):
         raise AssertionError("it is not connected")
 
 
+def test_a_fork_of_a_process_that_has_used_ray_is_refused(monkeypatch):
+    monkeypatch.setattr(session, "_used_in", os.getpid() + 1)
+    refused = pytest.raises(UserError, match="this process was forked from one that has used Ray")
+    with refused, session._provided(verbose=False):
+        raise AssertionError("it is connected")
+
+
 @contextlib.contextmanager
 def accepting_server():
     """Accepts connections and never answers, as a port of another service may."""

@@ -32,6 +32,8 @@ LEAST_MEMORY = 3 * 2**30
 """Bytes of memory with which a Ray of our own and one small network run. With 2 GiB the system killed them."""
 OWN_PREFIX = "unet-ray-"
 _own_ray = False
+_used_in: int | None = None
+"""Number of the process that has connected to Ray."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +112,11 @@ def _put_back(wanted: Mapping[str, str]) -> Iterator[None]:
 def _provided(verbose: bool) -> Iterator[None]:
     import ray
 
+    if _used_in not in (None, os.getpid()):
+        raise UserError(
+            "this process was forked from one that has used Ray, which can't work in both: start it with"
+            ' multiprocessing.get_context("spawn"), or work without Ray (--local, local=True)'
+        )
     if ray.is_initialized():  # by a notebook or a test, which also ends it
         yield
         return
@@ -148,6 +155,8 @@ def _check_memory() -> None:
 def _connected(options: dict[str, Any], verbose: bool, failed: Callable[[Exception], UserError]) -> Iterator[None]:
     import ray
 
+    global _used_in
+    _used_in = os.getpid()
     handler = signal.getsignal(signal.SIGTERM)
     try:
         with nullcontext() if verbose else _stderr_to_nowhere():
