@@ -102,9 +102,9 @@ def predict(
 
     MODEL is a run directory (then its best model) or a model directory. INPUT is a folder (with its subfolders), an
     image, a glob of images or folders, a list (.txt, .csv, .tsv, .jsonl or .parquet with a column of paths or URIs), or
-    Parquet files with the encoded images themselves, each on a disk or on s3://, gs://. Images are JPEG, PNG, GIF,
-    TIFF, BMP, WebP or NPY, of any mode and size; for models of many channels or 16 bits, TIFF (the extra `tiff`) and
-    NPY.
+    Parquet files with the encoded images themselves, each on a disk or on s3://, gs://; a list may also name
+    http:// and https:// images. Images are JPEG, PNG, GIF, TIFF, BMP, WebP or NPY, of any mode and size; for models of
+    many channels or 16 bits, TIFF (the extra `tiff`) and NPY.
 
     \b
     Example:

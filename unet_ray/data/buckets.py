@@ -41,8 +41,8 @@ PROBE_SECONDS = 1.0
 """Time in which the machine's own source of credentials accepts a connection, if it has one: it is in the same rack."""
 PASSING = re.compile(
     r"SLOW_?DOWN|SERVICE_?UNAVAILABLE|INTERNAL_?(FAILURE|ERROR)|NETWORK_CONNECTION|REQUEST_?TIME(OUT|_TOO_SKEWED)"
-    r"|THROTTL|HTTP status (5\d\d|429)|curlCode|connection (was )?(reset|refused|closed|aborted)|timed out|UNAVAILABLE"
-    r"|DEADLINE_EXCEEDED",
+    r"|THROTTL|HTTP (status|Error) (5\d\d|429)|curlCode|connection (was )?(reset|refused|closed|aborted)|timed out"
+    r"|UNAVAILABLE|DEADLINE_EXCEEDED",
     re.IGNORECASE,
 )
 """What an error says that may be over in a minute. (AWS SDK's CoreErrors, S3's error codes, gRPC's status codes.)"""

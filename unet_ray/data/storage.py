@@ -1,6 +1,6 @@
 """Reads and writes files on a disk or in a bucket; a file is whole or absent, never half written.
 
-A location is a path, or a URI that pyarrow knows (`s3://`, `gs://`, `file://`).
+A location is a path, or a URI that pyarrow knows (`s3://`, `gs://`, `file://`), or an image on a web server.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from urllib.parse import parse_qsl
 
 from unet_ray import keys
 from unet_ray.config import UserError, first_line
-from unet_ray.data import buckets
+from unet_ray.data import buckets, web
 from unet_ray.data.buckets import is_uri, patient
+from unet_ray.data.web import is_web
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileInfo, FileSystem
@@ -40,8 +41,8 @@ QUESTION_MARK = "%3F"
 """Replaces a `?` in an object's name in a URI, since a plain `?` begins the options."""
 
 
-SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs", "file")
-"""Schemes of URIs that pyarrow opens."""
+SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs", "file", "http", "https")
+"""Schemes of URIs that pyarrow opens, or `web`."""
 
 
 def is_known_scheme(uri: str) -> bool:
@@ -106,6 +107,8 @@ def resolve(location: str) -> tuple[FileSystem, str]:
     """Returns the pyarrow filesystem of a location, and the location's path in it. Raises UserError."""
     if not is_uri(location):
         return _filesystem(""), location
+    if is_web(location):
+        raise UserError(f"{without_secrets(location)}: from a web server single images are read, nothing else")
     scheme, rest = keys.stripped(location).split("://", 1)
     bucket, _, query = rest.partition("?")
     # Bucket options such as ?region= or ?endpoint_override= belong to the filesystem, not to the path.
@@ -127,6 +130,8 @@ def without_secrets(location: str) -> str:
     """
     if not is_uri(location):
         return location
+    if is_web(location):
+        return web.without_secrets(location)
     scheme, rest = split_options(location)[0].split("://", 1)
     host, slash, path = rest.partition("/")
     return f"{scheme}://{host.rpartition('@')[2]}{slash}{path.replace(QUESTION_MARK, '?')}"
@@ -145,6 +150,8 @@ def read_bytes(location: str) -> bytes:
     """Reads a whole file. Raises OSError."""
     if not is_uri(location):
         return Path(location).read_bytes()
+    if is_web(location):
+        return web.read(location)
     filesystem, path = resolve(location)
     with filesystem.open_input_stream(path) as stream:
         return stream.read()
@@ -157,6 +164,8 @@ def read_at_most(location: str, count: int) -> bytes:
         with Path(location).open("rb") as stream:
             # Not `count` at once: Python takes as much memory as it is asked for.
             return stream.read(min(count, os.fstat(stream.fileno()).st_size + 1))
+    if is_web(location):
+        return web.read(location, count)
     filesystem, path = resolve(location)
     parts: list[bytes] = []
     with filesystem.open_input_stream(path) as source:
@@ -323,8 +332,10 @@ def info(location: str) -> FileInfo | None:
     """Returns pyarrow's information about a file or folder; None if it does not exist. Raises UserError."""
     from pyarrow.fs import FileType
 
-    filesystem, path = resolve(location)
     try:
+        if is_web(location):
+            return web.info(location)
+        filesystem, path = resolve(location)
         found = filesystem.get_file_info(path)
     except OSError as error:
         raise _refused(location, "cannot be found out about", error) from None
@@ -376,7 +387,12 @@ def sizes_and_times(locations: Sequence[str]) -> list[tuple[int, int]]:
 
 def _size_and_time(location: str) -> tuple[int, int]:
     if is_uri(location):
-        entry = info(location)
+        try:
+            entry = info(location)
+        except UserError as error:
+            if not is_web(location) or isinstance(error, buckets.OutOfReachError):
+                raise
+            entry = None  # one of many servers refuses: reading it fails its row, with the reason
         return (-1, 0) if entry is None else (entry.size, entry.mtime_ns or 0)
     try:
         status = os.stat(location)  # noqa: PTH116 - called for millions of files, and some names are not UTF-8
