@@ -48,7 +48,7 @@ def decode(folder: Path, files) -> tuple[int, int]:
     for number, data in enumerate(files):
         paths.append(str(folder / f"{number}.jpg").encode())
         (folder / f"{number}.jpg").write_bytes(data)
-    chunk = DecodeImages(Reader(3, None, MAX_PIXELS), (16, 16))({"path": objects(paths)})
+    chunk = DecodeImages(Reader(3, None, MAX_PIXELS, None), (16, 16))({"path": objects(paths)})
     errors = chunk["error"].tolist()
     assert len(errors) == len(paths) == len(chunk["image"])
     for row, error in enumerate(errors):
