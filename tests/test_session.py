@@ -79,6 +79,8 @@ def test_what_ray_raises_while_it_starts_is_one_line(monkeypatch):
         raise ValueError("The node has no disk\nand more")
 
     monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)  # of the Ray that other tests share
+    monkeypatch.setattr(session, "_used_in", None)
     with (
         pytest.raises(UserError, match=r"can't be started on this machine \(The node has no disk\): use --local"),
         session._connected({}, True, session._not_started),
