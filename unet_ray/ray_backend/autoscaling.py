@@ -77,11 +77,11 @@ def make_room(workers: int, bundle: Bundle, problem: str, remedy: str, most: int
     """
     if nodes.room(bundle) >= workers:
         return False
-    if nodes.room_without_others(bundle) >= workers:
+    if not may_grow():
+        if nodes.room_without_others(bundle) < workers:
+            raise UserError(f"{problem}: {remedy}")
         _wait_for_others(workers, bundle)
         return True
-    if not may_grow():
-        raise UserError(f"{problem}: {remedy}")
     log.warning("%s: asking for nodes", problem)
     # An autoscaler starts nodes for pending placement groups. These groups end with the job; a request through
     # `ray.autoscaler.sdk` does not.
