@@ -35,12 +35,10 @@ REAL_DATA = ROOT.parent / "shared" / "data"
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keeps all tests of the one Ray in one process of pytest-xdist, and all cluster tests in one."""
+    """Keeps all tests of the one Ray in one process of pytest-xdist, and all tests of the one cluster."""
     for item in items:
-        if item.get_closest_marker("cluster"):
-            item.add_marker(pytest.mark.xdist_group("cluster"))
-        elif "ray_cluster" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("ray"))
+        for fixture in {"ray_cluster", "machines"}.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.xdist_group(fixture))
 
 
 def disc(size: int, centre: tuple[float, float], radius: float) -> np.ndarray:
