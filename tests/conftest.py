@@ -157,9 +157,12 @@ SYSTEM = "--system-config=" + json.dumps(
 )
 
 
+NETWORK = f"127.0.{os.environ.get('PYTEST_XDIST_WORKER', 'gw0').removeprefix('gw')}"
+
+
 class Machines:
     """A Ray cluster of nodes started one by one, as on one's own machines. They have the addresses 127.0.0.2, 127.0.0.3
-    and so on: Ray refuses several nodes on 127.0.0.1."""
+    and so on, in another process of pytest-xdist 127.0.1.2: Ray refuses several nodes on one address."""
 
     def __init__(self, **variables: str) -> None:
         self.temporary = tempfile.TemporaryDirectory(prefix="ur-", ignore_cleanup_errors=True)
@@ -180,12 +183,12 @@ class Machines:
     def _choose_address(self) -> None:
         """Chooses ports and an address for the next head."""
         self.port, self.dashboard_port = free_port(), free_port()
-        self.address = f"127.0.0.{2 + self.started}:{self.port}"
+        self.address = f"{NETWORK}.{2 + self.started}:{self.port}"
         self.dashboard = f"http://127.0.0.1:{self.dashboard_port}"
 
     def _start(self, *arguments: str, prefix: Sequence[str] = (), **variables: str) -> psutil.Process:
         self.started += 1
-        address = f"--node-ip-address=127.0.0.{1 + self.started}"
+        address = f"--node-ip-address={NETWORK}.{1 + self.started}"
         command = [str(BIN / "ray"), "start", "--block", address, "--disable-usage-stats"]
         # A folder for each node, as on machines: each unpacks a job's files there, after deleting those it finds.
         command += [f"--temp-dir={self.temporary.name}/{self.started}"]

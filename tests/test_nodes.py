@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import (
+    NETWORK,
     TINY,
     Machines,
     environment,
@@ -174,7 +175,7 @@ def test_a_folder_that_only_one_node_sees_is_refused(machines, model, tmp_path):
             process = machines.command(*arguments)
             output = process.communicate(timeout=200)[0]
             assert process.returncode == 2, output[-3000:]
-            assert f"Error: {named}: the node 127.0.0." in output and f"does not see {local}" in output
+            assert f"Error: {named}: the node {NETWORK}." in output and f"does not see {local}" in output
             assert "use a folder that all nodes share" in output
         assert not list((local / "run").iterdir())  # nothing blocks another attempt
 
