@@ -115,9 +115,10 @@ def test_a_command_with_another_services_port_ends_within_its_time(tmp_path):
             env=environment(RAY_ADDRESS=f"127.0.0.1:{port}"),
             capture_output=True,
             text=True,
-            timeout=address.ANSWER_SECONDS + 30,
+            timeout=address.ANSWER_SECONDS + 90,
         )
-    assert (ran.returncode, len(ran.stderr.splitlines())) == (2, 1), ran.stderr
+    assert ran.returncode == 2 and "Traceback" not in ran.stderr, ran.stderr
+    assert ran.stderr.splitlines()[-1].startswith(f"Error: RAY_ADDRESS=127.0.0.1:{port}: no Ray answers there")
 
 
 @pytest.mark.cluster
@@ -138,4 +139,4 @@ def test_it_starts_with_a_long_tmpdir_and_a_home_that_cannot_be_written(tmp_path
         timeout=200,
     )
     assert ran.returncode == 0, ran.stderr
-    assert set(Path("/tmp").glob(f"{session.OWN_PREFIX}*")) <= before and not list(long.iterdir())
+    assert set(Path("/tmp").glob(f"{session.OWN_PREFIX}*")) <= before and not list(long.glob("unet-ray-*"))
