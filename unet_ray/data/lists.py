@@ -178,8 +178,8 @@ def _nanoseconds(value: Any) -> int | None:
         except (TypeError, ValueError):
             pass
         try:
-            when = datetime.fromisoformat(value)
-        except (TypeError, ValueError):
+            when = datetime.fromisoformat(value.replace("Z", "+00:00"))  # Python 3.10 knows no Z
+        except (AttributeError, ValueError):
             return None
     return int((when if when.tzinfo else when.replace(tzinfo=timezone.utc)).timestamp() * 1e9)
 
