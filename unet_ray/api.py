@@ -31,9 +31,9 @@ from unet_ray.data.imaging import ImageError, Source
 from unet_ray.data.progress import OnProgress
 from unet_ray.evaluation import evaluate as evaluation
 from unet_ray.inference import predict as prediction
-from unet_ray.inference.predict import PredictSummary
 from unet_ray.inference.reader import GivenReader, Reader
 from unet_ray.inference.resolve import pipeline_of
+from unet_ray.inference.summary import PredictSummary
 from unet_ray.metrics import Scores
 from unet_ray.models import checkpoint
 from unet_ray.ray_backend.session import Runtime

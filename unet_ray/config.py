@@ -512,6 +512,8 @@ class PredictConfig(MaskOptions):
     """Try images again that failed in an earlier run."""
     allow_mixed: bool = False
     """Go on with another arithmetic than the one recorded in `out`, if this machine can't do that one."""
+    part: str | None = None
+    """Do one part of several, such as `2/3`; each is a run of its own into the same `out`."""
 
     def __post_init__(self) -> None:
         MaskOptions.__post_init__(self)
@@ -520,6 +522,8 @@ class PredictConfig(MaskOptions):
                 raise UserError(f"--format {name!r} is not one{nearest(name, FORMATS)}")
         if not self.formats:
             raise UserError(f"--format is empty: one or more of {', '.join(FORMATS)}")
+        if self.part is not None and self.overwrite:
+            raise UserError("--part and --overwrite: it would remove the other parts, too: choose another --out")
         fields = {"relpath", "stem", "name", "ext"}
         try:
             used = {field for _, field, _, _ in string.Formatter().parse(self.name) if field is not None}

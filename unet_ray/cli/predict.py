@@ -12,6 +12,7 @@ import click
 from unet_ray.cli.messages import print_next, print_places, written_report
 from unet_ray.cli.options import (
     OUTPUT,
+    WHERE,
     Command,
     as_json,
     default_of,
@@ -30,7 +31,7 @@ from unet_ray.registry import FORMATS
 from unet_ray.report.progress import ImagesDisplay, duration, say, speed
 
 if TYPE_CHECKING:
-    from unet_ray.inference.predict import PredictSummary
+    from unet_ray.inference.summary import PredictSummary
 
 RUNS = "Starting again, and failures"
 REASONS = 5
@@ -81,6 +82,12 @@ REASONS = 5
     default="0",
     show_default=True,
     help="How many images may fail with exit code 0.",
+)
+@option(
+    WHERE,
+    "--part",
+    metavar="I/N",
+    help="Do one part of N, beside the commands that do the others, into the same OUT: for another scheduler than Ray.",
 )
 @mask_options
 @workers
@@ -134,6 +141,9 @@ def predict(
     nodes, and recorded in OUT/settings.json. Where they can't be had later, going on is an error, too, unless
     --allow-mixed is given.
 
+    Parts (--part 1/3, 2/3, 3/3) may run at the same time, on machines that share nothing but OUT and the inputs. Each
+    may be stopped and given again. The last one that is done writes summary and report.
+
     An image that can't be read becomes a row of the manifest with the reason, and the others are segmented. Reasons:
     truncated, empty, mislabelled, gone since it was listed, not a regular file, too many pixels, other channels than
     the model's. With DuckDB: select * from 'OUT/manifest.parquet/*.parquet' where status = 'failed'. Exit code 1: more
@@ -150,24 +160,26 @@ def predict(
 
     with ImagesDisplay("segmented") as display:
         summary = run(config, runtime=runtime, on_progress=display)
-    report = written_report(out, no_report)
+    report = {} if summary.parts_missing else written_report(out, no_report)
     if as_json:
         click.echo(json.dumps(summary.to_json()))
     else:
-        _print_summary(summary)
+        _print_summary(summary, "an earlier run" if config.part is None else "other parts or an earlier run")
         masks = {"masks": storage.join(out, "masks")} if "png" in config.formats else {"output": out}
         print_places(**masks, table=storage.join(out, "manifest.parquet"), **report)
+        if summary.parts_missing:
+            click.echo(f"summary and report follow when these parts are done: {', '.join(summary.parts_missing)}")
         if summary.failed:
             print_next("fix the files and give the same command again (others: --retry-failed)")
     if summary.failed > allowed(summary.images):
         sys.exit(1)
 
 
-def _print_summary(summary: PredictSummary) -> None:
+def _print_summary(summary: PredictSummary, others: str) -> None:
     new = summary.images - summary.already_done
     click.echo(f"{summary.ok} of {summary.images} images segmented, {summary.failed} failed")
     if summary.already_done:
-        click.echo(f"{summary.already_done} of them by an earlier run")
+        click.echo(f"{summary.already_done} of them by {others}")
     if new:
         click.echo(f"{new} in {duration(summary.seconds)}, {speed(summary.images_per_second)}, start included")
     for reason, count in list(summary.failures.items())[:REASONS]:

@@ -317,10 +317,14 @@ def _wait_for_end_of_other(holder: Holder) -> None:
             raise _occupied(holder.out, now)
 
 
-def _occupied(out: str, content: str) -> UserError:
+class OccupiedError(UserError):
+    """Another run holds the lock."""
+
+
+def _occupied(out: str, content: str) -> OccupiedError:
     out, who, found = storage.without_secrets(out), _who(content), _parsed(content)
     stop = f"stop it (`kill {found['pid']}` on {found['host']})" if who else "stop it"
-    return UserError(f"another run{who} is writing to {out}: wait for it, {stop}, or choose another --out")
+    return OccupiedError(f"another run{who} is writing to {out}: wait for it, {stop}, or choose another --out")
 
 
 def _who(content: str) -> str:

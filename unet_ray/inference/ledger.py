@@ -30,6 +30,7 @@ from unet_ray.data import storage
 from unet_ray.data.chunks import objects, readable, to_parquet
 from unet_ray.data.output_lock import Holder
 from unet_ray.inference.chunk_size import MAX_ROWS
+from unet_ray.inference.parts import WHOLE, Part
 
 WORK = ".work"
 SHARD_PREFIX = "part-"
@@ -123,13 +124,16 @@ class Ledger:
     """Whether rows that failed are to be done again."""
     holder: Holder | None = None
     """The run that may write; None: nobody else does."""
+    part: Part = WHOLE
+    """The part of the prediction whose shards it has."""
 
     # --- which rows are done ---
 
     def shards(self) -> list[int]:
         """Returns the numbers of the shards, sorted."""
         names = storage.names_in(storage.join(self.out, WORK, "inputs"))
-        return sorted(shard_number(name) for name in names if name.startswith(SHARD_PREFIX))
+        numbers = sorted(shard_number(name) for name in names if name.startswith(SHARD_PREFIX))
+        return [*filter(self.part.has_shard, numbers)]
 
     def states(self, shards: list[int]) -> Iterator[ShardState]:
         """Yields the state of each shard."""

@@ -1,17 +1,27 @@
-"""Claims the output folder of a prediction, checks its settings, and empties it."""
+"""Claims the output folder of a prediction, checks its settings, and empties it.
+
+settings.json       what affects the output, and the arithmetic of a run that is not divided into parts
+.work/lock.json     keeps other runs out; `lock-2.json` is that of part 2
+.work/parts/2.json  the arithmetic of part 2, and, once it is done, how many images it has
+"""
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from unet_ray.config import PredictConfig, UserError
 from unet_ray.data import storage
+from unet_ray.data.output_lock import OutputLock, output_lock
 from unet_ray.inference import naming
 from unet_ray.inference.arithmetic import NOT_RECORDED, Arithmetic
 from unet_ray.inference.choose_arithmetic import begun_otherwise
 from unet_ray.inference.formats import all_owned_names
 from unet_ray.inference.ledger import MANIFEST, WORK
+from unet_ray.inference.parts import WHOLE, Part
 from unet_ray.inference.pipeline import Pipeline
 from unet_ray.models import checkpoint
 
@@ -19,10 +29,13 @@ ARITHMETIC = "arithmetic"
 """Key of the settings: a list of `Arithmetic.to_json`."""
 LOCK = "lock.json"
 """File in `WORK` by which a run keeps others out."""
+PARTS = f"{WORK}/parts"
+LISTED = "listed"
+"""Key of a part's record: its number of images; None until it is done."""
 SETTINGS, SUMMARY, REPORT = "settings.json", "summary.json", "report.html"
 
 
-def settings_of(config: PredictConfig, pipeline: Pipeline) -> dict[str, Any]:
+def settings_of(config: PredictConfig, pipeline: Pipeline, part: Part) -> dict[str, Any]:
     """Returns the settings that affect the output: two runs with the same ones, and the same arithmetic, write the same
     files."""
     options = pipeline.options
@@ -37,7 +50,25 @@ def settings_of(config: PredictConfig, pipeline: Pipeline) -> dict[str, Any]:
         "overlap": config.overlap if config.tile else None,
         "tta": config.tta,
         "cleanup": pipeline.cleanup_text,
+        "parts": part.of if part != WHOLE else None,
     }
+
+
+def lock_of(part: Part) -> str:
+    """Returns the path of a run's lock below the output folder."""
+    return f"{WORK}/{LOCK}" if part == WHOLE else f"{WORK}/lock-{part.number}.json"
+
+
+@contextmanager
+def claimed(out: str, part: Part) -> Iterator[OutputLock]:
+    """Locks `out` for a run, or for one part of it. Raises UserError if another run works there; other parts may."""
+    with output_lock(out, lock_of(part)) as lock:
+        names = storage.names_in(storage.join(out, WORK))
+        others = [name for name in names if (name == LOCK if part != WHOLE else re.fullmatch(r"lock-\d+\.json", name))]
+        for name in others:
+            with output_lock(out, f"{WORK}/{name}"):  # raises if somebody holds it
+                pass
+        yield lock
 
 
 def check(out: str, settings: dict[str, Any], config: PredictConfig) -> None:
@@ -52,7 +83,8 @@ def check(out: str, settings: dict[str, Any], config: PredictConfig) -> None:
     changed = [name for name in settings if settings[name] != earlier.get(name)]
     if changed:
         raise UserError(
-            f"{out} holds another run (other {', '.join(changed)}): choose another --out, or --overwrite removes it"
+            f"{out} holds another run (other {', '.join(changed)}): choose another --out"
+            + (", or --overwrite removes it" if config.part is None else "")
         )
     recorded = arithmetics(out)
     wanted = recorded[-1].contradicts(config) if recorded and not config.allow_mixed else ""
@@ -60,25 +92,58 @@ def check(out: str, settings: dict[str, Any], config: PredictConfig) -> None:
         raise begun_otherwise(recorded[-1], f"{wanted} asks for another")
 
 
-def begin(out: str, settings: dict[str, Any]) -> bool:
-    """Writes the settings into `out`. Returns whether an earlier run had begun in it."""
+def begin(out: str, settings: dict[str, Any], part: Part) -> bool:
+    """Writes the settings into `out`, and the record of a part. Returns whether an earlier run had begun in it."""
+    if part != WHOLE:
+        _record(out, part, **{LISTED: None})
     begun = storage.exists(storage.join(out, SETTINGS))
     earlier = _read(out) if begun else {ARITHMETIC: []}
-    _write(out, {**settings, **({ARITHMETIC: earlier[ARITHMETIC]} if ARITHMETIC in earlier else {})})
+    if not begun or part == WHOLE:
+        _write(out, {**settings, **({ARITHMETIC: earlier[ARITHMETIC]} if ARITHMETIC in earlier else {})})
     return begun
 
 
 def arithmetics(out: str) -> list[Arithmetic]:
-    """Returns the arithmetics with which the masks in `out` were made, the first one first."""
+    """Returns the different arithmetics with which the masks in `out` were made, the first one first."""
     settings = _read(out)
     if ARITHMETIC not in settings:
         return [NOT_RECORDED]
-    return [Arithmetic.from_json(values) for values in settings[ARITHMETIC]]
+    values = [*settings[ARITHMETIC]]
+    for record in _records(out).values():
+        values += record.get(ARITHMETIC, [])
+    return [*dict.fromkeys(map(Arithmetic.from_json, values))]
 
 
-def record_arithmetics(out: str, used: list[Arithmetic]) -> None:
-    """Writes the arithmetics into the settings."""
-    _write(out, {**_read(out), ARITHMETIC: [arithmetic.to_json() for arithmetic in used]})
+def record_arithmetics(out: str, used: list[Arithmetic], part: Part) -> None:
+    """Writes the arithmetics of a run, or of one part, into `out`."""
+    values = [arithmetic.to_json() for arithmetic in used]
+    if part == WHOLE:
+        _write(out, {**_read(out), ARITHMETIC: values})
+    else:
+        _record(out, part, **{ARITHMETIC: values})
+
+
+def record_done(out: str, part: Part, listed: int) -> None:
+    """Records that a part is done. `listed`: its number of images."""
+    _record(out, part, **{LISTED: listed})
+
+
+def listed_by_parts(out: str) -> dict[int, int]:
+    """Returns number -> images of each part that is done."""
+    return {number: record[LISTED] for number, record in _records(out).items() if record.get(LISTED) is not None}
+
+
+def _record(out: str, part: Part, **values: Any) -> None:
+    known = _records(out).get(part.number, {})
+    location = storage.join(out, *PARTS.split("/"), f"{part.number}.json")
+    storage.write_bytes(location, json.dumps({**known, **values}).encode(), durable=True)
+
+
+def _records(out: str) -> dict[int, dict[str, Any]]:
+    """Returns number -> record of each part that has begun."""
+    folder = storage.join(out, *PARTS.split("/"))
+    numbers = sorted(int(name.removesuffix(".json")) for name in storage.names_in(folder) if name[0] != ".")
+    return {number: json.loads(storage.read_bytes(storage.join(folder, f"{number}.json"))) for number in numbers}
 
 
 def _read(out: str) -> dict[str, Any]:
@@ -104,3 +169,13 @@ def remove(out: str) -> None:
     # back old masks without settings, nor old records under new settings.
     storage.sync([storage.join(out, SETTINGS), storage.join(out, WORK, LOCK)])
     storage.delete_file(storage.join(out, SETTINGS))
+
+
+def take_back(out: str, part: Part) -> None:
+    """Undoes `begin`, after which nothing else was done: else wrong inputs would refuse the right ones."""
+    if part == WHOLE:
+        remove(out)
+        return
+    storage.delete_file(storage.join(out, *PARTS.split("/"), f"{part.number}.json"))
+    if not _records(out):
+        storage.delete_file(storage.join(out, SETTINGS))

@@ -5,78 +5,32 @@ The ledger (`ledger.py`) records which images are done; the stages (`stages.py`)
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import time
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
-from typing import Any, NamedTuple
-
-import pyarrow.compute as pc
 
 from unet_ray.config import PredictConfig, UserError
 from unet_ray.data import storage
 from unet_ray.data.chunks import Chunk
-from unet_ray.data.output_lock import OutputLock, output_lock
+from unet_ray.data.output_lock import LOOK_SECONDS, OutputLock
 from unet_ray.data.progress import OnProgress
 from unet_ray.inference import output_folder
 from unet_ray.inference.arithmetic import Arithmetic
 from unet_ray.inference.choose_arithmetic import Work, choose, go_on
+from unet_ray.inference.chunk_size import RowCost
 from unet_ray.inference.formats import OutputFormat, formats_of
-from unet_ray.inference.ledger import SHARD_ROWS, WORK, Ledger, ShardState, SideTable
+from unet_ray.inference.ledger import SHARD_ROWS, Ledger, ShardState, SideTable
 from unet_ray.inference.naming import Naming, images_of
-from unet_ray.inference.output_folder import LOCK, SETTINGS, SUMMARY
+from unet_ray.inference.output_folder import SETTINGS
+from unet_ray.inference.parts import WHOLE, Part
 from unet_ray.inference.pipeline import Pipeline
 from unet_ray.inference.resolve import pipeline_of
 from unet_ray.inference.stages import TIMES
+from unet_ray.inference.summary import Outcome, PredictSummary, finish
 from unet_ray.inference.survey import survey
 from unet_ray.inference.write import Write
 from unet_ray.ray_backend.session import Runtime
-
-
-@dataclass(frozen=True, slots=True)
-class PredictSummary:
-    """Summarizes a prediction: `predict` returns it, and `summary.json` holds it."""
-
-    out: str
-    model: str
-    """The model directory."""
-    images: int
-    """Rows of the manifest."""
-    ok: int
-    failed: int
-    failures: dict[str, int]
-    """Reason -> number of images; the hundred most frequent reasons."""
-    already_done: int
-    """Images that earlier runs had done."""
-    gone: int
-    """Images of earlier runs that the inputs no longer contain; their rows and masks stay."""
-    cleanup: str
-    """Clean-up of the masks, such as `holes`, or `none`."""
-    arithmetic: list[str]
-    """With what the network computed, such as `torch in bf16 on CPUs`; several with --allow-mixed."""
-    seconds: float
-    images_per_second: float
-    """Images done in this run per second of `seconds`, which includes the start."""
-    stages: dict[str, float]
-    """Seconds of listing, of starting (Ray and the model, up to the first image done), of running, and of the work in
-    each stage, summed over all processes."""
-
-    def __repr__(self) -> str:
-        earlier = f" ({self.already_done} of them by an earlier run)" if self.already_done else ""
-        lines = [
-            f"PredictSummary: {self.ok} of {self.images} images segmented, {self.failed} failed{earlier}, "
-            f"{self.images_per_second:.2f} images/s",
-            *(f"  {count} x {reason}" for reason, count in list(self.failures.items())[:5]),
-            f"  masks and manifest: {storage.without_secrets(self.out)}",
-        ]
-        return "\n".join(lines)
-
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
 
 
 def predict(
@@ -94,29 +48,24 @@ def predict(
     out = storage.absolute(config.out)
     pipeline = pipeline_of(config.model, config)
     formats = formats_of(config.formats, pipeline.card)
-    settings = output_folder.settings_of(config, pipeline)
-    if not storage.exists(storage.join(out, WORK, LOCK)):  # else another run may be beginning: the lock tells
+    part = Part.parse(config.part)
+    settings = output_folder.settings_of(config, pipeline, part)
+    lock_file = storage.join(out, *output_folder.lock_of(part).split("/"))
+    if not storage.exists(lock_file):  # else another run may be beginning: the lock tells
         output_folder.check(out, settings, config)
-    with _disk_errors_as_user_errors(out), output_lock(out, f"{WORK}/{LOCK}") as lock:
+    with _disk_errors_as_user_errors(out), output_folder.claimed(out, part) as lock:
         if config.overwrite:
             output_folder.remove(out)
         else:
             # Again, because another run may have begun and ended before this one got the lock.
             output_folder.check(out, settings, config)
-        ledger = Ledger(out, _tables(formats), config.retry_failed, lock.holder)
-        listed = _survey(config, ledger, pipeline, output_folder.begin(out, settings), on_progress)
+        ledger = Ledger(out, _tables(formats), config.retry_failed, lock.holder, part)
+        begun = output_folder.begin(out, settings, part)
+        listed = _survey(config, ledger, pipeline.row_cost(), begun, on_progress)
         run = _Run(ledger, on_progress, allow_mixed=config.allow_mixed)
-        write = Write(ledger, formats, pipeline.card, pipeline.reader())
-        run.segment(pipeline, write, runtime, lock)
-        counts = _count(ledger)
-        for format in formats:
-            ledger.check_lock()
-            format.write_final(ledger)
-        summary = _summary(pipeline, run, listed, counts, started)
-        text = json.dumps(summary.to_json(), indent=2) + "\n"
-        ledger.check_lock()
-        storage.write_bytes(storage.join(out, SUMMARY), text.encode(), durable=True)
-    return summary
+        run.segment(pipeline, Write(ledger, formats, pipeline.card, pipeline.reader()), runtime, lock)
+        outcome = Outcome(listed, run.done - run.already_done, started, run.seconds_by_stage(started))
+        return finish(ledger, formats, pipeline, outcome)
 
 
 def _tables(formats: tuple[OutputFormat, ...]) -> tuple[SideTable, ...]:
@@ -124,22 +73,17 @@ def _tables(formats: tuple[OutputFormat, ...]) -> tuple[SideTable, ...]:
     return tuple({format.table.folder: format.table for format in formats if format.table is not None}.values())
 
 
-def _survey(config: PredictConfig, ledger: Ledger, pipeline: Pipeline, begun: bool, on_progress: OnProgress) -> int:
+def _survey(config: PredictConfig, ledger: Ledger, cost: RowCost, begun: bool, on_progress: OnProgress) -> int:
     """Writes the images of the inputs into the ledger. Returns their number.
 
     `begun`: whether an earlier run had begun in this folder. Raises UserError if an input does not exist.
     """
+    images, naming = ledger.part.share(images_of(config.inputs, config.column), Naming(config.name))
     try:
-        return survey(
-            ledger,
-            images_of(config.inputs, config.column),
-            Naming(config.name),
-            pipeline.row_cost(),
-            lambda count: on_progress(count, 0, 0),
-        )
+        return survey(ledger, images, naming, cost, lambda count: on_progress(count, 0, 0))
     except UserError:
         if not begun:  # else the settings with a mistyped input would refuse the right one
-            output_folder.remove(ledger.out)
+            output_folder.take_back(ledger.out, ledger.part)
         raise
 
 
@@ -193,12 +137,20 @@ class _Run:
         self.ended = time.perf_counter()
 
     def _arithmetic(self, work: Work) -> Arithmetic:
-        """Chooses the arithmetic for new masks. If earlier runs have made some, goes on with theirs. Records it."""
-        used = output_folder.arithmetics(self.ledger.out) if self.already_done else []
+        """Chooses the arithmetic for new masks, and records it. Goes on with that of earlier runs and other parts."""
+        out, part = self.ledger.out, self.ledger.part
+        used = output_folder.arithmetics(out) if self.already_done or part != WHOLE else []
         chosen = go_on(work, used, allow_mixed=self.allow_mixed) if used else choose(work)
         if chosen not in used:
             self.ledger.check_lock()
-            output_folder.record_arithmetics(self.ledger.out, [*used, chosen])
+            output_folder.record_arithmetics(out, [*used, chosen], part)
+        if part == WHOLE or used:
+            return chosen
+        time.sleep(LOOK_SECONDS)  # another part may be choosing now: that of the lowest one counts
+        first = output_folder.arithmetics(out)[0]
+        if first != chosen:
+            chosen = go_on(work, [first], allow_mixed=self.allow_mixed)
+            output_folder.record_arithmetics(out, [chosen], part)
         return chosen
 
     def _add(self, chunk: Chunk) -> int | None:
@@ -231,46 +183,6 @@ def _wait_for(futures: list[Future[None]]) -> None:
     """Waits for all futures. Raises the error of the first one that failed."""
     for future in futures:
         future.result()
-
-
-class _Counts(NamedTuple):
-    """Counts the rows of the manifest."""
-
-    images: int
-    ok: int
-    failures: Counter[str]
-    """Reason -> number of images."""
-
-
-def _count(ledger: Ledger) -> _Counts:
-    """Counts the rows of the whole manifest, which earlier runs may have written in part."""
-    failures: Counter[str] = Counter()
-    ok = images = 0
-    for table in ledger.manifest(["status", "error"]):
-        images += len(table)
-        ok += pc.sum(pc.equal(table["status"], "ok")).as_py()
-        failures.update(error for error in table["error"].to_pylist() if error)
-    return _Counts(images, ok, failures)
-
-
-def _summary(pipeline: Pipeline, run: _Run, listed: int, counts: _Counts, started: float) -> PredictSummary:
-    """Returns the summary of a run. `listed`: images of the inputs. `started`: as in `_Run.seconds_by_stage`."""
-    seconds = time.perf_counter() - started
-    return PredictSummary(
-        out=run.ledger.out,
-        model=storage.without_secrets(pipeline.model),
-        images=counts.images,
-        ok=counts.ok,
-        failed=counts.images - counts.ok,
-        failures=dict(counts.failures.most_common(100)),
-        already_done=run.already_done,
-        gone=counts.images - listed,
-        cleanup=pipeline.cleanup_text,
-        arithmetic=[*dict.fromkeys(map(str, output_folder.arithmetics(run.ledger.out)))],
-        seconds=round(seconds, 3),
-        images_per_second=round((counts.images - run.already_done) / seconds, 3),
-        stages={name: round(value, 3) for name, value in run.seconds_by_stage(started).items()},
-    )
 
 
 @contextmanager

@@ -72,7 +72,7 @@ class _Listing:
         """Different images in this listing."""
         self.twice = 0
         """Lines that named an image again."""
-        self.writer = _ShardWriter(ledger, len(ledger.shards()), cost)
+        self.writer = _ShardWriter(ledger, cost)
 
     def _read_earlier(self) -> None:
         sizes, times, count = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], 0
@@ -180,8 +180,9 @@ def _write_inputs(ledger: Ledger, shard: int, table: pa.Table, rows_per_chunk: i
 class _ShardWriter:
     """Collects inputs and writes them shard by shard."""
 
-    def __init__(self, ledger: Ledger, shard: int, cost: RowCost) -> None:
-        self.ledger, self.shard, self.cost = ledger, shard, cost
+    def __init__(self, ledger: Ledger, cost: RowCost) -> None:
+        self.ledger, self.cost = ledger, cost
+        self.shards = len(ledger.shards())
         self.rows: list[tuple] = []
 
     def add(self, image: ImageFile, output: bytes) -> None:
@@ -195,6 +196,6 @@ class _ShardWriter:
             return
         columns = zip(*self.rows, strict=True)
         table = pa.table([pa.array(c, f.type) for c, f in zip(columns, INPUTS_SCHEMA, strict=True)], INPUTS_SCHEMA)
-        _write_inputs(self.ledger, self.shard, table, chunk_rows(len(table), self.cost))
-        self.shard += 1
+        _write_inputs(self.ledger, self.ledger.part.shard(self.shards), table, chunk_rows(len(table), self.cost))
+        self.shards += 1
         self.rows = []
