@@ -58,6 +58,7 @@ def do(ledger: Ledger, number: int, failed=()) -> int:
         "milliseconds": [1.0] * rows,
         "size": chunk["size"],
         "mtime_ns": chunk["mtime_ns"],
+        "checksum": ["c0ffee"] * rows,
         "runs": [f"{size} 1" for size in chunk["size"]],
     }
     if rows:
@@ -229,3 +230,17 @@ def test_ten_thousand_digests_are_found_again():
 def test_a_chunk_number_tells_its_shard(tmp_path):
     survey(tmp_path, images(range(SHARD_ROWS + 1)))
     assert todo(open_ledger(tmp_path))[-1] == SHARD_ROWS
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_journal_whose_writer_was_killed_before_it_had_its_name_does_not_count(tmp_path, whole):
+    survey(tmp_path, images(range(10)))
+    ledger = open_ledger(tmp_path)
+    for number in todo(ledger):
+        do(ledger, number)
+    for journal in (tmp_path / ".work/done/part-000000").iterdir():
+        data = journal.read_bytes()
+        journal.with_name(f".{journal.stem:0>32}.tmp").write_bytes(data if whole else data[:-9])
+        journal.unlink()
+    assert do_all(open_ledger(tmp_path)) == 10
+    assert len(manifest(tmp_path)) == 10

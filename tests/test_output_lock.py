@@ -286,6 +286,7 @@ def test_a_run_that_lost_its_lock_records_nothing(tmp_path, monkeypatch):
     (tmp_path / "a.png").write_bytes(b"a mask")
     result = {"path": ["a.jpg"], "status": ["ok"], "error": [""], "height": [1], "width": [1], "output": ["a.png"]}
     result |= {"pixels": [[1]], "confidence": [1.0], "milliseconds": [1.0], "size": [1], "mtime_ns": [1]}
+    result["checksum"] = ["c0ffee"]
     ledger.record(0, np.array([0]), result)
     other = '{"id": "other", "host": "b", "pid": 7, "since": "later"}'
     (tmp_path / NAME).write_text(other)
@@ -312,7 +313,7 @@ def test_a_prediction_beside_one_that_just_begins_is_told_so(tmp_path):
     out = tmp_path / "out"
     config = PredictConfig(model=str(make_model(tmp_path / "model")), inputs=(str(tmp_path),), out=str(out))
     with output_lock(str(out), NAME):
-        (out / ".0123.tmp").touch()  # its settings, half written
+        (out / "settings").touch()  # as if half written
         assert "another run" in error_of(lambda: predict(config, runtime=LOCAL))
     assert "other files" in error_of(lambda: predict(config, runtime=LOCAL))
 

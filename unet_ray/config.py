@@ -512,6 +512,10 @@ class PredictConfig(MaskOptions):
     """Try images again that failed in an earlier run."""
     allow_mixed: bool = False
     """Go on with another arithmetic than the one recorded in `out`, if this machine can't do that one."""
+    moved: tuple[str, ...] = ()
+    """`OLD=NEW`: an input, or a folder with inputs, that has another name than in the earlier run."""
+    same_content: bool = False
+    """Keep the masks of images whose modification time has changed, and whose bytes have not."""
     part: str | None = None
     """Do one part of several, such as `2/3`; each is a run of its own into the same `out`."""
 

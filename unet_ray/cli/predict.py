@@ -71,6 +71,19 @@ REASONS = 5
 @option(RUNS, "--retry-failed", is_flag=True, help="Try images again that failed in an earlier run.")
 @option(
     RUNS,
+    "--moved",
+    multiple=True,
+    metavar="OLD=NEW",
+    help="Go on with inputs whose folder has another name now; may be repeated.",
+)
+@option(
+    RUNS,
+    "--same-content",
+    is_flag=True,
+    help="Keep masks of images that have another time but the same bytes, such as copies.",
+)
+@option(
+    RUNS,
     "--allow-mixed",
     is_flag=True,
     help="Go on with another library or precision than the earlier run used.",
@@ -136,7 +149,8 @@ def predict(
     extension (a.png.png).
 
     After a stop, the same command segments only the missing images, and ends with the same bytes. Given again, it also
-    segments images that are new or have changed (in size or modification time), and no others. Other settings for the
+    segments images that are new or have changed (in size or modification time), and no others. For images that were
+    copied or moved see --same-content and --moved. Other settings for the
     same OUT are an error, and so is a second run at the same time. Library and precision are chosen once, for all
     nodes, and recorded in OUT/settings.json. Where they can't be had later, going on is an error, too, unless
     --allow-mixed is given.

@@ -270,11 +270,19 @@ def _sync_folders(paths: list[str]) -> None:
         _sync_one(folder)
 
 
+TEMPORARY = ".tmp"
+"""How names end under which files are written."""
+
+
+def _is_temporary(name: str) -> bool:
+    return name.startswith(".") and name.endswith(TEMPORARY)
+
+
 @contextmanager
 def _replacing(target: Path) -> Iterator[Path]:
     """Yields a temporary name beside a file; it replaces the file if the block ends without an error."""
     # Each writer has its own name, so that two writers of one file do not share the temporary one.
-    temporary = target.with_name(f".{uuid.uuid4().hex}.tmp")
+    temporary = target.with_name(f".{uuid.uuid4().hex}{TEMPORARY}")
     try:
         yield temporary
         temporary.replace(target)
@@ -409,7 +417,8 @@ def parent(location: str) -> str:
 
 @patient
 def names_in(location: str) -> list[str]:
-    """Returns the names directly inside a folder, sorted; empty if the folder does not exist."""
+    """Returns the names directly inside a folder, sorted; empty if the folder does not exist. A file that is being
+    written, or was when its process was killed, does not count."""
     from pyarrow.fs import FileSelector
 
     filesystem, path = resolve(location)
@@ -420,7 +429,7 @@ def names_in(location: str) -> list[str]:
         found = filesystem.get_file_info(selector)
     except OSError as error:
         raise _refused(location, "cannot be listed", error) from None
-    return sorted(entry.base_name for entry in found)
+    return sorted(entry.base_name for entry in found if not _is_temporary(entry.base_name))
 
 
 @patient

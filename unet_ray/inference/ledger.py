@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -53,6 +53,7 @@ MANIFEST_SCHEMA = pa.schema(
         ("milliseconds", pa.float32()),
         ("size", pa.int64()),
         ("mtime_ns", pa.int64()),
+        ("checksum", pa.string()),
     ]
 )
 STATUS_COLUMNS = ["size", "mtime_ns", "status"]
@@ -175,15 +176,42 @@ class Ledger:
 
     def _recorded_rows(self, shard: int, *, journals: bool) -> Iterator[RecordedRows]:
         """Yields the recorded rows of a shard, oldest first: from the manifest, then from the journals."""
-        manifest = self._read(MANIFEST, f"{SHARD.format(shard)}.parquet", STATUS_COLUMNS)
-        if manifest is not None:
-            yield RecordedRows(np.arange(len(manifest)), manifest)
+        for folder, name in self._records(shard, journals=journals):
+            columns = STATUS_COLUMNS if folder == MANIFEST else ["row", *STATUS_COLUMNS]
+            table = self._read(folder, name, columns)
+            if table is not None:
+                rows = np.arange(len(table)) if folder == MANIFEST else table["row"].to_numpy()
+                yield RecordedRows(rows, table)
+
+    def _records(self, shard: int, *, journals: bool = True) -> Iterator[tuple[str, str]]:
+        """Yields (folder, file) of the records of a shard, oldest first; the first may not exist yet."""
+        yield MANIFEST, f"{SHARD.format(shard)}.parquet"
         if journals:
             folder = f"{WORK}/done/{SHARD.format(shard)}"
-            for name in storage.names_in(storage.join(self.out, *folder.split("/"))):
-                journal = self._read(folder, name, ["row", *STATUS_COLUMNS])
-                if journal is not None:
-                    yield RecordedRows(journal["row"].to_numpy(), journal)
+            yield from ((folder, name) for name in storage.names_in(storage.join(self.out, *folder.split("/"))))
+
+    def same_content(self, shard: int, found: Mapping[int, tuple[int, str]]) -> set[int]:
+        """Returns the rows that are recorded with the checksum that their file has now, and renews their recorded time.
+
+        `found`: row -> (modification time in ns, checksum) of the file now.
+        """
+        checksums: dict[int, str] = {}
+        for folder, name in self._records(shard):
+            table = self._read(folder, name, None)
+            if table is None or "checksum" not in table.schema.names:  # of version 0.1
+                continue
+            rows = range(len(table)) if folder == MANIFEST else table["row"].to_pylist()
+            recorded, times = table["checksum"].to_pylist(), table["mtime_ns"].to_pylist()
+            checksums |= {row: value for row, value in zip(rows, recorded, strict=True) if row in found}
+            for place, row in enumerate(rows):
+                if row in found and recorded[place] and recorded[place] == found[row][1]:
+                    times[place] = found[row][0]
+            place_of_times = table.schema.get_field_index("mtime_ns")
+            table = table.set_column(place_of_times, "mtime_ns", pa.array(times, pa.int64()))
+            self.check_lock()
+            location = storage.join(self.out, *folder.split("/"), name)
+            storage.write_bytes(location, to_parquet(table), durable=True)
+        return {row for row, (_, value) in found.items() if value and checksums.get(row) == value}
 
     # --- loading and recording chunks ---
 
@@ -221,9 +249,9 @@ class Ledger:
         schema = self._journal_schema()
         table = pa.table({"row": row_indices, **{name: results[name] for name in schema.names[1:]}}, schema)
         folder, name = _journal(number)
-        earlier = self._read(folder, name, None)
+        earlier = self._read(folder, name, schema.names)
         if earlier is not None:
-            kept = earlier.filter(pc.invert(pc.is_in(earlier["row"], table["row"]))).select(schema.names)
+            kept = earlier.filter(pc.invert(pc.is_in(earlier["row"], table["row"])))
             table = pa.concat_tables([kept, table]).sort_by("row")
         self.check_lock()
         location = storage.join(self.out, *folder.split("/"), name)
@@ -288,7 +316,7 @@ class Ledger:
         file_name = f"{chunk:05d}.parquet"
         if file_name not in journals:
             return self._journal_schema().empty_table()
-        new = self._read(f"{WORK}/done/{name}", file_name, None)
+        new = self._read(f"{WORK}/done/{name}", file_name, self._journal_schema().names)
         assert new is not None, "only `merge_shard` deletes journals"
         return new
 
@@ -303,6 +331,16 @@ class Ledger:
             self.holder.check()
 
     # --- files ---
+
+    def files(self) -> Iterator[str]:
+        """Yields the location of every file that names images: inputs, records and side tables."""
+        for shard in self.shards():
+            yield self.inputs_file(shard)
+            side_files = [(table.folder, f"{SHARD.format(shard)}.parquet") for table in self.tables]
+            for folder, name in [*self._records(shard), *side_files]:
+                location = storage.join(self.out, *folder.split("/"), name)
+                if storage.exists(location):
+                    yield location
 
     def inputs_file(self, shard: int) -> str:
         return storage.join(self.out, WORK, "inputs", f"{SHARD.format(shard)}.parquet")
@@ -347,7 +385,12 @@ class Ledger:
             data = storage.read_bytes(storage.join(self.out, *folder.split("/"), name))
         except FileNotFoundError:
             return None
-        return pq.ParquetFile(io.BytesIO(data)).read(columns)
+        table = pq.ParquetFile(io.BytesIO(data)).read(columns)
+        if columns is None:
+            return table
+        for column in {*columns} - {*table.schema.names}:  # a file of version 0.1 lacks some
+            table = table.append_column(column, pa.nulls(len(table), MANIFEST_SCHEMA.field(column).type))
+        return table.select(columns)
 
 
 @dataclass(frozen=True, slots=True)

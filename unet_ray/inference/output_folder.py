@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +22,7 @@ from unet_ray.inference.arithmetic import NOT_RECORDED, Arithmetic
 from unet_ray.inference.choose_arithmetic import begun_otherwise
 from unet_ray.inference.formats import all_owned_names
 from unet_ray.inference.ledger import MANIFEST, WORK
+from unet_ray.inference.moved import Move, renamed
 from unet_ray.inference.parts import WHOLE, Part
 from unet_ray.inference.pipeline import Pipeline
 from unet_ray.models import checkpoint
@@ -80,16 +82,34 @@ def check(out: str, settings: dict[str, Any], config: PredictConfig) -> None:
     if config.overwrite:
         return
     earlier = _read(out)
+    earlier["inputs"] = [renamed(location, moves(out, config)) for location in earlier["inputs"]]
     changed = [name for name in settings if settings[name] != earlier.get(name)]
     if changed:
         raise UserError(
             f"{out} holds another run (other {', '.join(changed)}): choose another --out"
             + (", or --overwrite removes it" if config.part is None else "")
+            + (_has_it_moved(earlier["inputs"], settings["inputs"]) if changed == ["inputs"] else "")
         )
     recorded = arithmetics(out)
     wanted = recorded[-1].contradicts(config) if recorded and not config.allow_mixed else ""
     if wanted:
         raise begun_otherwise(recorded[-1], f"{wanted} asks for another")
+
+
+def _has_it_moved(old: list[str], new: list[str]) -> str:
+    """Returns the option for a folder that has another name now, if only one input is another."""
+    different = [pair for pair in zip(old, new, strict=False) if pair[0] != pair[1]]
+    if len(old) != len(new) or len(different) != 1:
+        return ""
+    moved = shlex.quote("=".join(different[0]))
+    return f", or, if it is the same folder under another name: --moved {moved}"
+
+
+def moves(out: str, config: PredictConfig) -> list[Move]:
+    """Returns which inputs have another name than in the earlier run. Raises UserError if there was none."""
+    if config.moved and not storage.exists(storage.join(out, SETTINGS)):
+        raise UserError(f"--moved: {out} holds no earlier prediction")
+    return [Move.parse(text, _read(out)["inputs"]) for text in config.moved]
 
 
 def begin(out: str, settings: dict[str, Any], part: Part) -> bool:
@@ -98,7 +118,7 @@ def begin(out: str, settings: dict[str, Any], part: Part) -> bool:
         _record(out, part, **{LISTED: None})
     begun = storage.exists(storage.join(out, SETTINGS))
     earlier = _read(out) if begun else {ARITHMETIC: []}
-    if not begun or part == WHOLE:
+    if not begun or part == WHOLE or earlier["inputs"] != settings["inputs"]:  # they were moved
         _write(out, {**settings, **({ARITHMETIC: earlier[ARITHMETIC]} if ARITHMETIC in earlier else {})})
     return begun
 
@@ -142,7 +162,7 @@ def _record(out: str, part: Part, **values: Any) -> None:
 def _records(out: str) -> dict[int, dict[str, Any]]:
     """Returns number -> record of each part that has begun."""
     folder = storage.join(out, *PARTS.split("/"))
-    numbers = sorted(int(name.removesuffix(".json")) for name in storage.names_in(folder) if name[0] != ".")
+    numbers = sorted(int(name.removesuffix(".json")) for name in storage.names_in(folder))
     return {number: json.loads(storage.read_bytes(storage.join(folder, f"{number}.json"))) for number in numbers}
 
 

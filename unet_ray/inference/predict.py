@@ -18,9 +18,9 @@ from unet_ray.data.progress import OnProgress
 from unet_ray.inference import output_folder
 from unet_ray.inference.arithmetic import Arithmetic
 from unet_ray.inference.choose_arithmetic import Work, choose, go_on
-from unet_ray.inference.chunk_size import RowCost
 from unet_ray.inference.formats import OutputFormat, formats_of
 from unet_ray.inference.ledger import SHARD_ROWS, Ledger, ShardState, SideTable
+from unet_ray.inference.moved import rename
 from unet_ray.inference.naming import Naming, images_of
 from unet_ray.inference.output_folder import SETTINGS
 from unet_ray.inference.parts import WHOLE, Part
@@ -60,8 +60,9 @@ def predict(
             # Again, because another run may have begun and ended before this one got the lock.
             output_folder.check(out, settings, config)
         ledger = Ledger(out, _tables(formats), config.retry_failed, lock.holder, part)
+        rename(ledger, output_folder.moves(out, config))
         begun = output_folder.begin(out, settings, part)
-        listed = _survey(config, ledger, pipeline.row_cost(), begun, on_progress)
+        listed = _survey(config, ledger, pipeline, begun, on_progress)
         run = _Run(ledger, on_progress, allow_mixed=config.allow_mixed)
         run.segment(pipeline, Write(ledger, formats, pipeline.card, pipeline.reader()), runtime, lock)
         outcome = Outcome(listed, run.done - run.already_done, started, run.seconds_by_stage(started))
@@ -73,14 +74,21 @@ def _tables(formats: tuple[OutputFormat, ...]) -> tuple[SideTable, ...]:
     return tuple({format.table.folder: format.table for format in formats if format.table is not None}.values())
 
 
-def _survey(config: PredictConfig, ledger: Ledger, cost: RowCost, begun: bool, on_progress: OnProgress) -> int:
+def _survey(config: PredictConfig, ledger: Ledger, pipeline: Pipeline, begun: bool, on_progress: OnProgress) -> int:
     """Writes the images of the inputs into the ledger. Returns their number.
 
     `begun`: whether an earlier run had begun in this folder. Raises UserError if an input does not exist.
     """
     images, naming = ledger.part.share(images_of(config.inputs, config.column), Naming(config.name))
     try:
-        return survey(ledger, images, naming, cost, lambda count: on_progress(count, 0, 0))
+        return survey(
+            ledger,
+            images,
+            naming,
+            pipeline.row_cost(),
+            lambda count: on_progress(count, 0, 0),
+            pipeline.reader() if config.same_content else None,
+        )
     except UserError:
         if not begun:  # else the settings with a mistyped input would refuse the right one
             output_folder.take_back(ledger.out, ledger.part)

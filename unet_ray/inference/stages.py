@@ -9,6 +9,7 @@ fails, its column `error` holds the reason, and the later stages skip it.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,7 @@ from unet_ray.config import Cleanup
 from unet_ray.data import imaging, masks
 from unet_ray.data.chunks import Chunk, objects
 from unet_ray.data.imaging import ImageError, Pixels, Source
-from unet_ray.inference.reader import Reader
+from unet_ray.inference.reader import Reader, checksum
 from unet_ray.inference.segmenter import BatchSegmenter, SegmentedMask
 from unet_ray.models.checkpoint import ModelCard
 
@@ -42,6 +43,8 @@ class Prediction:
     """Empty if there is a mask."""
     milliseconds: dict[str, float]
     """Times of the stages so far, named as in `TIMES`."""
+    checksum: str = ""
+    """Of the image's file, see `reader.checksum`."""
 
 
 Load = Callable[[int], Chunk]
@@ -115,7 +118,7 @@ class DecodeImages:
     """Reads and decodes the images of a chunk.
 
     Adds the columns `image` uint8 [N,H,W,C] at the model's size (zeros for rows that failed), `height` and `width` of
-    the image itself, `error`, and `decode_ms`.
+    the image itself, `error`, `checksum` of its file, and `decode_ms`.
     """
 
     reader: Reader
@@ -125,9 +128,10 @@ class DecodeImages:
         count = len(chunk["path"])
         image = np.zeros((count, *self.size_hw, self.reader.channels), np.uint8)
         own_size = np.zeros((count, 2), np.int32)
-        errors, milliseconds = [""] * count, np.zeros(count, np.float32)
+        errors, checksums, milliseconds = [""] * count, [""] * count, np.zeros(count, np.float32)
         started = time.perf_counter()
         for row, data in enumerate(self.reader.encoded(chunk)):
+            checksums[row] = checksum(data)
             try:
                 image[row], own_size[row] = self.reader.resized(data, self.size_hw)
             except ImageError as error:
@@ -140,6 +144,7 @@ class DecodeImages:
             "height": own_size[:, 0],
             "width": own_size[:, 1],
             "error": objects(errors),
+            "checksum": objects(checksums),
             "decode_ms": milliseconds,
         }
 
@@ -182,7 +187,7 @@ class ToOwnSize:
             segmented = None if error else self._segmented(chunk, row)
             milliseconds = {name: float(chunk[name][row]) for name in ("decode_ms", "model_ms")}
             milliseconds["postprocess_ms"] = _milliseconds_since(started)
-            yield Prediction(segmented, str(error), milliseconds)
+            yield Prediction(segmented, str(error), milliseconds, chunk["checksum"][row])
 
     def _segmented(self, chunk: Chunk, row: int) -> SegmentedMask:
         logits = chunk["logits"][row]
@@ -217,31 +222,34 @@ class SegmentByTiles:
             encoded = self.reader.encoded(chunk)
             upcoming = decoding.submit(self._decoded, encoded)
             for _ in chunk["path"]:
-                pixels, decode_ms = upcoming.result()
+                pixels, digest, decode_ms = upcoming.result()
                 decode_ahead = isinstance(pixels, str) or np.prod(pixels.size_hw) <= DECODE_AHEAD_PIXELS
                 if decode_ahead:
                     upcoming = decoding.submit(self._decoded, encoded)
                 if isinstance(pixels, str):
-                    yield Prediction(None, pixels, {"decode_ms": decode_ms, "model_ms": 0, "postprocess_ms": 0})
+                    nothing = {"decode_ms": decode_ms, "model_ms": 0, "postprocess_ms": 0}
+                    yield Prediction(None, pixels, nothing, digest)
                 else:
                     prediction = self._prediction(pixels, decode_ms)
                     del pixels
-                    yield prediction
+                    yield dataclasses.replace(prediction, checksum=digest)
                     del prediction
                 if not decode_ahead:
                     upcoming = decoding.submit(self._decoded, encoded)
 
-    def _decoded(self, encoded: Iterator[Source | str]) -> tuple[Pixels | str, float]:
-        """Returns the next image, or the reason of its failure, and the milliseconds that this took."""
+    def _decoded(self, encoded: Iterator[Source | str]) -> tuple[Pixels | str, str, float]:
+        """Returns the next image, or the reason of its failure, the checksum of its file, and the milliseconds that
+        this took."""
         started = time.perf_counter()
         data = next(encoded, "")
         if data == "":  # after the last row
-            return "", 0
+            return "", "", 0
+        digest = checksum(data)
         try:
             pixels: Pixels | str = self.reader.pixels(data)
         except ImageError as error:
             pixels = str(error)
-        return pixels, _milliseconds_since(started)
+        return pixels, digest, _milliseconds_since(started)
 
     def _prediction(self, pixels: Pixels, decode_ms: float) -> Prediction:
         started = time.perf_counter()

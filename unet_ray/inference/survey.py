@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
 import numpy as np
 import pyarrow as pa
 
 from unet_ray.data import storage
-from unet_ray.data.chunks import to_parquet
+from unet_ray.data.chunks import objects, to_parquet
 from unet_ray.data.inputs import ImageFile
 from unet_ray.inference.chunk_size import RowCost, chunk_rows
 from unet_ray.inference.digests import DigestMap, digests_of
 from unet_ray.inference.ledger import SHARD_ROWS, Ledger
+from unet_ray.inference.reader import Reader, checksum
 
 log = logging.getLogger("unet_ray")
 
@@ -33,20 +36,26 @@ INPUTS_SCHEMA = pa.schema(
 )
 
 
+CHECKSUM_THREADS, CHECKSUMS_AT_ONCE = 16, 64
+"""Threads that read images, more than processors because a disk or bucket takes part of the time; images for each."""
+
+
 def survey(
     ledger: Ledger,
     images: Iterable[ImageFile],
     outputs_of: Callable[[ImageFile], Iterator[str]],
     cost: RowCost,
     on_listed: Callable[[int], None] = lambda _count: None,
+    reader: Reader | None = None,
 ) -> int:
     """Adds new images to the ledger, and renews the size and time of changed ones. Returns the number of different
     images in this listing.
 
     `outputs_of` proposes paths for an image's mask; the first that no other image has is taken. Memory grows by about
-    60 bytes per image.
+    60 bytes per image. `reader` reads the images of another time but the same size, to compare checksums: those whose
+    content is the same are not changed. None: they are.
     """
-    listing = _Listing(ledger, outputs_of, cost)
+    listing = _Listing(ledger, outputs_of, cost, reader)
     images = iter(images)
     while batch := list(islice(images, SHARD_ROWS)):
         listing.add(batch)
@@ -58,8 +67,14 @@ def survey(
 class _Listing:
     """Collects the images of this listing and tells them from those of earlier runs."""
 
-    def __init__(self, ledger: Ledger, outputs_of: Callable[[ImageFile], Iterator[str]], cost: RowCost) -> None:
-        self.ledger, self.outputs_of = ledger, outputs_of
+    def __init__(
+        self,
+        ledger: Ledger,
+        outputs_of: Callable[[ImageFile], Iterator[str]],
+        cost: RowCost,
+        reader: Reader | None,
+    ) -> None:
+        self.ledger, self.outputs_of, self.reader = ledger, outputs_of, reader
         self.known, self.taken = DigestMap(), DigestMap()
         """Paths of the images and of their masks -> row, counted over all shards."""
         self._read_earlier()
@@ -138,36 +153,61 @@ class _Listing:
 
     def close(self) -> None:
         self.writer.close()
-        if self.changed:
-            sizes = sum(size != self.sizes[row] for row, (size, _) in self.changed.items())
-            kinds = [f"{sizes} other sizes"] * bool(sizes) + [f"{len(self.changed) - sizes} other times"]
-            log.warning(
-                "%d images have changed since the earlier run (%s): they are done again",
-                len(self.changed),
-                ", ".join(kind for kind in kinds if not kind.startswith("0 ")),
-            )
         if self.twice:
             log.warning("%d images are listed more than once: each is done once", self.twice)
-        _renew(self.ledger, self.changed)
+        if not self.changed:
+            return
+        sizes = sum(size != self.sizes[row] for row, (size, _) in self.changed.items())
+        same = _renew(self.ledger, self.changed, self.reader)
+        if same:
+            log.warning("%d images have other times and the same content: they are kept", same)
+        kinds = {"other sizes": sizes, "other times": len(self.changed) - sizes - same}
+        said = ", ".join(f"{count} {kind}" for kind, count in kinds.items() if count)
+        if said:
+            advice = "" if self.reader or not kinds["other times"] else " (--same-content compares their bytes instead)"
+            log.warning(
+                "%d images have changed since the earlier run (%s): they are done again%s",
+                len(self.changed) - same,
+                said,
+                advice,
+            )
 
 
-def _renew(ledger: Ledger, changed: dict[int, tuple[int, int]]) -> None:
-    """Writes the new sizes and times of changed images into their shards."""
-    if not changed:
-        return
-    first = 0
+def _renew(ledger: Ledger, changed: dict[int, tuple[int, int]], reader: Reader | None) -> int:
+    """Writes the new sizes and times of changed images into their shards. Returns the number of those whose content is
+    the same, which are not to be done again (with a `reader`)."""
+    first = same = 0
     for shard in ledger.shards():
         file = ledger.open_inputs(shard)
         table = file.read()
         mine = {row - first: new for row, new in changed.items() if first <= row < first + len(table)}
         first += len(table)
-        if mine:
-            sizes, times = table["size"].to_numpy().copy(), table["mtime_ns"].to_numpy().copy()
-            for row, (size, mtime_ns) in mine.items():
-                sizes[row], times[row] = size, mtime_ns
-            for name, values in (("size", sizes), ("mtime_ns", times)):
-                table = table.set_column(table.schema.get_field_index(name), name, pa.array(values))
-            _write_inputs(ledger, shard, table, file.metadata.row_group(0).num_rows)
+        if not mine:
+            continue
+        sizes, times = table["size"].to_numpy().copy(), table["mtime_ns"].to_numpy().copy()
+        if reader is not None:
+            touched = {row: mtime_ns for row, (size, mtime_ns) in mine.items() if size == sizes[row]}
+            same += len(ledger.same_content(shard, _checksums(table, touched, reader)))
+        for row, (size, mtime_ns) in mine.items():
+            sizes[row], times[row] = size, mtime_ns
+        for name, values in (("size", sizes), ("mtime_ns", times)):
+            table = table.set_column(table.schema.get_field_index(name), name, pa.array(values))
+        _write_inputs(ledger, shard, table, file.metadata.row_group(0).num_rows)
+    return same
+
+
+def _checksums(inputs: pa.Table, times: dict[int, int], reader: Reader) -> dict[int, tuple[int, str]]:
+    """Returns row -> (time, checksum of the file now). `times`: row -> time."""
+    columns = {name: objects(inputs[name].to_pylist()) for name in ("path", "source", "source_row")}
+
+    def some(rows: list[int]) -> Iterator[tuple[int, tuple[int, str]]]:
+        encoded = reader.encoded({name: values[rows] for name, values in columns.items()})
+        return ((row, (times[row], checksum(data))) for row, data in zip(rows, encoded, strict=True))
+
+    rows = [*times]
+    batches = [rows[start : start + CHECKSUMS_AT_ONCE] for start in range(0, len(rows), CHECKSUMS_AT_ONCE)]
+    with ThreadPoolExecutor(CHECKSUM_THREADS) as threads:
+        return dict(itertools.chain.from_iterable(threads.map(lambda batch: [*some(batch)], batches)))
 
 
 def _write_inputs(ledger: Ledger, shard: int, table: pa.Table, rows_per_chunk: int) -> None:

@@ -70,6 +70,7 @@ class Write:
             "path": storage.without_secrets(readable(chunk["path"][row])),
             "size": chunk["size"][row],
             "mtime_ns": chunk["mtime_ns"][row],
+            "checksum": prediction.checksum,
         }
         if prediction.segmented is None:
             return {**of_input, **self._fail(chunk, row, prediction.error, touched)}
