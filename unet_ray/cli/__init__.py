@@ -5,6 +5,7 @@ The commands that need torch and Ray import them themselves, so that `unet-ray -
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import traceback
@@ -40,6 +41,7 @@ class Commands(click.Group):
         3 (Python's own 1 would mean that images failed), Ctrl-C and SIGTERM code 130."""
         claim()
         stop_like_ctrl_c()
+        logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns that it has no folder for a cache
         try:
             return super().invoke(ctx)
         except UserError as error:
