@@ -79,10 +79,10 @@ def patient(call: Callable[Given, Answer]) -> Callable[Given, Answer]:
             try:
                 return _interruptible(functools.partial(call, *args, **kwargs))
             except OSError as error:
-                passed = time.monotonic() - begun
+                passed, pause = time.monotonic() - begun, wait * random.uniform(0.7, 1.3)
                 if not is_passing(error) or getattr(_here, "at_once", False):
                     raise
-                if passed + wait > PATIENCE_SECONDS:
+                if passed + pause > PATIENCE_SECONDS:
                     raise OutOfReachError(
                         f"{bucket_of(location)} has failed for {passed:.0f} s ({first_line(error)[:300]}). What is done"
                         " is kept: give the same command again"
@@ -91,7 +91,7 @@ def patient(call: Callable[Given, Answer]) -> Callable[Given, Answer]:
                     said = passed
                     left = PATIENCE_SECONDS - passed
                     log.warning("waiting for %s, %.0f s more: %s", bucket_of(location), left, first_line(error)[:200])
-            time.sleep(wait * random.uniform(0.7, 1.3))
+            time.sleep(pause)
             wait = min(2 * wait, LONGEST_WAIT)
 
     return repeated
