@@ -41,7 +41,7 @@ from measures.predict import predict_section
 from measures.start import start_section
 from measures.train import epochs_section, train_section
 
-from unet_ray.config import TrainConfig, UserError
+from unet_ray.config import DataConfig, TrainConfig, UserError
 from unet_ray.data import masks
 from unet_ray.data.inputs import iter_images
 from unet_ray.data.pairs import Pair, find_pairs
@@ -128,7 +128,7 @@ def main(
 ) -> None:
     """Measure how fast this machine decodes, predicts and trains, compared with other implementations."""
     an_hour = _amounts(price_list)
-    pairs = find_pairs(images, masks_folder) if masks_folder else []
+    pairs = find_pairs(DataConfig(images=images, masks=masks_folder)) if masks_folder else []
     config = _training(images, masks_folder, pairs, recipe, settings)
     with tempfile.TemporaryDirectory(prefix="unet-ray-benchmark-") as folder:
         location = checkpoint.model_directory(model) if model else random_model(Path(folder, "model"))

@@ -142,7 +142,7 @@ def test_files_that_only_look_like_bombs_are_read():
     stream = io.BytesIO()
     frames = [Image.new("L", (30, 20), value) for value in range(40)]
     frames[0].save(stream, "TIFF", save_all=True, append_images=frames[1:])
-    assert imaging.decode_image(stream.getvalue(), 3, None)[0].shape == (20, 30, 3)
+    assert imaging.decode_image(stream.getvalue(), 40, None)[0].shape == (20, 30, 40)
     stream = io.BytesIO()
     Image.fromarray(np.full((20, 30), 40_000, np.uint16)).save(stream, "PNG")
     assert imaging.decode_image(stream.getvalue(), 1, None)[0].max() == 156

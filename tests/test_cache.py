@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import TINY, make_discs
 
-from unet_ray.config import UserError
+from unet_ray.config import DataConfig, UserError
 from unet_ray.data import cache
 from unet_ray.data.pairs import find_pairs
 from unet_ray.data.rows import Decoder, MemoryRows, StreamedRows
@@ -36,7 +36,10 @@ def _count_anew():
 @pytest.mark.parametrize("border", [0, 10])
 def test_rows_of_the_cache_are_the_rows_of_the_files(tmp_path, discs, border, monkeypatch):
     monkeypatch.setattr(cache, "FILE_BYTES", 5 * 24 * 24 * 4)  # files of 5
-    pairs, decoder = find_pairs(*map(str, discs)), decoder_of(("train.border_weight", border))
+    pairs, decoder = (
+        find_pairs(DataConfig(images=str(discs[0]), masks=str(discs[1]))),
+        decoder_of(("train.border_weight", border)),
+    )
     cached = cache.filled(pairs, decoder, str(tmp_path / "cache"), here)
     assert here.pairs == len(cached.places) == 12
     assert len(list((tmp_path / "cache").rglob("*.parquet"))) == 3
@@ -59,7 +62,9 @@ def test_only_new_pairs_are_decoded(tmp_path, discs):
 
     def places(decoder: Decoder | None = None) -> dict[str, cache.Place]:
         here.pairs = 0
-        return cache.filled(find_pairs(str(images), str(masks)), decoder or decoder_of(), folder, here).places
+        return cache.filled(
+            find_pairs(DataConfig(images=str(images), masks=str(masks))), decoder or decoder_of(), folder, here
+        ).places
 
     first = places()
     assert places() == first
@@ -83,7 +88,7 @@ def test_only_new_pairs_are_decoded(tmp_path, discs):
 
 def test_a_damaged_or_deleted_cache_file_is_decoded_again(tmp_path, discs, monkeypatch):
     monkeypatch.setattr(cache, "FILE_BYTES", 6 * 24 * 24 * 4)  # two files
-    pairs, folder = find_pairs(*map(str, discs)), tmp_path / "cache"
+    pairs, folder = find_pairs(DataConfig(images=str(discs[0]), masks=str(discs[1]))), tmp_path / "cache"
     cached = cache.filled(pairs, decoder_of(), str(folder), here)
     expected = [decoder_of()(pair.image, pair.mask) for pair in pairs]
     one, two = sorted(folder.rglob("*.parquet"))
@@ -101,7 +106,7 @@ def test_a_bad_image_is_named_and_the_rest_is_kept(tmp_path, monkeypatch):
     images, masks = make_discs(tmp_path / "discs", 5)
     bad = sorted(Path(images).iterdir())[3]
     bad.write_bytes(b"not an image")
-    pairs = find_pairs(str(images), str(masks))
+    pairs = find_pairs(DataConfig(images=str(images), masks=str(masks)))
     with pytest.raises(UserError, match=bad.name):
         cache.filled(pairs, decoder_of(), str(tmp_path / "cache"), here)
     assert len(list((tmp_path / "cache").rglob("*.parquet"))) == 3

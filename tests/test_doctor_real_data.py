@@ -234,7 +234,7 @@ PLANTED: list[tuple[str, Plant, str]] = [
     ("carvana", cut_mask, "truncated-file"),
     ("carvana", empty_image, "empty-file"),
     ("carvana", web_page, "not-an-image"),
-    ("carvana", half_size_mask, "mask-of-another-size"),
+    ("carvana", half_size_mask, "mask-of-another-scale"),
     ("carvana", turned, "mask-not-turned-like-its-image"),
     ("carvana", jpeg_masks, "masks-with-in-between-values"),
     ("carvana", car_twice, "duplicates-across-groups"),
@@ -252,7 +252,7 @@ PLANTED: list[tuple[str, Plant, str]] = [
     ("camvid", colours, "masks-in-colours"),
     ("camvid", photographs_as_masks, "too-many-mask-values"),
     ("camvid", two_masks, "two-masks-for-one-image"),
-    ("camvid", masks_by_street, "masks-in-other-folders"),
+    ("camvid", masks_by_street, "layout"),
     ("dsb2018", numbered_nuclei, "masks-number-objects"),
     ("dsb2018", mostly_without_nuclei, "mostly-empty-masks"),
     ("dsb2018", damaged_in_the_middle, "cannot-be-decoded"),
@@ -261,10 +261,25 @@ PLANTED: list[tuple[str, Plant, str]] = [
 ]
 
 
+HANDLED = {
+    "image-without-mask",
+    "mask-without-image",
+    "masks-named-otherwise",
+    "layout",
+    "masks-with-in-between-values",
+    "masks-in-colours",
+    "masks-number-objects",
+}
+"""Problems that the suggested command handles: they are notes."""
+
+
 @pytest.mark.parametrize(("name", "plant", "code"), PLANTED, ids=lambda value: getattr(value, "__name__", None))
 def test_a_problem_planted_in_a_copy_is_the_only_finding(real_data, tmp_path, name, plant, code):
     images, masks = copied(name, tmp_path)
     file = plant(images, masks)
-    found = troubles(examine(images, masks))
-    assert set(found) == {code}
-    assert file is None or file in found[code].files
+    report = examine(images, masks)
+    found = troubles(report)
+    assert set(found) == {code} - HANDLED
+    if code in HANDLED:
+        [found[code]] = [finding for finding in report.findings if finding.code == code]
+    assert file is None or not found[code].files or file in found[code].files

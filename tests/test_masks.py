@@ -74,11 +74,11 @@ def test_classes_of_different_ids_are_different_objects_and_ignored_pixels_none(
 
 def test_inverse_frequencies_by_hand(tmp_path):
     paths = stored(tmp_path, [[0, 0, 0, 255]], [[0, 0, 0, 255]])
-    assert inverse_frequencies(paths, DataConfig(mask_values=(0, 255))) == pytest.approx(
+    assert inverse_frequencies(paths, 2, DataConfig(mask_values=(0, 255))) == pytest.approx(
         (8 / (2 * 6), 8 / (2 * 2)), rel=1e-5
     )
     with pytest.raises(UserError, match="class 2 does not occur in a sample of 2 masks"):
-        inverse_frequencies(paths, DataConfig(mask_values=(0, 255, 7)))
+        inverse_frequencies(paths, 3, DataConfig(mask_values=(0, 255, 7)))
 
 
 def test_clean_up_removes_small_regions_keeps_the_largest_and_fills_holes():

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import TINY, make_discs, make_model, make_photos
 
-from unet_ray.config import PredictConfig
+from unet_ray.config import DataConfig, PredictConfig
 from unet_ray.data import cache, storage
 from unet_ray.data.pairs import find_pairs
 from unet_ray.data.rows import Decoder
@@ -265,7 +265,7 @@ def test_a_training(tmp_path, monkeypatch):
 
 def test_a_cache(tmp_path, monkeypatch):
     images, masks = make_discs(tmp_path / "discs", 12)
-    pairs = find_pairs(str(images), str(masks))
+    pairs = find_pairs(DataConfig(images=str(images), masks=str(masks)))
     settings = [*TINY, ("data.mask_values", [0, 255])]
     decoder = Decoder.of(load_train_config(settings=settings))
     monkeypatch.setattr(cache, "FILE_BYTES", 2 * decoder.row_bytes())

@@ -10,7 +10,7 @@ from unet_ray.training.sampler import Sampler
 
 def test_rows_in_memory_and_streamed_rows_are_the_same(discs):
     config = config_for(discs, ("data.mask_values", "[0, 255]"))
-    pairs = find_pairs(config.data.images, config.data.masks)
+    pairs = find_pairs(config.data)
     decoder = Decoder.of(config)
     plan = [micro.indices for micro in Sampler(rows=len(pairs), batch_size=5, seed=0).epoch(1)]
     kinds = [list(kind(pairs, decoder).batches(plan)) for kind in (MemoryRows, StreamedRows)]

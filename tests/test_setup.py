@@ -6,7 +6,7 @@ from conftest import TINY, make_discs
 from PIL import Image
 from runs import config_for
 
-from unet_ray.config import UserError
+from unet_ray.config import DataConfig, UserError
 from unet_ray.data.pairs import find_pairs
 from unet_ray.ray_backend.session import LOCAL
 from unet_ray.settings import load_train_config
@@ -42,15 +42,15 @@ def test_settings_are_taken_from_training_masks_only(tmp_path):
     images, masks = make_discs(tmp_path / "discs", 12)
     settings = [("data.images", str(images)), ("data.masks", str(masks)), ("train.class_weights", "inverse")]
     config = load_train_config(settings=[*TINY, *settings])
-    split = Split.of(find_pairs(str(images), str(masks)), config.data, config.train.seed)
-    before = resolved(config, str(images), str(masks), split.train_masks)
+    split = Split.of(find_pairs(DataConfig(images=str(images), masks=str(masks))), config.data, config.train.seed)
+    before = resolved(config, split.train_masks)
     assert before.data.mask_values == (0, 255)
     for index in split.val:
         stored = np.asarray(Image.open(split.pairs[index].mask)).copy()
         stored[:] = 255
         stored[0] = 7
         Image.fromarray(stored).save(split.pairs[index].mask)
-    assert resolved(config, str(images), str(masks), split.train_masks) == before
+    assert resolved(config, split.train_masks) == before
     # A value that occurs in validation alone is an error that names it.
     with pytest.raises(UserError, match="7") as error:
         train(config, str(tmp_path / "run"), runtime=LOCAL)

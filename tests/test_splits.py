@@ -5,7 +5,7 @@ import random
 import pytest
 
 from unet_ray.config import DataConfig, UserError
-from unet_ray.data.splits import group_of, leak_report, read_split, split_pairs, write_split
+from unet_ray.data.splits import divided, group_of, leak_report, likely_groups, read_split, split_pairs, write_split
 
 KEYS = [f"car{car:02d}_{view:02d}" for car in range(20) for view in range(4)]
 
@@ -95,3 +95,69 @@ def test_a_split_is_written_and_read(tmp_path):
     write_split(str(tmp_path / "split.csv"), sides)
     assert read_split(str(tmp_path / "split.csv")) == sides
     assert read_split(str(tmp_path / "none.csv")) == {}
+
+
+# --- splits that exist ---
+
+FOLDERS = ["images/training/1", "images/training/2", "images/valid/1", "images/testing/1"]
+
+
+def parts(keys: list[str], **settings) -> list[list[str]]:
+    return [[keys[i] for i in part] for part in divided(keys, DataConfig(**settings), 42)]
+
+
+def test_folders_named_so_are_a_split_and_no_groups():
+    assert parts(FOLDERS) == [FOLDERS[:2], FOLDERS[2:3], FOLDERS[3:]]
+    assert likely_groups([f"{part}/{n}" for part in ("train", "val") for n in range(9)]) is None
+    assert likely_groups([f"{kind}/{n}" for kind in ("good", "defect") for n in range(9)]) is None
+    train, val, test = parts(FOLDERS, split="random", val_fraction=0.25)
+    assert len(val) == 1 and sorted([*train, *val]) == sorted(FOLDERS) and not test
+
+
+def test_without_a_folder_to_validate_on_some_to_train_on_are_drawn():
+    keys = [f"train/{n}" for n in range(10)] + ["test/1"]
+    train, val, test = parts(keys)
+    assert test == ["test/1"] and len(val) == 2 and sorted([*train, *val]) == sorted(keys[:10])
+    train, val, test = parts([*keys, "val/1"], folds=2)
+    assert test == ["test/1"] and len(train) + len(val) == 11 and len(val) in (5, 6)
+
+
+def test_one_image_outside_such_folders_means_a_random_split():
+    train, val, test = parts([*FOLDERS, "other"])
+    assert not test and len(train) + len(val) == 5
+
+
+@pytest.mark.parametrize("kind", ["csv", "paths", "lists"])
+def test_a_file_says_which_part_an_image_is_in(tmp_path, kind):
+    keys = ["a/1", "a/2", "b/3", "b/4"]
+    if kind == "lists":
+        for part, names in (("train", "1\n2"), ("val", "3"), ("test", "")):
+            (tmp_path / f"{part}.txt").write_text(f"{names}\n")
+    else:
+        column, end = ("key", "") if kind == "csv" else ("path", ".jpg")
+        rows = [f"a/1{end},training", f"a/2{end},train", f"b/3{end},valid"]
+        (tmp_path / "split.csv").write_text(f"{column},part\n" + "\n".join(rows))
+    given = tmp_path if kind == "lists" else tmp_path / "split.csv"
+    assert parts(keys, split=str(given)) == [["a/1", "a/2"], ["b/3"], []]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("key,part\n1,train\n7,val\n", "1 of 2 names are no image: '7'; the images are named like '1', '2'"),
+        ("key,part\n1,train\n1,val\n", "'1' is in train and in val"),
+        ("key,part\n1,teach\n", "the part is train, val or test"),
+        ("1,train\n2,val\n", "its first line must name the columns key"),
+        ("", "its first line must name the columns key"),
+    ],
+)
+def test_a_split_file_that_does_not_fit_is_an_error(tmp_path, text, message):
+    (tmp_path / "split.csv").write_text(text)
+    with pytest.raises(UserError, match=message.replace("(", r"\(")):
+        parts(["1", "2"], split=str(tmp_path / "split.csv"))
+
+
+def test_a_split_file_or_list_that_is_missing_is_an_error(tmp_path):
+    for name in ("none.csv", ""):
+        with pytest.raises(UserError, match=r"no such file|no train\.txt in it"):
+            parts(["1", "2"], split=str(tmp_path / name))

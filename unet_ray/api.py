@@ -50,8 +50,8 @@ Location = str | os.PathLike[str]
 
 
 def train(
-    images: Location | None = None,
-    masks: Location | None = None,
+    images: Location | Sequence[Location] | None = None,
+    masks: Location | Sequence[Location] | None = None,
     out: Location | None = None,
     *,
     recipe: str | None = None,
@@ -91,7 +91,7 @@ def train(
         changed = {**dict(checkpoint.model_settings_of(os.fspath(init))), **changed}
     built = load_train_config(recipe=recipe, config_file=_yaml(config), settings=changed.items())
     # Paths don't go through `settings`, which are read as YAML.
-    folders: dict[str, Any] = _given(images=images, masks=masks)
+    folders = _folders(images=images, masks=masks)
     built = dataclasses.replace(built, data=dataclasses.replace(built.data, **folders))
     if init is not None:
         built = dataclasses.replace(built, train=dataclasses.replace(built.train, init=os.fspath(init)))
@@ -140,8 +140,8 @@ def predict(
 
 def evaluate(
     model: Location,
-    images: Location | None = None,
-    masks: Location | None = None,
+    images: Location | Sequence[Location] | None = None,
+    masks: Location | Sequence[Location] | None = None,
     *,
     local: bool = False,
     verbose: bool = False,
@@ -160,12 +160,18 @@ def evaluate(
     >>> unet_ray.evaluate("RUN", "images", "masks", local=True).images
     12
     """
-    config = from_mapping(EvaluateConfig, {**options, **_given(model=model, images=images, masks=masks)})
+    folders = _folders(images=images, masks=masks)
+    config = from_mapping(EvaluateConfig, {**options, "model": os.fspath(model), **folders})
     return evaluation.evaluate(config, runtime=Runtime(local, verbose), on_progress=on_progress)
 
 
-def _given(**locations: Location | None) -> dict[str, str]:
-    return {name: os.fspath(location) for name, location in locations.items() if location is not None}
+def _folders(**given: Location | Sequence[Location] | None) -> dict[str, Any]:
+    """Returns the folders that were given as settings take them: a text, or several."""
+    return {
+        name: os.fspath(each) if isinstance(each, (str, os.PathLike)) else tuple(map(os.fspath, each))
+        for name, each in given.items()
+        if each is not None
+    }
 
 
 def _yaml(config: TrainConfig | Location | None) -> str | None:

@@ -139,16 +139,23 @@ class ModelConfig:
 MAX_PIXELS = 200_000_000
 """Default of --max-pixels: Pillow takes 0.8 GB to decode an image of this many pixels."""
 ValueRange = tuple[float, float] | Literal["percentiles"] | None
+MaskValue = int | str | tuple[int | str, ...]
+"""A stored value, a comparison such as `>0` or `>=128`, or several of them."""
+Colour = tuple[int, int, int] | str
+"""Red, green and blue from 0 to 255, or `#rrggbb`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
     """Images, masks and their split (`data.`)."""
 
-    images: str = ""
-    """Folder or URI of the images."""
-    masks: str = ""
-    """Folder or URI of the masks."""
+    images: str | tuple[str, ...] = ""
+    """Folder, glob or URI of the images, or several."""
+    masks: str | tuple[str, ...] = ""
+    """Folder, glob or URI of the masks, or several; if they are as many as those of images, in the same order."""
+    match: str | None = None
+    """Regular expression that finds, in the relative paths of an image and its mask, the text that both have: its first
+    group, or all of it. None: a mask has its image's relative path and stem, with or without `_mask`."""
     image_size: int | tuple[int, int] = 512
     """Every image is resized to this for the network, in pixels: the side of a square, or [height, width]."""
     tile: int = 0
@@ -163,6 +170,10 @@ class DataConfig:
     """2 or more: the groups are divided into this many folds of equal size, and number `fold` is held out."""
     fold: int = 0
     """Number of the fold that is held out, from 0."""
+    split: str | None = None
+    """Which images are to train on, to validate on and to test with: a CSV file of (key or path, part), or a folder
+    with train.txt and val.txt. None: folders named train, val and test (training, valid, validation, testing) decide,
+    if all images are in one; else it is random, as with `random`."""
     split_order: Literal["hash", "name"] = "hash"
     """Validation takes the first groups in this order. `hash`: of seed and name, which is random. `name`: neighbours
     stay together, as the slices of one volume must."""
@@ -171,11 +182,21 @@ class DataConfig:
     the split (for Carvana `^[^_]+`: the car)."""
     val_groups: tuple[str, ...] = ()
     """Groups that are always held out. Others join them until `val_fraction` of the groups is reached."""
-    mask_values: tuple[int, ...] | None = None
-    """Stored mask value of each class, in the order of the class ids. None: training reads them from a sample of the
-    masks when it starts, and writes them to config.yaml and into the model."""
-    ignore_index: int | None = None
-    """Stored mask value of pixels to leave out of loss and scores (255 in many sets, 11 in CamVid); None: no value."""
+    mask_values: tuple[MaskValue, ...] | None = None
+    """Stored mask value of each class, in the order of the class ids; `[[0, 2], [1, 3]]` gives a class several, `[0,
+    '>0']` and `[0, '>=128']` compare, and values that no class names are then class 0. None: training reads them from a
+    sample of the masks when it starts, and writes them to config.yaml and into the model."""
+    mask_colors: tuple[Colour | tuple[Colour, ...], ...] = ()
+    """Colour of each class, instead of `mask_values`: [r, g, b] or '#rrggbb', or several of them. Masks with a palette
+    are read by their colours too."""
+    mask_resize: bool = False
+    """Masks may be larger or smaller than their images, in the same proportions. They are scored at their own size."""
+    several_masks: Literal["refuse", "union", "classes"] = "refuse"
+    """What several masks of one image mean. `union`: a pixel is foreground if it is in one of them. `classes`: each is
+    a class of its own, which the folder of the mask names (`classes`), and the later class wins."""
+    ignore_index: int | str | tuple[int | str, ...] | None = None
+    """Stored mask value of pixels to leave out of loss and scores (255 in many sets, 11 in CamVid), or several. With
+    `mask_colors`, '#rrggbb'. None: no value."""
     value_range: ValueRange = None
     """[lowest, highest] stored pixel value, which become 0 and 255. `percentiles`: the 0.5th and 99.5th of each image
     (fluorescence, CT). None: 8-bit values stay as they are, and 16-bit values keep their upper 8 bits."""
@@ -197,22 +218,88 @@ class DataConfig:
             raise UserError(f"data.fraction is {self.fraction}: above 0, at most 1")
         if not 0 <= self.val_fraction < 1:
             raise UserError(f"data.val_fraction is {self.val_fraction}: from 0 to below 1")
-        if self.group_by is not None:
+        for option, pattern in (("--group-by", self.group_by), ("--match", self.match)):
             try:
-                re.compile(self.group_by)
+                re.compile(pattern or "")
             except re.error as error:
-                raise UserError(f"--group-by {self.group_by!r} is not a regular expression: {error}") from None
+                raise UserError(f"{option} {pattern!r} is not a regular expression: {error}") from None
         if self.val_groups and self.group_by is None:
             raise UserError("data.val_groups needs data.group_by, which says what a group is")
         if isinstance(self.value_range, tuple) and not self.value_range[0] < self.value_range[1]:
             raise UserError(f"data.value_range is {[*self.value_range]}: [lowest, highest] stored value")
-        if self.mask_values is not None and len(set(self.mask_values)) != len(self.mask_values):
-            raise UserError(f"data.mask_values names a value twice: {list(self.mask_values)}")
+        _check_mask_values(self)
+
+    @property
+    def ignored(self) -> tuple[int | str, ...]:
+        """The entries of `ignore_index`."""
+        ignored = self.ignore_index
+        return () if ignored is None else ignored if isinstance(ignored, tuple) else (ignored,)
 
     @property
     def size_hw(self) -> tuple[int, int]:
         """(height, width) in pixels."""
         return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
+
+
+COMPARISON = re.compile(r"(>=|<=|>|<)\s*(\d+)")
+"""What `MaskValue` takes as a text."""
+COLOUR = re.compile(r"#?([0-9a-fA-F]{6})")
+
+
+def locations(value: str | tuple[str, ...]) -> tuple[str, ...]:
+    """Returns the folders of `DataConfig.images` or `masks`."""
+    return value if isinstance(value, tuple) else (value,) if value else ()
+
+
+def shown_locations(value: str | tuple[str, ...]) -> str:
+    """Returns `DataConfig.images` or `masks` for a message."""
+    return ", ".join(locations(value))
+
+
+def selectors(value: MaskValue) -> tuple[int | str, ...]:
+    """Returns the stored values and comparisons of one class."""
+    return value if isinstance(value, tuple) else (value,)
+
+
+def colour_code(colour: Colour | int) -> int:
+    """Returns a colour as one number, 65536 red + 256 green + blue. Raises ValueError."""
+    if isinstance(colour, str) and (found := COLOUR.fullmatch(colour)):
+        return int(found[1], 16)
+    if isinstance(colour, tuple) and len(colour) == 3 and all(0 <= part <= 255 for part in colour):
+        return colour[0] << 16 | colour[1] << 8 | colour[2]
+    raise ValueError(f"{colour!r} is no colour: [r, g, b] from 0 to 255, or '#rrggbb'")
+
+
+def colours_of(entry: Colour | tuple[Colour, ...]) -> tuple[Colour, ...]:
+    """Returns the colours of one class."""
+    several = isinstance(entry, tuple) and not all(isinstance(part, int) for part in entry)
+    return typing.cast("tuple[Colour, ...]", entry if several else (entry,))
+
+
+def _check_mask_values(data: DataConfig) -> None:
+    """Raises UserError for mask values or colours that can't be read, or that contradict each other."""
+    if data.mask_colors:
+        if data.mask_values is not None:
+            raise UserError("data.mask_colors and data.mask_values both say what a mask means: give one of them")
+        try:
+            codes = [colour_code(colour) for entry in data.mask_colors for colour in colours_of(entry)]
+            codes += [colour_code(typing.cast("Colour", value)) for value in data.ignored]
+        except ValueError as error:
+            raise UserError(f"data.mask_colors: {error}") from None
+        if len(set(codes)) != len(codes):
+            raise UserError(f"data.mask_colors names a colour twice: {data.mask_colors}, ignored {[*data.ignored]}")
+        return
+    named = [each for value in data.mask_values or () for each in selectors(value)]
+    for each in named:
+        if isinstance(each, str) and not COMPARISON.fullmatch(each.strip()):
+            raise UserError(f"data.mask_values: {each!r} is no value and no comparison such as '>0' or '>=128'")
+        if isinstance(each, int) and not 0 <= each < 2**16:
+            raise UserError(f"data.mask_values: {each} can't be stored in a mask: 0 to 65535 (below 0: ignore_index)")
+    if any(isinstance(value, str) for value in data.ignored):
+        raise UserError(f"data.ignore_index is {data.ignore_index!r}: numbers are needed, or data.mask_colors")
+    named += data.ignored
+    if len(set(named)) != len(named):
+        raise UserError(f"data.mask_values names a value twice: {named}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -404,8 +491,10 @@ class TrainConfig:
         if "ce" in terms and self.model.num_classes == 1:
             raise UserError(f"train.loss {self.train.loss!r} needs model.num_classes of 2 or more: use bce")
         ids = max(2, self.model.num_classes)
+        of_one_file = self.data.several_masks == "classes"
         for name, given in (
-            ("data.mask_values", self.data.mask_values),
+            ("data.mask_values", None if of_one_file else self.data.mask_values),
+            ("data.mask_colors", self.data.mask_colors),
             ("data.classes", self.data.classes),
             ("train.class_weights", self.train.class_weights),
         ):
@@ -512,6 +601,8 @@ class PredictConfig(MaskOptions):
     """Try images again that failed in an earlier run."""
     allow_mixed: bool = False
     """Go on with another arithmetic than the one recorded in `out`, if this machine can't do that one."""
+    strict: bool = False
+    """Make rows that fail of the files in folders that are no images; they are passed over otherwise, and counted."""
     moved: tuple[str, ...] = ()
     """`OLD=NEW`: an input, or a folder with inputs, that has another name than in the earlier run."""
     same_content: bool = False
@@ -545,11 +636,15 @@ class EvaluateConfig(MaskOptions):
 
     model: str
     """Model directory, or run directory (then its best model)."""
-    images: str | None = None
-    """Folder or URI of the images; None: the validation pairs that the run held out."""
-    masks: str | None = None
-    """Folder or URI of the ground-truth masks; given together with `images`."""
-    mask_values: tuple[int, ...] | None = None
+    images: str | tuple[str, ...] | None = None
+    """Folder, glob or URI of the images, or several; None: the validation pairs that the run held out."""
+    masks: str | tuple[str, ...] | None = None
+    """The same of the ground-truth masks; given together with `images`."""
+    match: str | None = None
+    """See `DataConfig.match`; None: as in training."""
+    part: Literal["train", "val", "test"] = "val"
+    """Without `images`: which part of the run's own images."""
+    mask_values: tuple[MaskValue, ...] | None = None
     """Stored value of each class in these masks; None: as in training."""
     tolerance: float = 2.0
     """Two edges agree in the surface Dice if they lie at most this many pixels apart."""
@@ -557,6 +652,7 @@ class EvaluateConfig(MaskOptions):
     def __post_init__(self) -> None:
         MaskOptions.__post_init__(self)
         _at_least(self, "evaluate", tolerance=0)
+        _check_choices(self, "evaluate")
         if (self.images is None) != (self.masks is None):
             raise UserError("--images and --masks go together: give both, or neither for the run's own validation set")
 

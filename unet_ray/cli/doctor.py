@@ -26,7 +26,14 @@ EXAMINATION = "Examination"
 )
 @option(EXAMINATION, "--no-timing", is_flag=True, help="Don't time a training step.")
 @as_json
-def doctor(images: str | None, masks: str | None, samples: int | None, no_timing: bool, as_json: bool) -> None:
+def doctor(
+    images: str | tuple[str, ...] | None,
+    masks: str | tuple[str, ...] | None,
+    match: str | None,
+    samples: int | None,
+    no_timing: bool,
+    as_json: bool,
+) -> None:
     """Find what is wrong with a data set, and which settings fit it, before hours are spent on it.
 
     Finds images without a mask and masks without an image (and which suffix would pair them); files that are damaged,
@@ -45,9 +52,12 @@ def doctor(images: str | None, masks: str | None, samples: int | None, no_timing
     """
     if images is None:
         raise UserError("--images is missing: the folder of the images")
+    if isinstance(images, tuple) or isinstance(masks, tuple):
+        raise UserError("doctor looks at one --images and one --masks: a glob such as 'SET/*/images' names several")
     from unet_ray.doctor import examine, table
 
     with ImagesDisplay("looked at") as display:
-        found = examine(images, masks, timing=not no_timing, on_progress=display, **given({"samples": samples}))
+        options = given({"samples": samples, "match": match})
+        found = examine(images, masks, timing=not no_timing, on_progress=display, **options)
     click.echo(json.dumps(found.to_json()) if as_json else table(found))
     sys.exit(found.exit_code)

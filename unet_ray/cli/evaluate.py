@@ -43,6 +43,13 @@ REASONS = 5
 @pairs
 @option(
     DATA,
+    "--part",
+    type=click.Choice(["train", "val", "test"]),
+    help="Without --images: which of the run's own images.",
+    shown="val",
+)
+@option(
+    DATA,
     "--mask-values",
     metavar="LIST",
     help="Stored value of each class in these masks, e.g. 0,255.",

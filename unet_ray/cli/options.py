@@ -77,9 +77,34 @@ def numbers(text: str, flag: str, example: str) -> tuple[int, ...]:
         raise UserError(f"{flag} {text!r}: numbers with commas, e.g. {example}") from None
 
 
+def one_or_several(_ctx: click.Context, _param: click.Parameter, values: tuple[str, ...]) -> Any:
+    """Returns the value of an option that may be repeated as a setting takes it: None, a text, or several."""
+    return values if len(values) > 1 else values[0] if values else None
+
+
 pairs = options(
-    option(DATA, "--images", metavar="DIR", help="Folder (or s3://, gs:// URI) of the images."),
-    option(DATA, "--masks", metavar="DIR", help="Folder of the masks: same relative path and stem, or stem_mask."),
+    option(
+        DATA,
+        "--images",
+        multiple=True,
+        callback=one_or_several,
+        metavar="DIR",
+        help="Folder (or glob, or s3://, gs:// URI) of the images; may be repeated.",
+    ),
+    option(
+        DATA,
+        "--masks",
+        multiple=True,
+        callback=one_or_several,
+        metavar="DIR",
+        help="Folder of the masks: same relative path and stem, or stem_mask; several, in the order of --images.",
+    ),
+    option(
+        DATA,
+        "--match",
+        metavar="REGEX",
+        help="What it finds (its first group, or all) is the same in the names of an image and of its mask.",
+    ),
 )
 workers = option(
     WHERE,

@@ -69,6 +69,7 @@ REASONS = 5
 @as_json
 @option(RUNS, "--overwrite", is_flag=True, help="Remove an earlier prediction in OUT first.")
 @option(RUNS, "--retry-failed", is_flag=True, help="Try images again that failed in an earlier run.")
+@option(RUNS, "--strict", is_flag=True, help="Files in folders that are no images are rows that fail.")
 @option(
     RUNS,
     "--moved",
@@ -123,8 +124,9 @@ def predict(
     MODEL is a run directory (then its best model) or a model directory. INPUT is a folder (with its subfolders), an
     image, a glob of images or folders, a list (.txt, .csv, .tsv, .jsonl or .parquet with a column of paths or URIs), or
     Parquet files with the encoded images themselves, each on a disk or on s3://, gs://; a list may also name
-    http:// and https:// images. Images are JPEG, PNG, GIF, TIFF, BMP, WebP or NPY, of any mode and size; for models of
-    many channels or 16 bits, TIFF (the extra `tiff`) and NPY.
+    http:// and https:// images. Images are JPEG, JPEG 2000, PNG, GIF, TIFF, BMP, WebP, AVIF, HEIC (the extra `heic`),
+    PPM or NPY, of any mode and size, and known by their content where the name says nothing. Each page of a TIFF on a
+    disk and each frame of a GIF is an image. For models of many channels or 16 bits: TIFF and NPY.
 
     \b
     Example:

@@ -23,6 +23,8 @@ DEFAULTS = TrainConfig()
 FLAGS = {
     "images": "data.images",
     "masks": "data.masks",
+    "match": "data.match",
+    "split": "data.split",
     "epochs": "train.epochs",
     "batch_size": "train.batch_size",
     "image_size": "data.image_size",
@@ -49,8 +51,13 @@ an error about a misspelt name suggests the nearest):
   train.schedule         constant, plateau, cosine, poly, one_cycle
   train.                 ema, clip_norm, accumulate, patience, warm_up,
                          class_weights, border_weight, checkpoint_activations
-  data.mask_values       [0, 255]: the stored value of each class
-  data.ignore_index      255: pixels that neither train nor score
+  data.mask_values       [0, 255]: the stored value of each class; [[0], [1, 3]]
+                         gives a class several; [0, '>0'], [0, '>=128']
+  data.mask_colors       ['#000000', '#ff0000']: the colour of each class
+  data.several_masks     union: each mask of an image is an object; classes:
+                         the folder of a mask is its class
+  data.mask_resize       true: masks of another size in the same proportions
+  data.ignore_index      255: pixels that neither train nor score; several
   augment. (image and mask together; the same for the same seed, epoch and
            image, whatever the number of workers)
 {AUGMENTATION_NAMES}
@@ -82,6 +89,13 @@ class Workers(click.ParamType):
     metavar="REGEX",
     help="Keep images whose names share this match on one side of the split. Training prints a note if names look like "
     "groups that are on both sides.",
+)
+@option(
+    DATA,
+    "--split",
+    metavar="FILE",
+    help="CSV of (key or path, part: train, val, test), or a folder with train.txt and val.txt; random: nothing else.",
+    shown="folders named train, val, test; else random",
 )
 @option(DATA, "--cache", metavar="DIR", help="Keep the resized images in DIR, so that later runs don't decode them.")
 @option(SETTINGS, "--recipe", metavar="NAME", help="Settings that are known to work: see `unet-ray recipes`.")
@@ -165,8 +179,9 @@ def train(
     """Train a U-Net on pairs of images and masks.
 
     A mask belongs to the image of the same relative path and stem, with or without _mask: a/car.jpg and a/car.png or
-    a/car_mask.gif. Names match exactly. Images without a mask, masks without an image and images with two masks are an
-    error that lists them. The defaults shown below are those without --recipe or --config.
+    a/car_mask.gif. Names match exactly. For other names --match finds the text that both have, and globs such as
+    'SET/*_sat.jpg' and 'SET/*_mask.png' belong together where their stars stand for the same. Images without a mask and
+    masks without an image are left out, and counted. Defaults below are those without --recipe or --config.
 
     \b
     Example:
@@ -185,7 +200,13 @@ def train(
 
     Mask values: training decides once, from a sample of the masks, which value is which class, and writes that into
     config.yaml and the model. 0 and one other value are background and foreground; with model.num_classes=K, the class
-    ids are 0 to K-1. A value that is no class is an error. Masks are resized by nearest neighbour only.
+    ids are 0 to K-1. A value that is no class is an error. Masks are resized by nearest neighbour only. Everything else
+    (several values, colours, instance numbers, JPEG masks, several masks of an image) is a setting, which `unet-ray
+    doctor` finds and prints.
+
+    Split: folders named train, val and test (training, valid, validation, testing) are kept to, or what --split says;
+    else images are drawn. `unet-ray evaluate RUN --part test` scores those that were neither trained on nor validated
+    on.
 
     Workers: --batch-size is the number of images in a step over all workers together, and the batches of an epoch
     depend on the seed and the epoch only. So one worker and several take the same steps, and their losses agree to

@@ -14,13 +14,14 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from unet_ray.data import storage
+from unet_ray.config import DataConfig
+from unet_ray.data import mask_files, pages, storage
 from unet_ray.data.pairs import Pair
 from unet_ray.data.rows import Batch, Decoder, Row
 
@@ -114,10 +115,17 @@ def _key(decoder: Decoder) -> str:
         "channels": decoder.in_channels,
         "mask_values": data.mask_values,
         "ignore_index": data.ignore_index,
+        **_more_of_masks(data),
         "value_range": data.value_range,
         "border_sigma": decoder.border_sigma,
     }
     return _hash(json.dumps(settings).encode()).hex()
+
+
+def _more_of_masks(data: DataConfig) -> dict[str, Any]:
+    """Returns the settings that newer versions have, if they are used: caches of older versions stay valid."""
+    names = ("mask_colors", "mask_resize", "several_masks")
+    return {name: getattr(data, name) for name in names if getattr(data, name) != getattr(DataConfig(), name)}
 
 
 def _hash(*values: bytes) -> bytes:
@@ -130,7 +138,9 @@ def _hash(*values: bytes) -> bytes:
 
 def _stats(pairs: Sequence[Pair]) -> list[bytes]:
     images, masks = ([getattr(pair, name) for pair in pairs] for name in ("image", "mask"))
-    stats = zip(images, storage.sizes_and_times(images), masks, storage.sizes_and_times(masks), strict=True)
+    of_masks = [each[0] if len(each) == 1 else each for each in mask_files.sizes_and_times(masks)]
+    files = [pages.split(image)[0] for image in images]
+    stats = zip(images, storage.sizes_and_times(files), masks, of_masks, strict=True)
     return [_hash(repr(stat).encode("utf-8", "surrogateescape")) for stat in stats]
 
 
@@ -185,8 +195,8 @@ class _WriteFile:
         storage.write_bytes(storage.join(self.folder, f"{name}.parquet"), stream.getvalue(), durable=True)
 
     def _entry(self, pair: Pair, stat: bytes) -> dict[str, bytes | bool | None]:
-        image, mask = self.decoder.read(pair.image), self.decoder.read(pair.mask)
-        content = _hash(image, mask)
+        image, mask = self.decoder.read(pair.image), self.decoder.read_mask(pair.mask)
+        content = _hash(image, *([mask] if isinstance(mask, bytes) else (part or b"" for part in mask)))
         entry: dict[str, bytes | bool | None] = {"stat": stat, "content": content, "same": content in self.known}
         if not entry["same"]:
             row = self.decoder.row(image, mask, pair.image, pair.mask)

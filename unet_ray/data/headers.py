@@ -9,7 +9,8 @@ from __future__ import annotations
 import io
 import struct
 import zlib
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -84,22 +85,79 @@ def check_npy(data: bytes, channels: int, max_pixels: int) -> None:
         raise ImageError("truncated: it claims more values than it holds")
 
 
-def check_tiff_pages(data: bytes) -> None:
-    """Raises ImageError if a TIFF's chain of pages is too long, or ends outside the file."""
-    order = "<" if data[:1] == b"I" else ">"
-    big = data[2:4] in (b"+\0", b"\0+")
-    count_format, entry, offset_format = (f"{order}Q", 20, f"{order}Q") if big else (f"{order}H", 12, f"{order}I")
-    place = 8 if big else 4
+@dataclass(frozen=True, slots=True)
+class TiffPage:
+    """The header of a page of a TIFF."""
+
+    index: int
+    """Its place among all directories of the file, smaller copies of pages included."""
+    width: int
+    height: int
+    bits: int
+    """Of a sample."""
+    samples: int
+    """Of a pixel."""
+    kind: int
+    """PhotometricInterpretation; 2: colour."""
+    extra: int
+    """ExtraSamples; 0: the samples after red, green and blue are data, not transparency."""
+
+    def needs_tifffile(self, channels: int) -> bool:
+        """Whether Pillow can't read these channels, would cut them down to 8 bits, or would make one up."""
+        fourth = channels == self.samples == 4 and self.kind == 2 and not self.extra
+        return self.samples > 4 or (self.samples > 1 and self.bits > 8) or fourth
+
+
+def tiff_pages(stream: BinaryIO) -> list[TiffPage]:
+    """Returns the pages of a TIFF. Smaller copies of a page (pyramids, overviews) and transparency masks are none.
+
+    Raises ImageError if the chain of directories is too long, or ends outside the file.
+    """
+    head = stream.read(16)
+    order = "<" if head[:1] == b"I" else ">"
+    big = head[2:4] in (b"+\0", b"\0+")
+    pages: list[TiffPage] = []
+    others: list[TiffPage] = []
     try:
-        for _ in range(MOST_PAGES):
-            [offset] = struct.unpack_from(offset_format, data, place)
+        [offset] = struct.unpack_from(order + ("Q" if big else "I"), head, 8 if big else 4)
+        for index in range(MOST_PAGES):
             if not offset:
-                return
-            [count] = struct.unpack_from(count_format, data, offset)
-            place = offset + struct.calcsize(count_format) + entry * count
-    except struct.error:
+                return pages or others[:1]
+            tags, offset = _directory(stream, offset, order, big)
+            page = TiffPage(index, *(tags.get(tag, default) for tag, default in DEFAULTS.items()))
+            (others if tags.get(KIND, 0) & (REDUCED | MASK) else pages).append(page)
+    except (struct.error, OverflowError):
         raise ImageError("truncated: a page lies outside the file") from None
     raise ImageError(f"a TIFF of more than {MOST_PAGES} pages")
+
+
+KIND, REDUCED, MASK = 254, 1, 4
+"""The tag NewSubfileType, and two of its bits."""
+DEFAULTS = {256: 0, 257: 0, 258: 1, 277: 1, 262: 1, 338: 0}
+"""Tags -> defaults of the fields of `TiffPage`, in their order."""
+
+
+def _directory(stream: BinaryIO, offset: int, order: str, big: bool) -> tuple[dict[int, int], int]:
+    """Reads a directory of a TIFF. Returns tag -> (first) value of those that `tiff_pages` needs, and the offset of the
+    next directory."""
+    count_format, entry_format, offset_format = (
+        (order + "Q", order + "HHQ8s", order + "Q") if big else (order + "H", order + "HHI4s", order + "I")
+    )
+    stream.seek(offset)
+    [count] = struct.unpack(count_format, stream.read(struct.calcsize(count_format)))
+    size = struct.calcsize(entry_format)
+    data = stream.read(count * size + struct.calcsize(offset_format))
+    tags = {}
+    for place in range(0, count * size, size):
+        tag, kind, number, value = struct.unpack_from(entry_format, data, place)
+        if (tag == KIND or tag in DEFAULTS) and kind in (3, 4, 16):
+            letter = order + {3: "H", 4: "I", 16: "Q"}[kind]
+            if number * struct.calcsize(letter) > len(value):  # the values are elsewhere
+                stream.seek(struct.unpack(offset_format, value)[0])
+                value = stream.read(struct.calcsize(letter))
+            [tags[tag]] = struct.unpack_from(letter, value)
+    [following] = struct.unpack_from(offset_format, data, count * size)
+    return tags, following
 
 
 def check_tiff_series(series: Any, channels: int, max_pixels: int) -> None:

@@ -11,7 +11,7 @@ import io
 import re
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,16 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from unet_ray.config import IGNORE, MAX_PIXELS, DataConfig, ValueRange
-from unet_ray.data import headers
+from unet_ray.config import MAX_PIXELS, DataConfig, ValueRange
+from unet_ray.data import headers, mask_meaning, pages
 from unet_ray.data.headers import NPY_MAGIC, TIFF_MAGIC, ImageError
 
 Source = bytes | Image.Image
 """The bytes of an image file, or an open image, which is loaded but never changed."""
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 """Channels -> Pillow's mode."""
+HEIC = re.compile(rb"....ftyp(hei|hev|mif1|msf1)", re.DOTALL)
+"""What a HEIC file begins with."""
 PERCENTILES = (0.5, 99.5)
 ROTATED = {5, 6, 7, 8}  # EXIF orientations that swap width and height
 ORIENTATION = 0x0112
@@ -98,8 +100,8 @@ def _reading() -> Iterator[None]:
 
 
 def read_file(location: str, max_pixels: int = MAX_PIXELS) -> bytes:
-    """Reads an encoded image or mask, see `headers.read_file`. Raises OSError, ImageError."""
-    return headers.read_file(location, max_pixels)
+    """Reads an encoded image or mask, see `pages.read_file`. Raises OSError, ImageError."""
+    return pages.read_file(location, max_pixels)
 
 
 @contextmanager
@@ -111,9 +113,37 @@ def _opened(data: Source, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]
             yield data
         return
     headers.check_encoded(data)
+    if data.startswith(TIFF_MAGIC):
+        _check_pages(data)
+    if HEIC.match(data):
+        _open_heic()
     with _reading(), Image.open(io.BytesIO(data)) as image:
         headers.check_pixels(image.width * image.height, max_pixels)
         yield image
+
+
+def _open_heic() -> None:
+    """Teaches Pillow to open HEIC. Raises ImageError."""
+    try:
+        import pillow_heif
+    except ImportError:
+        raise ImageError("a HEIC image: pip install 'unet_ray[heic]'") from None
+    pillow_heif.register_heif_opener()
+
+
+def _check_pages(data: bytes) -> None:
+    """Raises ImageError for a TIFF of several pages: one alone would be silently wrong."""
+    try:
+        found = headers.tiff_pages(io.BytesIO(data))
+    except ImageError:  # Pillow says what is wrong
+        return
+    if len(found) < 2:
+        return
+    sizes = sorted({(page.width, page.height) for page in found})
+    if len(sizes) > 1:
+        shown = " and ".join(f"{width}x{height}" for width, height in sizes[:2])
+        raise ImageError(f"a TIFF of {len(found)} pages of different sizes ({shown}): save each as a file of its own")
+    raise ImageError(f"a TIFF of {len(found)} pages: in a folder on a disk each page is an image")
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -225,7 +255,7 @@ def _array(data: Source, channels: int, max_pixels: int) -> np.ndarray | None:
         with _reading():
             headers.check_npy(data, channels, max_pixels)
             values = np.load(io.BytesIO(data), allow_pickle=False)
-    elif data.startswith(TIFF_MAGIC) and channels not in MODES:
+    elif data.startswith(TIFF_MAGIC) and _needs_tifffile(data, channels):
         with _reading():
             values = _tiff_channels_last(data, channels, max_pixels)
     else:
@@ -233,13 +263,21 @@ def _array(data: Source, channels: int, max_pixels: int) -> np.ndarray | None:
     return values[..., None] if values.ndim == 2 else values
 
 
+def _needs_tifffile(data: bytes, channels: int) -> bool:
+    if channels not in MODES:
+        return True
+    try:
+        found = headers.tiff_pages(io.BytesIO(data))
+    except ImageError:  # Pillow says what is wrong
+        return False
+    return len(found) == 1 and found[0].needs_tifffile(channels)
+
+
 def _tiff_channels_last(data: bytes, channels: int, max_pixels: int) -> np.ndarray:
     """Reads a TIFF with any axes as [H,W,C]; all axes except X and Y become channels."""
-    try:
-        import tifffile
-    except ImportError:
-        raise ImageError("a TIFF with many channels: install tifffile (the extra `tiff`)") from None
-    headers.check_tiff_pages(data)
+    import tifffile
+
+    headers.tiff_pages(io.BytesIO(data))  # raises if the chain of pages is a bomb
     with tifffile.TiffFile(io.BytesIO(data)) as file:
         series = file.series[0]
         headers.check_tiff_series(series, channels, max_pixels)
@@ -280,52 +318,103 @@ class Pixels:
 def stored_values(data: bytes) -> np.ndarray:
     """Reads a mask file's stored values, integers [H,W]: palette indices, gray levels, or 0/1 of a 1-bit mask.
 
-    Colours with three equal channels count as gray. EXIF orientation is applied. Raises ImageError.
+    Colours with three equal channels count as gray. If they are the same everywhere, and parts are transparent, the
+    opacity is the mask. Floating-point values must be whole numbers. EXIF orientation is applied. Raises ImageError.
     """
     values = _array(data, 1, MAX_PIXELS)
     if values is not None:
-        if values.dtype.kind == "f":
-            raise ImageError("a mask with floating-point values: store class ids, 0/255 or a palette")
-        return values[..., 0].astype(np.uint8) if values.dtype == bool else values[..., 0]
+        return _whole(values[..., 0])
     with _opened(data) as image:
         image.load()
         mask = _upright(image)
         if mask.mode in ("RGB", "RGBA", "LA", "CMYK", "YCbCr"):
-            bands = np.asarray(mask if mask.mode == "LA" else mask.convert("RGB"))
-            if mask.mode != "LA" and (bands.min(axis=-1) != bands.max(axis=-1)).any():
-                raise ImageError("a mask in colours: store class ids, 0/255 or a palette")
-            return bands[..., 0]
-        values = np.asarray(mask)
-        if values.dtype.kind == "f":
-            raise ImageError("a mask with floating-point values: store class ids, 0/255 or a palette")
-        return values.astype(np.uint8) if values.dtype == bool else values
+            return _gray(mask)
+        return _whole(np.asarray(mask))
 
 
-def decode_mask(data: bytes, config: DataConfig, size_hw: tuple[int, int] | None) -> tuple[np.ndarray, tuple[int, int]]:
+def _gray(mask: Image.Image) -> np.ndarray:
+    """Returns the gray levels, or the transparency, of a mask that is stored in colours. Raises ImageError."""
+    bands = np.asarray(mask if mask.mode == "LA" else mask.convert("RGB"))
+    colour = bands[..., :1] if mask.mode == "LA" else bands
+    if mask.mode in ("LA", "RGBA"):
+        alpha = np.asarray(mask.getchannel("A"))
+        if (colour == colour[:1, :1]).all() and (alpha != 255).any():
+            return alpha
+    if (colour.min(axis=-1) != colour.max(axis=-1)).any():
+        raise ImageError("a mask in colours: name them with data.mask_colors (`unet-ray doctor` prints it)")
+    return colour[..., 0]
+
+
+def _whole(values: np.ndarray) -> np.ndarray:
+    """Returns integers. Raises ImageError for values between them."""
+    if values.dtype == bool:
+        return values.astype(np.uint8)
+    if values.dtype.kind != "f":
+        return values
+    if not np.isfinite(values).all() or (values != np.rint(values)).any():
+        raise ImageError("a mask with floating-point values: store class ids, 0/255 or a palette")
+    return values.astype(np.int32)
+
+
+def stored_colours(data: bytes) -> np.ndarray:
+    """Reads a mask file's colours, uint32 [H,W], as `config.colour_code` writes them. A palette gives its colours, and
+    gray levels are colours too. EXIF orientation is applied. Raises ImageError."""
+    with _opened(data) as image:
+        image.load()
+        mask = _upright(image)
+        if mask.mode.startswith("I") or mask.mode == "F":
+            raise ImageError("a mask of numbers, not of colours: name them with data.mask_values")
+        red, green, blue = np.moveaxis(np.asarray(mask.convert("RGB"), np.uint32), -1, 0)
+        return red << 16 | green << 8 | blue
+
+
+def decode_mask(
+    data: bytes | Sequence[bytes | None], config: DataConfig, size_hw: tuple[int, int] | None
+) -> tuple[np.ndarray, tuple[int, int]]:
     """Decodes a mask to class ids, uint8 [H,W], and returns it with its own (height, width).
 
-    `config.mask_values` (not None here) lists the stored value of each class; `config.ignore_index` becomes `IGNORE`.
-    Resizes by nearest neighbour, so that no new value appears. Raises ImageError, also for a value that is no class.
+    `config` says what the stored values mean (`mask_meaning.class_ids`; resolved), and what several masks of one image
+    mean, of which None is one that the image lacks. Resizes by nearest neighbour, so that no new value appears. Raises
+    ImageError, also for a value that is no class.
     """
-    assert config.mask_values is not None, "resolve mask_values first: see masks.infer_values"
-    values = stored_values(data)
-    own_size = (values.shape[0], values.shape[1])
-    wanted = [*config.mask_values] + ([] if config.ignore_index is None else [config.ignore_index])
-    ids = [*range(len(config.mask_values))] + ([] if config.ignore_index is None else [IGNORE])
-    if values.dtype != np.uint8 and values.size and not 0 <= int(values.min()) <= int(values.max()) < 2**16:
-        raise ImageError(f"mask values from {values.min()} to {values.max()}: 0 to 65535 can be class values")
-    # Values are checked at full size, since resizing could drop the pixels of a wrong one.
-    lookup = np.full(2**8 if values.dtype == np.uint8 else 2**16, -1, np.int16)
-    lookup[wanted] = ids
-    classes = lookup[values]
-    if classes.min(initial=0) < 0:
-        unknown = np.unique(values[classes < 0])
-        shown = ", ".join(map(str, unknown[:5])) + (" …" if len(unknown) > 5 else "")
-        raise ImageError(f"mask value(s) {shown} outside the classes (data.mask_values {[*config.mask_values]})")
-    mask = classes.astype(np.uint8)
+    if isinstance(data, bytes):
+        mask = _decoded_mask(data, config)
+    else:
+        parts = [None if part is None else _decoded_mask(part, config) for part in data]
+        mask = mask_meaning.combined(parts, classes=config.several_masks == "classes")
+    own_size = (mask.shape[0], mask.shape[1])
     if size_hw is not None and own_size != size_hw:
         mask = np.asarray(Image.fromarray(mask).resize(size_hw[::-1], Image.Resampling.NEAREST))
     return mask, own_size
+
+
+def resized_ids(ids: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
+    """Returns class ids, uint8 [H,W], resized by nearest neighbour."""
+    if ids.shape == size_hw:
+        return ids
+    return np.array(Image.fromarray(ids).resize(size_hw[::-1], Image.Resampling.NEAREST))
+
+
+ASPECTS = 0.02
+"""Masks that are larger or smaller than their images may differ from them in proportions by this share: 256x171 for
+1024x683 does, by rounding."""
+
+
+def problem_of_sizes(image_hw: tuple[int, int], mask_hw: tuple[int, int], config: DataConfig) -> str:
+    """Returns why a mask of this (height, width) is not one of this image, with the remedy; or an empty text."""
+    if image_hw == mask_hw:
+        return ""
+    sizes = f"{mask_hw[1]}x{mask_hw[0]} pixels, but its image has {image_hw[1]}x{image_hw[0]}"
+    aspects = [width / height for height, width in (image_hw, mask_hw)]
+    rounded = 1 / min(*mask_hw, *image_hw)  # of one pixel
+    if abs(aspects[0] / aspects[1] - 1) > ASPECTS + rounded:
+        return f"{sizes}: the two must match"
+    return "" if config.mask_resize else f"{sizes}: the same proportions; --set data.mask_resize=true resizes it"
+
+
+def _decoded_mask(data: bytes, config: DataConfig) -> np.ndarray:
+    # Values are checked at full size, since resizing could drop the pixels of a wrong one.
+    return mask_meaning.class_ids(stored_colours(data) if config.mask_colors else stored_values(data), config)
 
 
 def to_own_size(logits_KHW: np.ndarray, size_hw: tuple[int, int], threshold: float) -> np.ndarray:

@@ -14,8 +14,10 @@ import logging
 import os
 import posixpath
 import re
+import stat
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, TypeVar
@@ -25,7 +27,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from unet_ray.config import UserError
-from unet_ray.data import lists, storage
+from unet_ray.data import lists, pages, storage
 from unet_ray.data.buckets import patient
 from unet_ray.data.lists import Entry
 
@@ -36,7 +38,20 @@ log = logging.getLogger("unet_ray")
 
 T = TypeVar("T")
 
-EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".gif", ".tif", ".tiff", ".bmp", ".webp", ".npy"})
+EXTENSIONS = frozenset(
+    ".jpg .jpeg .jpe .jfif .png .gif .tif .tiff .bmp .webp .npy .jp2 .j2k .ppm .pgm .pbm .pnm .avif .heic .heif".split()  # noqa: SIM905
+)
+OTHER_EXTENSIONS = frozenset(
+    ".txt .json .jsonl .xml .csv .tsv .md .yaml .yml .html .htm .pdf .py .ipynb .db .ini .cfg .log .mat .npz .zip .gz"  # noqa: SIM905
+    " .tar .nii .h5 .hdf5 .parquet .mp4 .avi .mov .pth .pt .svg .ps .doc .docx .xls .xlsx".split()
+)
+"""Files of these kinds are no images, whatever they begin with; of any other unknown kind they may be."""
+BEGINNINGS = re.compile(
+    rb"\xff\xd8\xff|\x89PNG|GIF8|II[*+]\0|MM\0[*+]|RIFF....WEBP|\x93NUMPY|\0\0\0\x0cjP  |....ftyp(avif|hei|mif1|hev)|"
+    rb"P[1-6]\s",
+    re.DOTALL,
+)
+"""What images begin with."""
 BYTES_COLUMNS = ("image", "bytes", "image_bytes", "data", "content")
 """Columns of a Parquet file that may hold encoded images; the first one present is used."""
 NAME_COLUMNS = ("path", "file_name", "name", "id")
@@ -68,6 +83,36 @@ class ImageFile:
     """Row in that Parquet file."""
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Says which files of a folder are images, and counts the others."""
+
+    strict: bool = False
+    """Take all files: those that are no images become rows that fail."""
+    passed: Counter[str] = field(default_factory=Counter)
+    """Extension -> files that were passed over, hidden ones left out."""
+
+    def takes(self, name: str, path: str | None) -> bool:
+        """`path`: of a file on a disk, whose beginning counts if its extension says nothing."""
+        if name.startswith("."):
+            return False
+        kind = os.path.splitext(name)[1].lower()  # noqa: PTH122 - called often
+        if kind in EXTENSIONS or self.strict:
+            return True
+        if path is not None and kind not in OTHER_EXTENSIONS and _begins_like_an_image(path):
+            return True
+        self.passed[kind] += 1
+        return False
+
+
+def _begins_like_an_image(path: str) -> bool:
+    try:
+        with open(path, "rb") as stream:  # noqa: PTH123
+            return stat.S_ISREG(os.fstat(stream.fileno()).st_mode) and BEGINNINGS.match(stream.read(16)) is not None
+    except OSError:
+        return False
+
+
 def evenly(items: Sequence[T], count: int) -> list[T]:
     """Returns `count` of the items, evenly spaced; all of them if they are fewer."""
     return [items[number * len(items) // count] for number in range(count)] if len(items) > count else list(items)
@@ -78,33 +123,49 @@ def find_images(location: str) -> list[ImageFile]:
     return sorted(iter_images(location), key=lambda image: image.name)
 
 
-def iter_images(location: str, column: str | None = None) -> Iterator[ImageFile]:
+def iter_images(
+    location: str, column: str | None = None, *, frames: bool = False, choice: Choice | None = None
+) -> Iterator[ImageFile]:
     """Yields the images of a folder and its subfolders, of a glob of files or folders, of a list, or a single file.
 
     The order depends only on the names; a list keeps its own order. A list has one of `lists.SUFFIXES`, or is a
     `.parquet` file or folder that names images, or holds them encoded (`image`, `bytes`, …, or Hugging Face's struct of
     bytes and path). A folder without any image may hold such Parquet files. `column`: the column of a table to use.
     Relative paths are below the list's folder. In folders and globs, hidden files, extensions that are not in
-    `EXTENSIONS`, and folders that `predict` has written are skipped. A broken link, or a file in a list that does not
-    exist, has size -1, and so has a line of a list that names no image. Only the names of one folder at a time are in
-    memory. Raises UserError if there is no such folder or no image in it.
+    `EXTENSIONS` (unless the file begins as an image does, see `Choice`), and folders that `predict` has written are
+    skipped. A broken link, or a file in a list that does not
+    exist, has size -1, and so has a line of a list that names no image. Each page of a TIFF on a disk is an image, and
+    with `frames` each frame of a GIF. Only the names of one folder at a time are in memory. Raises UserError if there
+    is no such folder or no image in it.
     """
     location = storage.absolute(location)
     count = 0
-    for image in _found(location, column):
+    for image in _found(location, column, choice or Choice()):
         count += 1
-        yield image
+        yield from _pages(image, frames=frames)
     if not count:
         raise UserError(f"{location}: no image in it ({', '.join(sorted(EXTENSIONS))})")
 
 
-def iter_files(paths: Sequence[str]) -> Iterator[ImageFile]:
+def _pages(image: ImageFile, *, frames: bool) -> Iterator[ImageFile]:
+    """Yields the pages of an image, or the image itself if it has one."""
+    number = 1 if image.source or image.size <= 0 else pages.count(image.path, frames=frames)
+    if number == 1:
+        yield image
+        return
+    kind = image.name.rpartition(".")[2]
+    for page in range(number):
+        key = f"{image.key}/{page:04d}"
+        yield dataclasses.replace(image, key=key, path=f"{image.path}#{page}", name=f"{key}.{kind}")
+
+
+def iter_files(paths: Sequence[str], *, frames: bool = False) -> Iterator[ImageFile]:
     """Yields images that are named one by one; their relative paths begin at their common folder. Raises UserError."""
     paths = [storage.absolute(path) for path in paths]
     for image in _listed([Entry(0, path) for path in paths], common_folder(paths), ""):
         if image.size < 0 and not os.path.islink(image.path):  # noqa: PTH114 - a name need not be UTF-8
             raise UserError(f"{image.path}: no such folder or file")
-        yield image
+        yield from _pages(image, frames=frames)
 
 
 def is_one_file(location: str) -> bool:
@@ -134,9 +195,9 @@ def root_name(location: str) -> str:
     return path.name or "input"
 
 
-def _found(location: str, column: str | None) -> Iterator[ImageFile]:
+def _found(location: str, column: str | None, choice: Choice) -> Iterator[ImageFile]:
     if _is_glob(location):
-        yield from _of_glob(location)
+        yield from _of_glob(location, choice)
         return
     found = storage.info(location)
     path = PurePosixPath(storage.split_options(location)[0])
@@ -145,7 +206,7 @@ def _found(location: str, column: str | None) -> Iterator[ImageFile]:
     if path.suffix == ".parquet":
         yield from _of_parquet(location, column)
     elif found is not None and storage.is_folder(location):
-        yield from _of_folder(location, column)
+        yield from _of_folder(location, column, choice)
     elif path.suffix in lists.SUFFIXES:
         entries = lists.read_list(storage.read_bytes(location), path.suffix, column, location)
         yield from _listed(entries, storage.parent(location), location)
@@ -158,10 +219,10 @@ def _is_glob(location: str) -> bool:
     return glob.has_magic(pattern) and (storage.is_uri(location) or not os.path.lexists(location))
 
 
-def _of_folder(folder: str, column: str | None) -> Iterator[ImageFile]:
+def _of_folder(folder: str, column: str | None, choice: Choice) -> Iterator[ImageFile]:
     """Yields the images below a folder; if it has none, those in its Parquet files, as Hugging Face stores them."""
     empty = True
-    for image in _walk(folder, "", ()):
+    for image in _walk(folder, "", (), choice):
         empty = False
         yield image
     if empty and any(entry.path.endswith(".parquet") for entry in storage.list_files(folder)):
@@ -177,7 +238,7 @@ def _wanted(name: str) -> bool:
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS  # noqa: PTH122 - called often
 
 
-def _of_glob(pattern: str) -> Iterator[ImageFile]:
+def _of_glob(pattern: str, choice: Choice) -> Iterator[ImageFile]:
     """Yields the files that match, and everything in the folders that do. With `**`, which matches folders at all
     depths, only files count. Relative paths begin at the last folder without a `*`, `?` or `[`."""
     base = storage.split_options(pattern)[0]
@@ -188,7 +249,33 @@ def _of_glob(pattern: str) -> Iterator[ImageFile]:
         if _wanted(name.rpartition("/")[2]) and not storage.is_folder(path):
             yield _image(path, name, *storage.sizes_and_times([path])[0])
         elif "**" not in base and storage.is_folder(path):
-            yield from _walk(path, f"{name}/", ())
+            yield from _walk(path, f"{name}/", (), choice)
+
+
+def without_pattern(location: str, name: str) -> str:
+    """Returns a relative path of `iter_images` without what a glob says word for word: what its stars stand for, and
+    what is below. Of any other location it is the path itself.
+
+    `days/*/left_*.png` and `1/left_03` give `1/03`.
+    """
+    if not _is_glob(location):
+        return name
+    pattern = storage.split_options(location)[0]
+    rest = pattern[pattern[: re.search(r"[*?\[]", pattern).start()].rfind("/") + 1 :]  # type: ignore[union-attr]
+    parts = re.split(r"(\*\*/|\*\*|\*|\?|\[[^]]*\])", rest)
+    regex = "".join(
+        re.escape(part) if number % 2 == 0 else {"**/": "((?:.*/)?)", "**": "(.*)", "*": "([^/]*)"}.get(part, "([^/])")
+        for number, part in enumerate(parts)
+    )
+    found = re.fullmatch(regex + r"(?:/(.*))?", name) or re.fullmatch(_stem_of(regex) + r"(?:/(.*))?", name)
+    if found is None:
+        return name
+    return "/".join(group.strip("/") for group in found.groups() if group)
+
+
+def _stem_of(regex: str) -> str:
+    """Returns a glob's expression without the extension at its end, as it matches keys."""
+    return re.sub(r"\\\.[A-Za-z0-9]+$", "", regex)
 
 
 def _matching(pattern: str) -> Iterator[str]:
@@ -223,7 +310,7 @@ def _files_below(folder: str) -> list[str]:
     return sorted(entry.path.removeprefix(base).lstrip("/") for entry in storage.list_files(folder))
 
 
-def _walk(folder: str, below: str, ancestors: tuple[tuple[int, int], ...]) -> Iterator[ImageFile]:
+def _walk(folder: str, below: str, ancestors: tuple[tuple[int, int], ...], choice: Choice) -> Iterator[ImageFile]:
     """Yields the images of a folder by name, then those of its subfolders by name.
 
     `ancestors`: (device, inode) of the folders above, so that a link to one of them is not followed.
@@ -234,7 +321,7 @@ def _walk(folder: str, below: str, ancestors: tuple[tuple[int, int], ...]) -> It
         if below and _is_prediction(entry.base_name for entry in here):
             log.warning("%s was written by `predict`: it is left out", below)
             return
-        yield from _in_bucket(folder, here, below, subfolders)
+        yield from _in_bucket(folder, here, below, subfolders, choice)
     else:
         status = os.stat(folder)  # noqa: PTH116
         place = (status.st_dev, status.st_ino)
@@ -242,7 +329,7 @@ def _walk(folder: str, below: str, ancestors: tuple[tuple[int, int], ...]) -> It
             return
         ancestors = (*ancestors, place)
         try:
-            files = _names_here(folder, subfolders)
+            files = _names_here(folder, subfolders, choice)
             if below and _is_prediction(name for name in PREDICTION if os.path.lexists(f"{folder}/{name}")):
                 log.warning("%s was written by `predict`: it is left out", folder)
                 return
@@ -256,7 +343,7 @@ def _walk(folder: str, below: str, ancestors: tuple[tuple[int, int], ...]) -> It
             path = f"{folder.rstrip('/')}/{base_name}"
             yield _image(path, below + base_name, *storage.sizes_and_times([path])[0])
     for name in sorted(subfolders):
-        yield from _walk(storage.join(folder, name), f"{below}{name}/", ancestors)
+        yield from _walk(storage.join(folder, name), f"{below}{name}/", ancestors, choice)
 
 
 def _is_prediction(names: Iterable[str]) -> bool:
@@ -266,17 +353,19 @@ def _is_prediction(names: Iterable[str]) -> bool:
     return "settings.json" in found and bool(found & set(PREDICTION[1:]))
 
 
-def _in_bucket(folder: str, here: Iterable[FileInfo], below: str, subfolders: list[str]) -> Iterator[ImageFile]:
+def _in_bucket(
+    folder: str, here: Iterable[FileInfo], below: str, subfolders: list[str], choice: Choice
+) -> Iterator[ImageFile]:
     """Yields the images directly in a bucket's folder, and appends the names of its folders to `subfolders`."""
     for entry in here:
-        if entry.is_file and _wanted(entry.base_name):
+        if entry.is_file and choice.takes(entry.base_name, None):
             path = storage.join(folder, entry.base_name)
             yield _image(path, below + entry.base_name, entry.size, entry.mtime_ns or 0)
         elif not entry.is_file and not entry.base_name.startswith("."):
             subfolders.append(entry.base_name)
 
 
-def _names_here(folder: str, subfolders: list[str]) -> Iterator[str]:
+def _names_here(folder: str, subfolders: list[str], choice: Choice) -> Iterator[str]:
     """Returns the sorted names of the images in a local folder, and appends the names of its folders to `subfolders`.
 
     The names are kept as Arrow bytes until they are needed: ten million take 0.3 GB instead of 0.8.
@@ -288,7 +377,7 @@ def _names_here(folder: str, subfolders: list[str]) -> Iterator[str]:
             if entry.is_dir():
                 if not entry.name.startswith("."):
                     subfolders.append(entry.name)
-            elif _wanted(entry.name):
+            elif choice.takes(entry.name, entry.path):
                 batch.append(os.fsencode(entry.name))
                 if len(batch) == NAMES_AT_ONCE:
                     kept.append(pa.array(batch, pa.large_binary()))

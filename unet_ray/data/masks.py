@@ -6,14 +6,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from unet_ray.config import IGNORE, Cleanup, DataConfig, UserError
+from unet_ray.config import IGNORE, Cleanup, DataConfig, MaskValue, UserError
+from unet_ray.data import mask_files
 from unet_ray.data.imaging import ImageError, decode_mask, read_file, stored_values
 
 SAMPLE = 32
 """Number of masks, evenly spaced over the sorted list, that are read to learn their values."""
 
 
-def infer_values(mask_paths: Sequence[str], num_classes: int, config: DataConfig) -> tuple[int, ...]:
+def infer_values(mask_paths: Sequence[str], num_classes: int, config: DataConfig) -> tuple[MaskValue, ...]:
     """Infers the stored value of each class from `SAMPLE` masks, once for the whole data set.
 
     One class: {0, v} is background and foreground, whatever v is (1, 255, a palette index). K classes: the class ids
@@ -23,12 +24,14 @@ def infer_values(mask_paths: Sequence[str], num_classes: int, config: DataConfig
     found: set[int] = set()
     for path in _sample(mask_paths):
         try:
-            found.update(np.unique(stored_values(read_file(path))).tolist())
+            for file in mask_files.files_of(path):
+                found.update(np.unique(stored_values(read_file(file))).tolist())
         except (ImageError, OSError) as error:
-            raise UserError(f"{path}: {error}") from None
-    found.discard(-1 if config.ignore_index is None else config.ignore_index)
-    values = sorted(found)
+            raise UserError(f"{mask_files.shown(path)}: {error}") from None
+    values = sorted(found - set(config.ignored))
     ids = max(2, num_classes)
+    if config.several_masks == "classes" and len(values) <= 2 and values[:1] == [0]:
+        return (0, ">0")  # each file holds one class
     if num_classes == 1 and len(values) == 2:
         return (values[0], values[1])
     if num_classes > 1 and values and values[-1] < ids:
@@ -43,20 +46,19 @@ def infer_values(mask_paths: Sequence[str], num_classes: int, config: DataConfig
     )
 
 
-def inverse_frequencies(mask_paths: Sequence[str], config: DataConfig) -> tuple[float, ...]:
-    """Computes the weight of each class id from `SAMPLE` masks: pixels / (classes * pixels of the class).
+def inverse_frequencies(mask_paths: Sequence[str], ids: int, config: DataConfig) -> tuple[float, ...]:
+    """Computes the weight of each of `ids` class ids from `SAMPLE` masks: pixels / (classes * pixels of the class).
 
     Raises UserError if a class does not occur in them.
     """
-    assert config.mask_values is not None
     counts = np.zeros(256, np.int64)
     for path in _sample(mask_paths):
         try:
-            mask, _ = decode_mask(read_file(path), config, None)
+            mask, _ = decode_mask(mask_files.read(path), config, None)
         except (ImageError, OSError) as error:
-            raise UserError(f"{path}: {error}") from None
+            raise UserError(f"{mask_files.shown(path)}: {error}") from None
         counts += np.bincount(mask.ravel(), minlength=256)
-    counts = counts[: len(config.mask_values)]
+    counts = counts[:ids]
     if not counts.all():
         raise UserError(
             f"train.class_weights=inverse: class {np.flatnonzero(counts == 0)[0]} does not occur in a sample of "

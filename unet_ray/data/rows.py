@@ -19,12 +19,14 @@ import numpy as np
 import psutil
 
 from unet_ray.config import DataConfig, TrainConfig, UserError
-from unet_ray.data import imaging, masks
+from unet_ray.data import imaging, mask_files, masks
 from unet_ray.data.imaging import ImageError
 from unet_ray.data.pairs import Pair
 
 BATCHES_AHEAD = 2
 
+EncodedMask = bytes | list[bytes | None]
+"""A mask as `imaging.decode_mask` takes it."""
 Row = dict[str, np.ndarray]
 Batch = dict[str, np.ndarray]
 """`image` uint8 [N,H,W,C], `mask` and perhaps `border` uint8 [N,H,W], `index` int64 [N] (row numbers)."""
@@ -67,7 +69,7 @@ class Decoder:
 
     def __call__(self, image_path: str, mask_path: str) -> Row:
         """Reads and decodes a pair. Raises UserError that names the file."""
-        return self.row(self.read(image_path), self.read(mask_path), image_path, mask_path)
+        return self.row(self.read(image_path), self.read_mask(mask_path), image_path, mask_path)
 
     @staticmethod
     def read(path: str) -> bytes:
@@ -77,7 +79,15 @@ class Decoder:
         except (OSError, ImageError) as error:
             raise UserError(f"{path}: {error}") from None
 
-    def row(self, encoded_image: bytes, encoded_mask: bytes, image_path: str, mask_path: str) -> Row:
+    @staticmethod
+    def read_mask(location: str) -> EncodedMask:
+        """Reads the files of a mask. Raises UserError that names it."""
+        try:
+            return mask_files.read(location)
+        except (OSError, ImageError) as error:
+            raise UserError(f"{mask_files.shown(location)}: {error}") from None
+
+    def row(self, encoded_image: bytes, encoded_mask: EncodedMask, image_path: str, mask_path: str) -> Row:
         """Decodes a pair whose files have been read. Raises UserError that names the file."""
         size = self.data.size_hw
         try:
@@ -89,12 +99,9 @@ class Decoder:
         try:
             mask, mask_size = imaging.decode_mask(encoded_mask, self.data, size)
         except ImageError as error:
-            raise UserError(f"{mask_path}: {error}") from None
-        if image_size != mask_size:
-            raise UserError(
-                f"{mask_path}: {mask_size[1]}x{mask_size[0]} pixels, but its image {image_path} has "
-                f"{image_size[1]}x{image_size[0]}: the two must match"
-            )
+            raise UserError(f"{mask_files.shown(mask_path)}: {error}") from None
+        if problem := imaging.problem_of_sizes(image_size, mask_size, self.data):
+            raise UserError(f"{mask_files.shown(mask_path)}: {problem}")
         row = {"image": image, "mask": mask}
         if self.border_sigma:
             row["border"] = masks.border_map(mask, self.border_sigma)

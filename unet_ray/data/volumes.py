@@ -14,12 +14,15 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from unet_ray.config import UserError
 from unet_ray.data import storage
 from unet_ray.data.imaging import MODES
 
 IMAGES, MASKS = "images", "masks"
+CHANNELS = "unet_ray channels"
+"""Key of a PNG's text that names its channels."""
 PERCENTILES = 0.5, 99.5
 """Percentiles of a volume's voxels above 0 that become 1 and 255: MRI has no unit, and a few voxels are brighter."""
 
@@ -93,7 +96,7 @@ def write_slices(
                 continue
             image, mask = found
             path = f"{name}/{z:04d}.png"
-            _write_png(image, storage.join(out, IMAGES, path))
+            _write_png(image, storage.join(out, IMAGES, path), channels)
             if mask is not None:
                 seen.update(np.unique(mask).tolist())
                 _write_png(Image.fromarray(mask), storage.join(out, MASKS, path))
@@ -165,7 +168,10 @@ def _scaled(values: np.ndarray) -> np.ndarray:
     return np.where(inside, np.rint(scaled), 0).astype(np.uint8)
 
 
-def _write_png(image: Image.Image, location: str) -> None:
-    stream = io.BytesIO()
-    image.save(stream, "PNG")
+def _write_png(image: Image.Image, location: str, channels: Sequence[str] = ()) -> None:
+    """Writes a PNG. The names of its `channels` go into its header: a fourth one is no transparency."""
+    stream, text = io.BytesIO(), PngInfo()
+    if channels:
+        text.add_text(CHANNELS, ",".join(channels))
+    image.save(stream, "PNG", pnginfo=text)
     storage.write_bytes(location, stream.getvalue())

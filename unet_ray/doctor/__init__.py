@@ -13,14 +13,14 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from unet_ray.config import MAX_PIXELS
-from unet_ray.data import storage
+from unet_ray.data import mask_files, storage
 from unet_ray.data.imaging import without_pillows_limit
 from unet_ray.data.inputs import ImageFile, evenly
 from unet_ray.data.pairs import Pair
 from unet_ray.data.progress import OnProgress
-from unet_ray.data.splits import group_of, likely_groups
+from unet_ray.data.splits import group_of, likely_groups, parts_of_folders
 from unet_ray.doctor.files import THREADS, Header, damage, read_headers
-from unet_ray.doctor.groups import duplicates, named_groups, neighbours, too_few
+from unet_ray.doctor.groups import duplicates, folders_of_a_split, named_groups, neighbours, too_few
 from unet_ray.doctor.images import channels, constants, kinds, sizes, sizes_of_pairs, value_range
 from unet_ray.doctor.masks import classes
 from unet_ray.doctor.names import Listing, listing
@@ -42,6 +42,7 @@ def examine(
     images: str,
     masks: str | None = None,
     *,
+    match: str | None = None,
     samples: int = SAMPLES,
     timing: bool = True,
     max_pixels: int = MAX_PIXELS,
@@ -49,56 +50,63 @@ def examine(
 ) -> Report:
     """Examines the images and masks of two folders (or URIs), or of one folder that holds both.
 
-    `masks` None: masks are in the folder of the images, if it has any; otherwise only the images are examined.
+    `masks` None: masks are in the folder of the images, if it has any; otherwise only the images are examined. `match`:
+    see `DataConfig.match`; None: found out.
     `samples`: pairs whose pixels are read. `timing`: time a training step for `Report.expected`. `on_progress` gets
     damaged files as failed. Raises UserError if there is no such folder.
     """
     with without_pillows_limit():  # real problems become findings
-        found = listing(images, masks)
+        found = listing(images, masks, match)
         headers, looks = _read(found, samples, max_pixels, on_progress)
         traits, findings = _judge(found, headers, looks)
         suggestion = time_taken = None
-        if found.masks_at is not None and len(found.pairs) > 1:
+        if found.way.masks and len(found.pairs) > 1:
             sizes_of_images = [headers[pair.image].size for pair in _usable(found.pairs, headers)]
-            suggestion = suggest(found.images_at, found.masks_at, found.pairs, sizes_of_images, traits)
+            suggestion = suggest(found.way, found.pairs, sizes_of_images, traits)
             if not any(finding.level == "error" for finding in findings):
                 findings += trial(suggestion, [look.pair for look in looks])
             time_taken = expected(suggestion, found.pairs) if timing else None
     findings.sort(key=lambda finding: LEVELS.index(finding.level))
     facts = _facts(found, headers, looks, traits)
-    return Report(found.images_at, found.masks_at, len(found.pairs), facts, tuple(findings), suggestion, time_taken)
+    way = found.way
+    return Report(way.images, way.masks or None, len(found.pairs), facts, tuple(findings), suggestion, time_taken)
 
 
 def _judge(found: Listing, headers: Mapping[str, Header], looks: Sequence[Look]) -> tuple[Traits, list[Finding]]:
     """Runs all checks. Returns the traits that decide the settings, and the findings."""
     good, usable = _good(headers, found.images), _usable(found.pairs, headers)
-    pattern = likely_groups([pair.key for pair in found.pairs]) if len(found.pairs) > 1 else None
+    keys = [pair.key for pair in found.pairs]
+    parts = Counter(parts_of_folders(keys).values())
+    pattern = likely_groups(keys) if len(keys) > 1 and not parts else None
     in_channels, of_channels = channels(good, looks)
     found_range, of_range = value_range(looks)
-    found_classes, of_masks = classes(looks, found.masks_at)
-    sequence = neighbours(looks) if pattern is None and len(looks) == len(found.pairs) else []
+    found_classes, of_masks = classes(looks, found.way, found.classes)
+    resize, of_sizes = sizes_of_pairs(usable, headers)
+    alone = pattern is None and not parts and len(looks) == len(found.pairs)
+    sequence = neighbours(looks) if alone else []
     findings = [
         *found.findings,
         *damage(headers.values()),
         *kinds(good),
         *of_channels,
         *of_range,
-        *sizes_of_pairs(usable, headers),
+        *of_sizes,
         *sizes(good),
         *constants(looks),
         *of_masks,
         *(named_groups(found.pairs, pattern) if pattern is not None else sequence),
         *duplicates(found.images, found.pairs, looks, pattern),
-        *(too_few(len(found.pairs)) if found.masks_at is not None else ()),
+        *folders_of_a_split(parts),
+        *(too_few(len(found.pairs)) if found.way.masks else ()),
     ]
-    return Traits(in_channels, found_classes, found_range, pattern, alike=bool(sequence)), findings
+    return Traits(in_channels, found_classes, found_range, pattern, bool(sequence), resize), findings
 
 
 def _read(
     found: Listing, samples: int, max_pixels: int, on_progress: OnProgress
 ) -> tuple[dict[str, Header], list[Look]]:
     """Reads headers by path, and the pixels of a sample of the usable pairs."""
-    sampled = {path for pair in evenly(found.pairs, samples) for path in (pair.image, pair.mask)}
+    sampled = {p for pair in evenly(found.pairs, samples) for p in (pair.image, *mask_files.files_of(pair.mask))}
     files = [*found.images, *found.masks]
     many = len(files) > HEADERS
     files = [f for f in files if f.path in sampled or f.size <= 0 or not (many or storage.is_uri(f.path))]
@@ -130,7 +138,7 @@ def _good(headers: Mapping[str, Header], files: Sequence[ImageFile]) -> list[Hea
 def _usable(pairs: Sequence[Pair], headers: Mapping[str, Header]) -> list[Pair]:
     """Returns the pairs whose headers were both read and show no damage."""
     good = {path for path, header in headers.items() if not header.code}
-    return [pair for pair in pairs if pair.image in good and pair.mask in good]
+    return [pair for pair in pairs if pair.image in good and good.issuperset(mask_files.files_of(pair.mask))]
 
 
 def _facts(found: Listing, headers: Mapping[str, Header], looks: Sequence[Look], traits: Traits) -> dict[str, Any]:

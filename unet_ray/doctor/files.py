@@ -14,8 +14,9 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from unet_ray.config import ValueRange
-from unet_ray.data import imaging, storage
+from unet_ray.data import headers, imaging, pages, storage
 from unet_ray.data.inputs import ImageFile
+from unet_ray.data.volumes import CHANNELS
 from unet_ray.doctor.report import Finding, error
 from unet_ray.doctor.words import number
 
@@ -59,6 +60,8 @@ class Header:
     """(width, height) in pixels, before EXIF orientation."""
     orientation: int = 1
     """EXIF orientation."""
+    volumes: tuple[str, ...] = ()
+    """Names of the channels, of slices that `unet-ray slices` wrote."""
     frames: int = 1
     code: str = ""
     """A key of `DAMAGE`; empty: no damage is known."""
@@ -97,10 +100,16 @@ def _header(file: ImageFile, max_pixels: int) -> Header:
     if file.size <= 0:
         return Header(file.name, code="empty-file" if file.size == 0 else "file-not-there")
     header = Header(file.name)
+    path, page = pages.split(file.path)
     try:
-        uri = storage.is_uri(file.path)
-        with io.BytesIO(storage.read_bytes(file.path)) if uri else Path(file.path).open("rb") as stream:
-            _read(header, stream, file.size, max_pixels)
+        if page is not None or storage.is_uri(path):
+            data = storage.read_bytes(path) if page is None else pages.read(path, page, max_pixels)
+            _read(header, io.BytesIO(data), len(data), max_pixels)
+        else:
+            with Path(path).open("rb") as stream:
+                _read(header, stream, file.size, max_pixels)
+    except imaging.ImageError as reason:
+        header.damaged(reason)
     except OSError as reason:
         header.code, header.trouble = "file-not-there", reason.strerror or str(reason)
     return header
@@ -112,6 +121,8 @@ def _read(header: Header, stream: IO[bytes], size: int, max_pixels: int) -> None
     try:
         if magic == imaging.NPY_MAGIC:
             _read_array(header, stream, size)
+        elif magic.startswith(imaging.TIFF_MAGIC) and _needs_tifffile(stream):
+            _read_tiff(header, stream)
         else:
             _read_image(header, stream, size, max_pixels)
     except UnidentifiedImageError:
@@ -125,10 +136,18 @@ def _read(header: Header, stream: IO[bytes], size: int, max_pixels: int) -> None
         header.code, header.trouble = "too-many-pixels", f"{pixels} pixels, more than {max_pixels}"
 
 
+def _needs_tifffile(stream: IO[bytes]) -> bool:
+    found = headers.tiff_pages(stream)  # type: ignore[arg-type]
+    stream.seek(0)
+    return len(found) == 1 and found[0].needs_tifffile(found[0].samples)
+
+
 def _read_image(header: Header, stream: IO[bytes], size: int, max_pixels: int) -> None:
     image = Image.open(stream)
     header.format, header.mode = image.format or "", image.mode
     header.channels = 3 if image.mode in ("P", "PA") else len(image.getbands())
+    if CHANNELS in image.info:
+        header.volumes = tuple(str(image.info[CHANNELS]).split(","))
     header.depth = "float" if image.mode == "F" else "more" if image.mode.startswith("I") else "8"
     # Pillow's method for PNG would decode all pixels first.
     header.orientation = Image.Image.getexif(image).get(imaging.ORIENTATION, 1)
@@ -178,9 +197,9 @@ def _read_array(header: Header, stream: IO[bytes], size: int) -> None:
 
 def _read_tiff(header: Header, stream: IO[bytes]) -> None:
     """Reads the header of a TIFF that Pillow doesn't know, such as one of many channels."""
-    try:
-        import tifffile
+    import tifffile
 
+    try:
         stream.seek(0)
         with tifffile.TiffFile(stream) as file:
             series = file.series[0]
@@ -188,8 +207,6 @@ def _read_tiff(header: Header, stream: IO[bytes]) -> None:
             extent = (sizes["X"], sizes["Y"])
             header.code = ""
             _set_array(header, "TIFF", extent, int(np.prod(series.shape)) // (extent[0] * extent[1]), series.dtype)
-    except ImportError:
-        header.trouble = "a TIFF that needs tifffile: install the extra `tiff`"
     except Exception as reason:
         header.damaged(reason)
 

@@ -7,13 +7,13 @@ import itertools
 import re
 import shlex
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-from unet_ray.data import imaging, storage
+from unet_ray.data import imaging, mask_files, pages, storage
 from unet_ray.data.inputs import ImageFile
 from unet_ray.data.pairs import Pair
 from unet_ray.data.splits import group_of
@@ -52,6 +52,19 @@ def too_few(count: int) -> list[Finding]:
     return note("few-pairs", text, remedy) if count < 10 else []
 
 
+def folders_of_a_split(parts: Mapping[str, int]) -> list[Finding]:
+    """Reports that the names of folders divide the images. `parts`: part -> pairs."""
+    if not parts:
+        return []
+    shown = ", ".join(f"{parts[name]} to {verb}" for name, verb in VERBS.items() if parts.get(name))
+    text = f"folders divide the images: {shown}"
+    rest = "" if parts.get("val") else "; some of those to train on are drawn to validate on"
+    return note("folders-of-a-split", text, f"a training keeps to that{rest}; --split random draws anew")
+
+
+VERBS = {"train": "train on", "val": "validate on", "test": "test with (`evaluate RUN --part test`)"}
+
+
 def named_groups(pairs: Sequence[Pair], pattern: str) -> list[Finding]:
     """Reports the groups that `pattern` finds in the names."""
     groups = Counter(group_of(pair.key, pattern) for pair in pairs)
@@ -86,7 +99,8 @@ def duplicates(
     """Finds images that exist more than once, among all local ones and the sampled ones in buckets."""
     file_of, mask_of = {image.path: image for image in images}, {pair.image: pair.mask for pair in pairs}
     flat = {look.pair.image for look in looks if look.constant}
-    local = [i.path for i in images if not storage.is_uri(i.path) and i.size > 0 and i.path not in flat]
+    whole = [i for i in images if pages.split(i.path)[1] is None and i.size > 0 and i.path not in flat]
+    local = [image.path for image in whole if not storage.is_uri(image.path)]
     copies = _copies(local)
     copies += _same((look.digest, look.pair.image) for look in looks if storage.is_uri(look.pair.image))
     found: dict[str, list[list[str]]] = {code: [] for code in COPIES}
@@ -133,7 +147,7 @@ def _same(keyed: Iterable[tuple[Hashable, str]]) -> list[list[str]]:
 def _differ(masks: Sequence[str]) -> bool:
     """Returns whether these masks differ from each other."""
     try:
-        values = [imaging.stored_values(imaging.read_file(path)) for path in masks]
+        values = [imaging.stored_values(imaging.read_file(file)) for m in masks for file in mask_files.files_of(m)]
     except (imaging.ImageError, OSError):
         return False  # another finding reports the damage
     return any(not np.array_equal(one, other) for one, other in itertools.pairwise(values))

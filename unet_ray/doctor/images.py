@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from unet_ray.config import ValueRange
+from unet_ray.config import DataConfig, ValueRange
+from unet_ray.data import mask_files
+from unet_ray.data.imaging import problem_of_sizes
 from unet_ray.data.pairs import Pair
 from unet_ray.doctor.files import Header
 from unet_ray.doctor.pixels import Look
@@ -27,7 +29,7 @@ def kinds(headers: Sequence[Header]) -> Iterator[Finding]:
     def those(test: Callable[[Header], bool]) -> list[str]:
         return [header.name for header in headers if test(header)]
 
-    names = those(lambda h: h.mode in ("RGBA", "LA", "PA"))
+    names = those(lambda h: h.mode in ("RGBA", "LA", "PA") and not h.volumes)
     remedy = "dropped; if it is data, keep it with --set model.in_channels=4"
     yield from note("alpha-channel", f"{number(names, 'image')} with an alpha channel", remedy, names)
     names = those(lambda h: h.mode == "CMYK")
@@ -36,10 +38,6 @@ def kinds(headers: Sequence[Header]) -> Iterator[Finding]:
     yield from note("palette-images", f"{number(names, 'image')} with a palette", "read as their colours", names)
     names = those(lambda h: h.frames > 1 and h.format != "TIFF")
     yield from note("animations", f"{number(names, 'image')} with several frames", "the first frame is taken", names)
-    names = those(lambda h: h.frames > 1 and h.format == "TIFF")
-    text = f"{number(names, 'image')} with several pages, of which only the first is read"
-    remedy = "save each page as a separate file, or the pages as channels of one .npy"
-    yield from warning("stack-of-pages", text, remedy, names)
     gray = those(lambda h: h.channels < 3 and not h.array)
     colour = those(lambda h: h.channels > 2 and not h.array)
     text = f"{len(gray)} gray images among {len(colour)} in colour"
@@ -49,6 +47,13 @@ def kinds(headers: Sequence[Header]) -> Iterator[Finding]:
 
 def channels(headers: Sequence[Header], looks: Sequence[Look]) -> tuple[int, list[Finding]]:
     """Chooses `model.in_channels`, and reports problems."""
+    volumes = Counter(header.volumes for header in headers)
+    if headers and not volumes[()] and len(volumes) == 1:
+        [names] = volumes
+        text = f"slices of volumes, with a channel for each: {', '.join(names)}"
+        return len(names), note(
+            "slices-of-volumes", text, f"read as they are: {setting('model.in_channels', len(names))}"
+        )
     arrays = Counter(header.channels for header in headers if header.array)
     if arrays:
         wanted = arrays.most_common(1)[0][0]
@@ -118,22 +123,30 @@ def sizes(headers: Sequence[Header]) -> Iterator[Finding]:
             break
 
 
-def sizes_of_pairs(pairs: Sequence[Pair], headers: Mapping[str, Header]) -> Iterator[Finding]:
-    """Finds masks whose size differs from their image's, by camera orientation or otherwise."""
-    turned, other, example = [], [], ""
+def sizes_of_pairs(pairs: Sequence[Pair], headers: Mapping[str, Header]) -> tuple[bool, list[Finding]]:
+    """Finds masks whose size differs from their image's, by camera orientation or otherwise. Returns whether to resize
+    masks (`data.mask_resize`), and the findings."""
+    turned, other, scaled, example = [], [], [], ""
     for pair in pairs:
-        image, mask = headers[pair.image], headers[pair.mask]
+        image, mask = headers[pair.image], headers[mask_files.first_file(pair.mask)]
         if image.orientation > 1 and mask.orientation <= 1 and mask.size == image.stored:
             turned.append(mask.name)
-        elif image.size != mask.size:
+        elif problem_of_sizes(image.size[::-1], mask.size[::-1], DataConfig(mask_resize=True)):
             other.append(mask.name)
             example = f"{times(mask.size)} for an image of {times(image.size)}"
+        elif image.size != mask.size:
+            scaled.append(mask.name)
+            example = example or f"{times(mask.size)} for an image of {times(image.size)}"
     text = f"{number(turned, 'image')} turned by EXIF orientation, while the mask is not turned"
     remedy = "turn the masks or the images (`mogrify -auto-orient`), or remove the tag (`exiftool -Orientation=`)"
-    yield from error("mask-not-turned-like-its-image", text, remedy, turned)
+    findings = error("mask-not-turned-like-its-image", text, remedy, turned)
     text = f"{number(other, 'mask')} of another size than the image, such as {example}"
     remedy = "resize them to their images' size by nearest neighbour, or find the images they were drawn on"
-    yield from error("mask-of-another-size", text, remedy, other)
+    findings += error("mask-of-another-size", text, remedy, other)
+    text = f"{number(scaled, 'mask')} larger or smaller than the image, in its proportions, such as {example}"
+    level = note if 2 * len(scaled) > len(pairs) else warning
+    findings += level("mask-of-another-scale", text, "--set data.mask_resize=true resizes them", scaled)
+    return bool(scaled), findings
 
 
 def constants(looks: Sequence[Look]) -> Iterator[Finding]:

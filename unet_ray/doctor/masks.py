@@ -7,11 +7,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from unet_ray.config import MAX_CLASSES
-from unet_ray.data import storage
+from unet_ray.doctor.class_lists import ClassList, class_list
+from unet_ray.doctor.layouts import Way
 from unet_ray.doctor.pixels import Look, values_of
 from unet_ray.doctor.report import Finding, error, note, warning
 from unet_ray.doctor.words import few, number, percent, setting
@@ -25,21 +27,29 @@ Measured: 0.46 or more for thin membranes scaled from a fifth of the size, 0.8 f
 photographs."""
 VOID = 255
 """Most data sets mark pixels to leave out with this value."""
+FAR = 64
+"""A value of 255 that is so far above all others is no class."""
+MERGED = 4
+"""Up to so many values without names may be parts of one class, as the border of a trimap is."""
+MOST_COLOURS, LISTED = 64, 0.98
+"""The most colours that can be classes without a list of them; share of the pixels whose colours a list must name."""
+OBJECTS, SAME_NUMBER = 0.8, 0.7
+"""If values number objects, each must be one region in this share of the masks, and fewer than the other share of them
+may have the same number of objects."""
 RARE_FILES, RARE_PIXELS, RARE_FOREGROUND, MUCH_FOREGROUND = 0.05, 0.0005, 0.01, 0.6
-LISTS = ("classes.txt", "labels.txt", "class_names.txt")
 VOID_NAME = re.compile(r"void|ignore|unlabel|unknown|don'?t.?care", re.IGNORECASE)
 
 NO_MASKS = {
     "mask-is-the-image": ("the image itself", "put the masks there: is --masks the right folder?"),
     "masks-in-colours": (
         "in colours",
-        "store class ids, one for each colour, as a gray or a palette PNG; then --set model.num_classes=K",
+        "too many for classes: store each class in one colour, without smoothing or JPEG, or class ids in a gray PNG",
     ),
     "floating-point-masks": (
         "with floating-point values",
         "store class ids as integers: `Image.fromarray((mask > 0.5).astype('uint8'))` for one class",
     ),
-    "mask-values-beyond-16-bits": ("with values below 0 or above 65535", "store class ids: 0, 1, 2, …"),
+    "mask-values-beyond-16-bits": ("with values above 65535", "store class ids: 0, 1, 2, …"),
 }
 """`Look.no_mask` -> text and remedy."""
 
@@ -55,19 +65,41 @@ class Classes:
     """The value of pixels to leave out."""
     names: dict[int, str] = field(default_factory=dict)
     """Value -> name, from a list of classes beside the masks."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Settings that say what the masks mean, if the values alone don't: dotted name -> value."""
+    folders: list[str] = field(default_factory=list)
+    """Folders of masks that are classes."""
+
+    @property
+    def count(self) -> int:
+        """`model.num_classes`."""
+        if self.folders:
+            return len(self.folders) + 1
+        number = len(self.settings.get("data.mask_colors") or self.settings.get("data.mask_values") or self.values)
+        return number if number > 2 else 1
 
 
-def classes(looks: Sequence[Look], masks_at: str | None) -> tuple[Classes, list[Finding]]:
-    """Finds the values of the masks that are classes, and the problems with them."""
+def classes(looks: Sequence[Look], way: Way, folders: Sequence[str]) -> tuple[Classes, list[Finding]]:
+    """Finds what the masks mean: the values, colours or folders that are classes; and the problems with them.
+
+    `folders`: those that are classes, if several masks are (`data.several_masks`).
+    """
+    known = class_list([way.masks])
+    coloured = _colours(looks, known)
+    if coloured is not None:
+        return coloured
     findings = list(_no_masks(looks))
-    looks, more = _of_few_values([look for look in looks if look.counts])
+    looks, more, settings = _of_few_values([look for look in looks if look.counts])
     findings += more
     if not looks:
-        return Classes(), findings
+        return Classes(settings=settings), findings
     occurs = {value: [look.mask.name for look in looks if value in look.counts] for value in sorted(values_of(looks))}
-    found = Classes(list(occurs), names=_names(masks_at))
-    findings += _void(found, looks, occurs)
-    findings += _strange(found, looks, occurs)
+    found = Classes(list(occurs), names=known.by_value, settings=settings, folders=[*folders])
+    if folders:
+        settings["data.mask_values"] = (0, ">0")
+    if not settings:
+        findings += _void(found, looks, occurs)
+        findings += _strange(found, looks, occurs)
     pixels = {value: sum(look.counts.get(value, 0) for look in looks) for value in found.values}
     found.shares = {value: count / max(1, sum(pixels.values())) for value, count in pixels.items()}
     if found.values == [0, 255]:
@@ -77,7 +109,64 @@ def classes(looks: Sequence[Look], masks_at: str | None) -> tuple[Classes, list[
         text = f"masks have a palette and hold its indices {few(found.values)}"
         remedy = "the indices are the classes, whatever their colours: nothing to convert"
         findings += note("palette-masks", text, remedy)
+    if settings:
+        return found, findings
+    if 2 < len(found.values) <= MERGED and not found.names:
+        merged = ((found.values[0],), tuple(found.values[1:]))
+        text = f"masks hold {few(found.values)}, taken for {len(found.values)} classes"
+        findings += note("several-values", text, f"one foreground instead: {setting('data.mask_values', merged)}")
     return found, [*findings, *_alike(looks, found), *_balance(looks, found, occurs)]
+
+
+def _colours(looks: Sequence[Look], known: ClassList) -> tuple[Classes, list[Finding]] | None:
+    """Returns the classes of masks in colours, or whose palettes differ; None if the masks are neither."""
+    in_colours = [look for look in looks if look.no_mask == "masks-in-colours"]
+    differ = _palettes_differ(looks)
+    if not (in_colours or differ):
+        return None
+    occurs: Counter[tuple[int, ...]] = Counter()
+    for look in looks:
+        gray = {(value,) * 3: count for value, count in look.counts.items()}
+        occurs.update(look.colours or gray)
+    listed = known.by_colour if sum(occurs[colour] for colour in known.by_colour) >= LISTED * occurs.total() else {}
+    if not listed and len(occurs) > MOST_COLOURS:
+        return None
+    names = listed or dict.fromkeys(_ordered(occurs), "")
+    void = [colour for colour, name in names.items() if VOID_NAME.search(name)]
+    kept = [colour for colour in names if colour not in void]
+    kept.sort(key=lambda colour: names[colour].lower() != "background")
+    unlisted = [colour for colour in occurs if colour not in names]
+    void += unlisted
+    texts = tuple("#{:02x}{:02x}{:02x}".format(*colour) for colour in kept)
+    ignored = tuple("#{:02x}{:02x}{:02x}".format(*colour) for colour in void)
+    settings: dict[str, Any] = {"data.mask_colors": texts}
+    if ignored:
+        settings["data.ignore_index"] = ignored if len(ignored) > 1 else ignored[0]
+    found = Classes(list(range(len(kept))), names=dict(enumerate(names[colour] for colour in kept)), settings=settings)
+    pixels = [occurs[colour] for colour in kept]
+    found.shares = {number: count / max(1, sum(pixels)) for number, count in enumerate(pixels)}
+    what = "palettes that differ from file to file" if differ and not in_colours else "colours"
+    source = f"the classes of {Path(known.file).name}" if listed else "one class for each"
+    text = f"masks have {what}: {len(kept)}, {', '.join(texts[:8])}{', …' if len(texts) > 8 else ''}"
+    findings = note("masks-in-colours", text, f"{setting('data.mask_colors', texts)}: {source}")
+    if unlisted:
+        text = f"{len(unlisted)} colours are in no class of {Path(known.file).name}: {', '.join(ignored[-5:])}"
+        findings += warning("colours-of-no-class", text, "they are left out (data.ignore_index); else name their class")
+    return found, findings
+
+
+def _palettes_differ(looks: Sequence[Look]) -> bool:
+    """Returns whether an index has different colours in different masks."""
+    colour_of: dict[int, tuple[int, ...]] = {}
+    return any(
+        colour_of.setdefault(index, colour) != colour for look in looks for index, colour in look.palette.items()
+    )
+
+
+def _ordered(occurs: Counter[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Returns the colours with the background first: black if it occurs, or else the most frequent one."""
+    background = (0, 0, 0) if (0, 0, 0) in occurs else occurs.most_common(1)[0][0]
+    return [background, *sorted(colour for colour in occurs if colour != background)]
 
 
 def _named(looks: Iterable[Look]) -> list[str]:
@@ -97,33 +186,63 @@ def _no_masks(looks: Sequence[Look]) -> Iterator[Finding]:
         yield from error(code, f"{number(some, 'mask')} {what}", remedy, _named(some))
 
 
-def _of_few_values(looks: list[Look]) -> tuple[list[Look], list[Finding]]:
-    """Returns the masks whose values can be classes, and findings about the others."""
+def _of_few_values(looks: list[Look]) -> tuple[list[Look], list[Finding], dict[str, Any]]:
+    """Returns the masks whose values can be classes, findings about the others, and settings that make classes of many
+    values."""
     if not looks:
-        return looks, []
+        return looks, [], {}
+    if _number_objects(looks):
+        highest = max(max(look.counts) for look in looks)
+        text = f"masks number their objects, up to {highest} in one"
+        remedy = (
+            f"{setting('data.mask_values', (0, '>0'))} makes all of them foreground; "
+            "--set train.border_weight=10 parts objects that touch"
+        )
+        return looks, note("masks-number-objects", text, remedy), {"data.mask_values": (0, ">0")}
     many = len(values_of(looks)) > MANY_VALUES
-    highest = [max(look.counts) for look in looks]
-    counted = all(len(look.counts) >= 0.9 * (top + 1) for look, top in zip(looks, highest, strict=True))
-    if many and counted and max(highest) > 1.5 * min(highest):
-        text = f"masks number their objects, up to {max(highest)} in one"
-        remedy = "a class is one value: for one, save mask > 0; --set train.border_weight=10 parts objects that touch"
-        return [], error("masks-number-objects", text, remedy, _named(looks))
     between = [look for look in looks if (many or look.mask.format in ("JPEG", "MPO")) and _in_between(look.counts)]
     rest = [look for look in looks if look not in between]
     values = sorted(values_of(rest))
     too_many = len(values) > MAX_CLASSES or (rest and np.median([len(look.counts) for look in rest]) > TOO_MANY_VALUES)
     if too_many and len(between) < len(rest):  # photographs, some of which are mostly dark and bright
         rest, between, values = looks, [], sorted(values_of(looks))
+    if between and not too_many and _black_and_white(between, rest):
+        text = f"{number(between, 'mask')} with values between black and white, as JPEG or smoothing makes"
+        settings = {"data.mask_values": (0, ">=128")}
+        remedy = f"{setting('data.mask_values', settings['data.mask_values'])} parts them in the middle"
+        return looks, note("masks-with-in-between-values", text, remedy, _named(between)), settings
     text = f"{number(between, 'mask')} with values between the classes, as JPEG or resizing makes"
-    remedy = "save PNGs of class values alone; for one: `Image.open(f).convert('L').point(lambda v: 255 * (v > 127))`"
+    remedy = "save PNGs of class values alone, or name ranges: --set data.mask_values=\"['<64', '<128', '>=128']\""
     findings = error(
         "masks-with-in-between-values", f"{text} ({len(values_of(between))} values)", remedy, _named(between)
     )
     if too_many:
         text = f"masks hold {len(values)} values ({few(values)})"
         remedy = f"a class is one value, and at most {MAX_CLASSES} can be: are these masks?"
-        return [], findings + error("too-many-mask-values", text, remedy, _named(rest))
-    return rest, findings
+        return [], findings + error("too-many-mask-values", text, remedy, _named(rest)), {}
+    return rest, findings, {}
+
+
+def _number_objects(looks: Sequence[Look]) -> bool:
+    """Returns whether the values are numbers of objects: each is one region, and masks have different numbers of them.
+
+    Classes are in one region, too, where each is one organ; but then most masks have the same.
+    """
+    known = [look for look in looks if look.numbers_objects is not None]
+    tops = [max(look.counts) for look in known]
+    alike = sum(bool(look.numbers_objects) for look in known)
+    most_often = Counter(tops).most_common(1)[0][1] if tops else 0
+    return alike >= OBJECTS * len(known) and most_often < SAME_NUMBER * len(known)
+
+
+def _black_and_white(between: Sequence[Look], rest: Sequence[Look]) -> bool:
+    """Returns whether masks with values in between have two main values, near 0 and 255."""
+    for look in between:
+        dark = sum(count for value, count in look.counts.items() if value < 64)
+        bright = sum(count for value, count in look.counts.items() if value >= 192)
+        if dark + bright < 0.8 * sum(look.counts.values()) or max(look.counts) < 192:
+            return False
+    return values_of(rest) <= {*range(16), *range(240, 256)}
 
 
 def _in_between(counts: Mapping[int, int]) -> bool:
@@ -138,33 +257,22 @@ def _in_between(counts: Mapping[int, int]) -> bool:
     return len(between) > 1 and sum(counts[value] for value in near) > TWO_VALUES * sum(counts.values())
 
 
-def _names(masks_at: str | None) -> dict[int, str]:
-    """Returns value -> name, from a list of classes beside the masks; empty if there is none."""
-    if masks_at is None or storage.is_uri(masks_at):
-        return {}
-    for path in (folder / name for folder in (Path(masks_at), Path(masks_at).parent) for name in LISTS):
-        if path.is_file():
-            text = path.read_text(encoding="utf-8", errors="replace")
-            found = re.findall(r"^\s*(\d+)[\s,;:=]+(\S.*?)\s*$", text, re.MULTILINE)
-            return {int(value): name for value, name in found}
-    return {}
-
-
 def _void(found: Classes, looks: Sequence[Look], occurs: Mapping[int, Sequence[str]]) -> list[Finding]:
     """Removes from the classes the value of pixels to leave out, or the rarer of two values for foreground."""
     values = found.values
     if len(values) < 3:
         return []
-    void = [value for value in values if VOID_NAME.search(found.names.get(value, ""))]
+    void = [value for value in values if value < 0 or VOID_NAME.search(found.names.get(value, ""))]
     if len(void) == 1:
         found.ignore = void[0]
-        text = f"the list of classes calls value {void[0]} {found.names[void[0]]!r}"
+        name = found.names.get(void[0])
+        text = f"the list of classes calls value {void[0]} {name!r}" if name else f"value {void[0]} can be no class"
     elif values == [0, 1, VOID] and not any({1, VOID} <= look.counts.keys() for look in looks):
         fewer = min(1, VOID, key=lambda value: len(occurs[value]))
         values.remove(fewer)
         text = f"{len(occurs[1])} masks hold 0 and 1, {len(occurs[VOID])} hold 0 and 255"
         return error("mask-values-differ", text, "write them alike, all 0 and 255 or all 0 and 1", occurs[fewer])
-    elif values[-1] == VOID and values[-2] <= len(values) + 1:
+    elif values[-1] == VOID and values[-2] < VOID - FAR and _is_void(looks, values):
         found.ignore = VOID
         text = f"value 255 stands apart from the others ({few(values[:-1])}), as a mark for pixels to leave out"
     else:
@@ -172,6 +280,14 @@ def _void(found: Classes, looks: Sequence[Look], occurs: Mapping[int, Sequence[s
     values.remove(found.ignore)
     remedy = f"{setting('data.ignore_index', found.ignore)} leaves its pixels out; if it is a class, omit this setting"
     return note("ignore-value", text, remedy)
+
+
+def _is_void(looks: Sequence[Look], values: Sequence[int]) -> bool:
+    """Returns whether 255 marks pixels to leave out: beside a few ids, or on fewer pixels than several ids have."""
+    if values[-2] <= len(values) + 1:
+        return True
+    pixels = [sum(look.counts.get(value, 0) for look in looks) for value in values[1:]]
+    return len(values) > 3 and pixels[-1] < sum(pixels[:-1])
 
 
 def _strange(found: Classes, looks: Sequence[Look], occurs: Mapping[int, Sequence[str]]) -> Iterator[Finding]:
@@ -190,7 +306,7 @@ def _strange(found: Classes, looks: Sequence[Look], occurs: Mapping[int, Sequenc
         text = f"value {value}, beside {few(values)} elsewhere, occurs in {number(occurs[value], 'mask')} only"
         remedy = f"repair them, or leave the value out: {setting('data.ignore_index', value)}"
         yield from error("unexpected-mask-value", text, remedy, occurs[value])
-    gaps = [value for value in range(values[-1]) if value not in occurs] if len(values) > 2 else []
+    gaps = [value for value in range(values[0], values[-1]) if value not in occurs] if len(values) > 2 else []
     if gaps and len(gaps) <= max(1, len(values) // 3):
         text = f"value {few(gaps)} lies between the others ({few(values)}) and is in no sampled mask"
         remedy = f"if there is no such class: {setting('data.mask_values', values)}; otherwise add images with it"

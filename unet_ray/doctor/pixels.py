@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from unet_ray.config import ValueRange
-from unet_ray.data import imaging
+from unet_ray.data import imaging, mask_files
 from unet_ray.data.imaging import ImageError
 from unet_ray.data.pairs import Pair
 from unet_ray.doctor.files import LOOK, Header
@@ -19,6 +19,7 @@ from unet_ray.doctor.files import LOOK, Header
 THUMB = 32
 SAME = 0.9
 """An image and a mask with a higher correlation are taken for the same image."""
+MOST_OBJECTS = 2000
 PHOTOGRAPH = 32
 """A mask with more values may be the image."""
 
@@ -49,20 +50,25 @@ class Look:
     counts: dict[int, int] = field(default_factory=dict)
     """Stored value of the mask -> pixels; empty if its values can't be classes."""
     colours: dict[tuple[int, ...], int] = field(default_factory=dict)
-    """Colour of the mask -> pixels, if it is in colours."""
+    """Colour of the mask -> pixels, if it is in colours or has a palette."""
+    palette: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    """Index -> colour, of the indices that occur, if the mask has a palette."""
+    numbers_objects: bool | None = None
+    """Whether the values are 1, 2, … and each is one connected region; None: there are none but 0."""
     no_mask: str = ""
     """Code of the finding if the file can't be a mask."""
 
 
 def look_at(pair: Pair, headers: Mapping[str, Header]) -> Look:
     """Reads and decodes a pair. If that fails, it records the damage in the header; the result must not be used."""
-    look = Look(pair, headers[pair.image], headers[pair.mask])
+    look = Look(pair, headers[pair.image], headers[mask_files.first_file(pair.mask)])
     header = look.image
     try:
         data = imaging.read_file(pair.image)
         picture = _look_at_image(look, data)
         header = look.mask
-        _look_at_mask(look, data, imaging.read_file(pair.mask), picture)
+        for file in mask_files.files_of(pair.mask):
+            _look_at_mask(look, data, imaging.read_file(file), picture)
     except (ImageError, OSError, ValueError) as reason:
         header.damaged(reason)
     return look
@@ -74,9 +80,10 @@ def values_of(looks: Iterable[Look]) -> set[int]:
 
 
 def gray_levels(path: str) -> int:
-    """Counts the gray levels of an image; 0 if it can't be read."""
+    """Counts the gray levels of an image, or of the first file of a mask; 0 if it can't be read."""
     try:
-        return len(np.unique(imaging.decode_image(imaging.read_file(path), 1, None, value_range="percentiles")[0]))
+        data = imaging.read_file(mask_files.first_file(path))
+        return len(np.unique(imaging.decode_image(data, 1, None, value_range="percentiles")[0]))
     except (ImageError, OSError):
         return 0
 
@@ -107,12 +114,9 @@ def _look_at_image(look: Look, data: bytes) -> np.ndarray:
 def _look_at_mask(look: Look, image: bytes, data: bytes, picture: np.ndarray) -> None:
     """Fills in the fields about the mask."""
     header = look.mask
-    look.mask_digest = hashlib.sha256(data).digest()
+    look.mask_digest = hashlib.sha256(look.mask_digest + data).digest()
     if data == image:
         look.no_mask = "mask-is-the-image"
-        return
-    if header.depth == "float":
-        look.no_mask = "floating-point-masks"
         return
     try:
         stored = imaging.stored_values(data)
@@ -123,19 +127,63 @@ def _look_at_mask(look: Look, image: bytes, data: bytes, picture: np.ndarray) ->
         else:
             values, numbers = np.unique(stored, return_counts=True)
     except ImageError:
+        if header.depth == "float":
+            look.no_mask = "floating-point-masks"
+            return
         if header.array or header.mode not in ("RGB", "RGBA", "CMYK", "YCbCr"):
             raise
-        with Image.open(io.BytesIO(data)) as opened:
-            look.colours = {colour: count for count, colour in opened.convert("RGB").getcolors(2**24) or []}
+        look.colours = _colours(data)
         look.no_mask = "masks-in-colours"
     else:
-        if values[0] < 0 or values[-1] >= 2**16:
+        if values[-1] >= 2**16:
             look.no_mask = "mask-values-beyond-16-bits"
             return
-        look.counts = dict(zip(values.tolist(), numbers.tolist(), strict=True))
+        for value, count in zip(values.tolist(), numbers.tolist(), strict=True):
+            look.counts[value] = look.counts.get(value, 0) + count
+        look.numbers_objects = _numbers_objects(stored, values)
+        _look_at_palette(look, data, values)
     many = max(len(look.colours), len(look.counts)) > PHOTOGRAPH
     if many and _same_picture(picture, imaging.decode_image(data, 1, (LOOK, LOOK))[0]):
         look.counts, look.no_mask = {}, "mask-is-the-image"
+
+
+def _colours(data: bytes) -> dict[tuple[int, ...], int]:
+    """Returns colour -> pixels."""
+    with Image.open(io.BytesIO(data)) as opened:
+        return {colour: count for count, colour in opened.convert("RGB").getcolors(2**24) or []}
+
+
+def _look_at_palette(look: Look, data: bytes, values: np.ndarray) -> None:
+    """Fills in the fields about a mask's palette, if it has one."""
+    if look.mask.mode != "P":
+        return
+    with Image.open(io.BytesIO(data)) as opened:
+        palette = opened.getpalette("RGB") or []
+    known = {v: tuple(palette[3 * v : 3 * v + 3]) for v in values.tolist() if 3 * v + 3 <= len(palette)}
+    look.palette |= known
+    for value, colour in known.items():
+        look.colours[colour] = look.colours.get(colour, 0) + look.counts[value]
+
+
+def _numbers_objects(stored: np.ndarray, values: np.ndarray) -> bool | None:
+    """Returns `Look.numbers_objects`."""
+    from scipy import ndimage
+
+    numbers = values[values != 0]
+    if not len(numbers):
+        return None
+    if numbers[0] != 1 or numbers[-1] != len(numbers) or len(numbers) > MOST_OBJECTS:
+        return False
+    if len(numbers) == 1:
+        return True
+    # Corners count as connected, since thin objects are often connected by them alone.
+    regions = ndimage.find_objects(stored.astype(np.int32))
+    corners = np.ones((3, 3))
+    return all(
+        ndimage.label(stored[box] == number, corners)[1] == 1
+        for number, box in enumerate(regions, 1)
+        if box is not None
+    )
 
 
 def _same_picture(image: np.ndarray, mask: np.ndarray) -> bool:
@@ -159,10 +207,9 @@ def _stored(data: bytes) -> np.ndarray:
     """Reads the stored values of an image with more than 8 bits."""
     if data.startswith(imaging.NPY_MAGIC):
         return np.load(io.BytesIO(data), allow_pickle=False)
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return np.asarray(image)
-    except UnidentifiedImageError:
+    if data.startswith(imaging.TIFF_MAGIC):
         import tifffile
 
-        return tifffile.imread(io.BytesIO(data))
+        return tifffile.imread(io.BytesIO(data), key=0)
+    with Image.open(io.BytesIO(data)) as image:
+        return np.asarray(image)

@@ -18,7 +18,8 @@ from unet_ray.data import storage
 from unet_ray.data.masks import infer_values
 from unet_ray.data.pairs import Pair
 from unet_ray.data.rows import Decoder, fits_in_memory
-from unet_ray.data.splits import group_of, split_pairs
+from unet_ray.data.splits import divided, group_of
+from unet_ray.doctor.layouts import Way
 from unet_ray.doctor.masks import MUCH_FOREGROUND, Classes
 from unet_ray.doctor.report import Expected, Finding, Suggestion, error
 from unet_ray.doctor.words import yaml_text
@@ -34,7 +35,11 @@ ORDER = (
     "model.in_channels",
     "model.num_classes",
     "data.image_size",
+    "data.match",
+    "data.several_masks",
+    "data.mask_resize",
     "data.mask_values",
+    "data.mask_colors",
     "data.ignore_index",
     "data.classes",
     "data.group_by",
@@ -42,7 +47,12 @@ ORDER = (
     "data.value_range",
 )
 """Order of the settings in the suggested command."""
-FLAGS = {"data.group_by": "--group-by", "data.image_size": "--image-size", "train.epochs": "--epochs"}
+FLAGS = {
+    "data.match": "--match",
+    "data.group_by": "--group-by",
+    "data.image_size": "--image-size",
+    "train.epochs": "--epochs",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,19 +67,23 @@ class Traits:
     """Pattern of the groups; None if the names show none."""
     alike: bool
     """Images that follow each other by name are alike, as the slices of a volume are."""
+    mask_resize: bool = False
+    """See `DataConfig.mask_resize`."""
 
 
-def suggest(
-    images_at: str, masks_at: str, pairs: Sequence[Pair], sizes: Sequence[tuple[int, int]], traits: Traits
-) -> Suggestion:
+def suggest(way: Way, pairs: Sequence[Pair], sizes: Sequence[tuple[int, int]], traits: Traits) -> Suggestion:
     """Suggests a recipe and settings for at least two pairs. `sizes`: (width, height) of their images."""
-    keys, values = [pair.key for pair in pairs], traits.classes.values
-    recipe = _recipe(traits.channels, len(values) if len(values) > 2 else 1, len(pairs))
+    keys = [pair.key for pair in pairs]
+    recipe = _recipe(traits.channels, traits.classes.count, len(pairs))
     base = load_train_config(recipe=recipe)
     # Batch norm needs more than one position at the deepest level.
     image_size = _image_size(sizes, 2 * base.model.patch * 2**base.model.depth, square=base.augment.quarter_turns)
     settings: dict[str, Any] = {
         "model.in_channels": traits.channels,
+        "data.match": way.match,
+        "data.several_masks": way.several,
+        "data.mask_resize": traits.mask_resize,
+        "data.mask_colors": (),
         **_class_settings(base, traits),
         "data.image_size": image_size,
         "data.group_by": _same_groups(base.data.group_by, traits.group_by, keys),
@@ -78,7 +92,7 @@ def suggest(
     }
     settings = {name: settings[name] for name in ORDER}
     config = load_train_config(recipe=recipe, settings=settings.items())
-    train, _ = split_pairs(keys, config.data, config.train.seed)
+    train, _, _ = divided(keys, config.data, config.train.seed)
     steps = -(-len(train) // config.train.batch_size)
     settings["train.epochs"] = max(base.train.epochs, min(40, round(STEPS / steps)))
     known = base.to_dict()
@@ -87,14 +101,27 @@ def suggest(
         section, key = name.split(".")
         if yaml_text(known[section][key]) != yaml_text(value):
             changed.append((name, yaml_text(value)))
-    command = _command(images_at, masks_at, recipe, changed, settings)
+    command = _command(way, recipe, changed, settings)
     return Suggestion(recipe, image_size, tuple(changed), command)
 
 
 def _class_settings(base: TrainConfig, traits: Traits) -> dict[str, Any]:
     """Returns the settings of the classes, based on the recipe's."""
-    values, names = traits.classes.values, [traits.classes.names.get(value, "") for value in traits.classes.values]
-    count = len(values) if len(values) > 2 else 1
+    classes = traits.classes
+    values, names = classes.values, [classes.names.get(value, "") for value in classes.values]
+    count = classes.count
+    if classes.settings:
+        if classes.folders:
+            names = ["background", *classes.folders]
+        elif classes.settings.get("data.mask_values"):
+            names = []
+        return {
+            "model.num_classes": count,
+            "data.mask_values": None,
+            "data.ignore_index": classes.ignore,
+            "data.classes": tuple(names) if count > 1 and names and all(names) else (),
+            **classes.settings,
+        }
     own = base.data.mask_values if sorted(base.data.mask_values or ()) == values else None
     # In slices of membranes, the smaller of the two classes is the one to find.
     shares = traits.classes.shares
@@ -111,12 +138,10 @@ def _class_settings(base: TrainConfig, traits: Traits) -> dict[str, Any]:
     }
 
 
-def _command(
-    images_at: str, masks_at: str, recipe: str, changed: Sequence[tuple[str, str]], settings: Mapping[str, Any]
-) -> str:
+def _command(way: Way, recipe: str, changed: Sequence[tuple[str, str]], settings: Mapping[str, Any]) -> str:
     """Returns the command that trains with these settings, quoted for a shell."""
-    command = ["unet-ray", "train", "--images", storage.without_secrets(images_at)]
-    command += ["--masks", storage.without_secrets(masks_at), "--out", "RUN", "--recipe", recipe]
+    command = ["unet-ray", "train", "--images", storage.without_secrets(way.images)]
+    command += ["--masks", storage.without_secrets(way.masks), "--out", "RUN", "--recipe", recipe]
     for name, text in changed:
         plain = isinstance(settings[name], (int, str)) and name in FLAGS
         command += [FLAGS[name], str(settings[name])] if plain else ["--set", f"{name}={text}"]
@@ -124,7 +149,7 @@ def _command(
 
 
 def _recipe(channels: int, classes: int, pairs: int) -> str:
-    if channels == classes == 4:
+    if channels == 4 and classes >= 4:
         return "brats"
     if classes > 1:
         return "camvid"
@@ -158,7 +183,9 @@ def trial(suggestion: Suggestion, pairs: Sequence[Pair]) -> list[Finding]:
     config = suggestion.config()
     data = config.data
     try:
-        values = data.mask_values or infer_values([pair.mask for pair in pairs], config.model.num_classes, data)
+        values = data.mask_values
+        if values is None and not data.mask_colors:
+            values = infer_values([pair.mask for pair in pairs], config.model.num_classes, data)
         decoder = Decoder.of(dataclasses.replace(config, data=dataclasses.replace(data, mask_values=values)))
         for pair in pairs[:2]:
             decoder(pair.image, pair.mask)
@@ -171,7 +198,7 @@ def expected(suggestion: Suggestion, pairs: Sequence[Pair]) -> Expected:
     """Times a training step with the suggested settings, and estimates an epoch from it."""
     config = suggestion.config()
     decoder = Decoder.of(config)
-    train, val = split_pairs([pair.key for pair in pairs], config.data, config.train.seed)
+    train, val, _ = divided([pair.key for pair in pairs], config.data, config.train.seed)
     batch, seconds, device = _timed_step(config, len(train))
     return Expected(
         # Validation is a forward pass, which is a third of a training step's work.

@@ -11,7 +11,7 @@ import torch
 
 from unet_ray import metrics
 from unet_ray.config import IGNORE, Cleanup
-from unet_ray.data import imaging, masks
+from unet_ray.data import imaging, mask_files, masks
 from unet_ray.data.chunks import Chunk, objects
 from unet_ray.data.imaging import ImageError
 from unet_ray.inference.stages import Prediction
@@ -43,20 +43,21 @@ class Compare:
                 continue
             mask, path = prediction.segmented.mask, os.fsdecode(chunk["mask_path"][row])
             try:
-                ground_truth = self._ground_truth(path, mask.shape)
+                ground_truth = self._ground_truth(path, (mask.shape[0], mask.shape[1]))
+                mask = imaging.resized_ids(mask, ground_truth.shape)
             except (ImageError, OSError) as error:
-                errors[row] = f"mask {path}: {error}"
+                errors[row] = f"mask {mask_files.shown(path)}: {error}"
                 continue
             counts[row] = self._counts(mask, ground_truth)
             valid[row] = (ground_truth != IGNORE).sum()
             surface[row] = metrics.surface_scores(mask, ground_truth, classes, self.tolerance).reshape(-1)
         return {"path": chunk["path"], "error": objects(errors), "counts": counts, "valid": valid, "surface": surface}
 
-    def _ground_truth(self, path: str, size_hw: tuple[int, ...]) -> np.ndarray:
-        """Returns the ground truth, uint8 [H,W]. Raises ImageError if it is no mask of this size, or OSError."""
-        ground_truth, own_size = imaging.decode_mask(imaging.read_file(path), self.card.data, None)
-        if own_size != size_hw:
-            raise ImageError(f"{own_size[1]}x{own_size[0]} pixels, the image {size_hw[1]}x{size_hw[0]}")
+    def _ground_truth(self, path: str, size_hw: tuple[int, int]) -> np.ndarray:
+        """Returns the ground truth, uint8 [H,W]. Raises ImageError if its size does not fit the image's, or OSError."""
+        ground_truth, own_size = imaging.decode_mask(mask_files.read(path), self.card.data, None)
+        if problem := imaging.problem_of_sizes(size_hw, own_size, self.card.data):
+            raise ImageError(problem)
         return ground_truth
 
     def _counts(self, mask: np.ndarray, ground_truth: np.ndarray) -> np.ndarray:

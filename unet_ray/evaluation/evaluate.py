@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from unet_ray import metrics
 from unet_ray.config import Cleanup, EvaluateConfig, UserError
-from unet_ray.data import storage
+from unet_ray.data import mask_files, storage
 from unet_ray.data.chunks import Chunk, readable, to_parquet
 from unet_ray.data.pairs import Pair
 from unet_ray.data.progress import OnProgress
@@ -81,9 +81,11 @@ def _card_for(config: EvaluateConfig, card: ModelCard) -> ModelCard:
     """Returns the model's card with the config's mask values. Raises UserError if their number does not fit."""
     if config.mask_values is None:
         return card
-    if len(config.mask_values) != len(card.mask_values):
-        raise UserError(f"--mask-values names {len(config.mask_values)}: the model has {len(card.mask_values)}")
-    return dataclasses.replace(card, mask_values=config.mask_values)
+    ids = max(2, card.model.num_classes)
+    if len(config.mask_values) != ids:
+        raise UserError(f"--mask-values names {len(config.mask_values)}: the model has {ids}")
+    of_masks = {**card.of_masks, "mask_values": config.mask_values, "mask_colors": ()}
+    return dataclasses.replace(card, of_masks=of_masks)
 
 
 def _class_names(card: ModelCard) -> tuple[str, ...]:
@@ -98,7 +100,7 @@ def _results(pipeline: Pipeline, compare: Compare, pairs: list[Pair], runtime: R
         "mask_path": [os.fsencode(pair.mask) for pair in pairs],
     }
     chunks = Chunks(columns, chunk_rows(len(pairs), pipeline.row_cost()))
-    shared = {"--images": pairs[0].image, "--masks": pairs[0].mask}
+    shared = {"--images": pairs[0].image, "--masks": mask_files.first_file(pairs[0].mask)}
     yield from pipeline.run(range(len(chunks)), chunks, compare, images=len(pairs), shared=shared, runtime=runtime)
 
 

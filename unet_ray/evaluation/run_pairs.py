@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from unet_ray.config import DataConfig, EvaluateConfig, UserError
+import dataclasses
+
+from unet_ray.config import DataConfig, EvaluateConfig, UserError, shown_locations
 from unet_ray.data import storage
 from unet_ray.data.pairs import Pair, find_pairs
 from unet_ray.data.splits import SPLIT, read_split
@@ -14,23 +16,31 @@ from unet_ray.settings import load_train_config
 def pairs_of(config: EvaluateConfig) -> list[Pair]:
     """Returns the pairs to score: those in the config's folders, or else the run's held-out pairs."""
     if config.images is not None and config.masks is not None:
-        return find_pairs(config.images, config.masks)
-    return pairs_of_run(config.model, "val")
+        card = checkpoint.read_card(checkpoint.model_directory(storage.absolute(config.model)))
+        of_masks = card.of_masks | ({} if config.match is None else {"match": config.match})
+        return find_pairs(
+            dataclasses.replace(card.data, images=config.images, masks=config.masks, **of_masks), say=True
+        )
+    return pairs_of_run(config.model, config.part)
 
 
 def pairs_of_run(model: str, side: str) -> list[Pair]:
-    """Returns the pairs of one side of a run's split, `train` or `val`. Raises UserError if one no longer exists."""
+    """Returns the pairs of one side of a run's split, `train`, `val` or `test`. Raises UserError if one is gone."""
     location = storage.absolute(model)
     checkpoint.model_directory(location)
     trained = _trained(location)
     if trained is None:
         raise UserError(f"{location} is not a run directory, so it has no validation set: give --images and --masks")
     data, sides = trained
-    pairs = [pair for pair in find_pairs(data.images, data.masks) if sides.get(pair.key) == side]
+    pairs = [pair for pair in find_pairs(data) if sides.get(pair.key) == side]
     wanted = sum(other == side for other in sides.values())
+    if not wanted:
+        raise UserError(f"{location} has no images of the part {side}: see {SPLIT} in it")
     if len(pairs) != wanted:
-        what = "validation" if side == "val" else "training"
-        raise UserError(f"{data.images}: {len(pairs)} of the {wanted} {what} images of {location} are still there")
+        what = {"val": "validation", "train": "training"}.get(side, side)
+        raise UserError(
+            f"{shown_locations(data.images)}: {len(pairs)} of the {wanted} {what} images of {location} are still there"
+        )
     return pairs
 
 
@@ -50,5 +60,8 @@ def trained_on(model: str, pairs: list[Pair]) -> int:
     if trained is None:
         return 0
     data, sides = trained
-    used = {storage.join(data.images, key) for key, side in sides.items() if side == "train"}
-    return sum(pair.image.rpartition(".")[0] in used for pair in pairs)
+    try:
+        used = {pair.image for pair in find_pairs(data) if sides.get(pair.key) == "train"}
+    except UserError:  # its folders are gone
+        return 0
+    return sum(pair.image in used for pair in pairs)

@@ -10,16 +10,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from unet_ray.data import storage
-from unet_ray.data.inputs import ImageFile, common_folder, is_one_file, iter_files, iter_images, root_name
+from unet_ray.data.inputs import Choice, ImageFile, common_folder, is_one_file, iter_files, iter_images, root_name
 
 
-def images_of(locations: Sequence[str], column: str | None = None) -> Iterator[ImageFile]:
+def images_of(locations: Sequence[str], column: str | None = None, choice: Choice | None = None) -> Iterator[ImageFile]:
     """Yields the images of all inputs, see `iter_images`. Images that are named one by one are one input. With several
     inputs, each name begins with the name of its input folder."""
     files, others = _apart(locations)
-    inputs = [(root_name(location), iter_images(location, column)) for location in others]
+    inputs = [(root_name(location), iter_images(location, column, frames=True, choice=choice)) for location in others]
     if files:
-        inputs.append((root_name(common_folder(files)), iter_files(files)))
+        inputs.append((root_name(common_folder(files)), iter_files(files, frames=True)))
     used: Counter[str] = Counter()
     for base, images in inputs:
         used[base] += 1

@@ -5,6 +5,7 @@ The ledger (`ledger.py`) records which images are done; the stages (`stages.py`)
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,6 +14,7 @@ from contextlib import closing, contextmanager
 from unet_ray.config import PredictConfig, UserError
 from unet_ray.data import storage
 from unet_ray.data.chunks import Chunk
+from unet_ray.data.inputs import Choice
 from unet_ray.data.output_lock import LOOK_SECONDS, OutputLock
 from unet_ray.data.progress import OnProgress
 from unet_ray.inference import output_folder
@@ -31,6 +33,8 @@ from unet_ray.inference.summary import Outcome, PredictSummary, finish
 from unet_ray.inference.survey import survey
 from unet_ray.inference.write import Write
 from unet_ray.ray_backend.session import Runtime
+
+log = logging.getLogger("unet_ray")
 
 
 def predict(
@@ -79,9 +83,10 @@ def _survey(config: PredictConfig, ledger: Ledger, pipeline: Pipeline, begun: bo
 
     `begun`: whether an earlier run had begun in this folder. Raises UserError if an input does not exist.
     """
-    images, naming = ledger.part.share(images_of(config.inputs, config.column), Naming(config.name))
+    choice = Choice(strict=config.strict)
+    images, naming = ledger.part.share(images_of(config.inputs, config.column, choice), Naming(config.name))
     try:
-        return survey(
+        listed = survey(
             ledger,
             images,
             naming,
@@ -89,10 +94,21 @@ def _survey(config: PredictConfig, ledger: Ledger, pipeline: Pipeline, begun: bo
             lambda count: on_progress(count, 0, 0),
             pipeline.reader() if config.same_content else None,
         )
+        _say_what_was_passed_over(choice)
+        return listed
     except UserError:
         if not begun:  # else the settings with a mistyped input would refuse the right one
             output_folder.take_back(ledger.out, ledger.part)
         raise
+
+
+def _say_what_was_passed_over(choice: Choice) -> None:
+    if choice.passed:
+        kinds = ", ".join(f"{count} {kind or 'without an extension'}" for kind, count in choice.passed.most_common(8))
+        total = choice.passed.total()
+        log.warning(
+            "%d files are no images, and were passed over: %s (--strict makes them rows that fail)", total, kinds
+        )
 
 
 class _Run:

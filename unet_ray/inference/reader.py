@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from unet_ray.data import imaging, pictures, storage
+from unet_ray.data import imaging, pages, pictures, storage
 from unet_ray.data.buckets import OutOfReachError
 from unet_ray.data.chunks import Chunk
 from unet_ray.data.imaging import ImageError, Pixels, Source
@@ -54,7 +54,7 @@ class Reader:
 
     def _file(self, path: str) -> bytes:
         if not storage.is_uri(path):
-            status = Path(path).stat()
+            status = Path(pages.split(path)[0]).stat()
             if stat.S_ISDIR(status.st_mode):
                 raise ImageError("a folder that cannot be listed")
             if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait forever

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,9 @@ WEIGHTS, CARD = "model.safetensors", "model.json"
 MOST_HEADER_BYTES = 100 * 2**20
 """As safetensors itself allows."""
 CLEANUP, INT8 = "cleanup.json", "int8.json"
+ALWAYS = ("mask_values", "ignore_index")
+MASK_SETTINGS = (*ALWAYS, "mask_colors", "mask_resize", "several_masks", "match")
+"""Settings of `DataConfig` by which a model's masks are found and read; all but the first two only if they are used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +46,8 @@ class ModelCard:
     """(height, width) that images are resized to."""
     tile: int
     """See `DataConfig.tile`."""
-    mask_values: tuple[int, ...]
-    ignore_index: int | None
+    of_masks: dict[str, Any]
+    """What the values of mask files mean: the settings of `MASK_SETTINGS`."""
     value_range: ValueRange
     classes: tuple[str, ...]
     flips: str
@@ -61,10 +65,9 @@ class ModelCard:
         return DataConfig(
             image_size=self.image_size,
             tile=self.tile,
-            mask_values=self.mask_values,
-            ignore_index=self.ignore_index,
             value_range=self.value_range,
             classes=self.classes,
+            **self.of_masks,
         )
 
 
@@ -78,15 +81,13 @@ def save_model(
     """Writes a model directory and replaces an older one there."""
     data, augment = config.data, config.augment
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
-    assert data.mask_values is not None
     card = {
         "format": FORMAT,
         "package_version": __version__,
         "model": dataclasses.asdict(config.model),
         "image_size": list(data.size_hw),
         "tile": data.tile,
-        "mask_values": list(data.mask_values),
-        "ignore_index": data.ignore_index,
+        **{name: getattr(data, name) for name in MASK_SETTINGS if name in ALWAYS or getattr(data, name)},
         "value_range": data.value_range,
         "classes": list(data.classes),
         "flips": "h" * bool(augment.hflip) + "v" * bool(augment.vflip or augment.quarter_turns),
@@ -128,8 +129,7 @@ def _parse_card(data: bytes | str, where: str) -> ModelCard:
             model=from_mapping(ModelConfig, values["model"], "model."),
             image_size=tuple(values["image_size"]),
             tile=values["tile"],
-            mask_values=tuple(values["mask_values"]),
-            ignore_index=values["ignore_index"],
+            of_masks=_of_masks(values),
             value_range=from_mapping(DataConfig, {"value_range": values["value_range"]}).value_range,
             classes=tuple(values["classes"]),
             flips=values["flips"],
@@ -139,6 +139,13 @@ def _parse_card(data: bytes | str, where: str) -> ModelCard:
         )
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise UserError(f"{where}: not a model card ({error!r})") from None
+
+
+def _of_masks(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns `ModelCard.of_masks` from the values of a model card."""
+    given = {name: values[name] for name in MASK_SETTINGS if name in ALWAYS or name in values}
+    data = from_mapping(DataConfig, given, "data.")
+    return {name: getattr(data, name) for name in given}
 
 
 def load_model(location: str) -> tuple[SegmentationModel, ModelCard]:

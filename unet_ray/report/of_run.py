@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from unet_ray import __version__
-from unet_ray.config import EvaluateConfig, TrainConfig, UserError
+from unet_ray.config import EvaluateConfig, TrainConfig, UserError, locations
 from unet_ray.data import storage
 from unet_ray.data.inputs import evenly
 from unet_ray.data.pairs import Pair
@@ -91,7 +91,7 @@ def _scored(run: str, config: TrainConfig, runtime: Runtime, on_progress: OnProg
         scores = evaluate(options, pairs=pairs, runtime=runtime, on_progress=on_progress)
     except UserError as error:
         reason = str(error)
-        for place in (run, config.data.images, config.data.masks):
+        for place in (run, *locations(config.data.images), *locations(config.data.masks)):
             reason = reason.replace(place, storage.without_secrets(place))
         return ScoredPairs(pairs=[], notes=[f"The validation images could not be scored again: {reason}"])
     notes = []

@@ -22,8 +22,3 @@ def picture_uri(picture: np.ndarray) -> str:
     stream = io.BytesIO()
     Image.fromarray(picture).save(stream, "JPEG", quality=QUALITY)
     return data_uri(stream.getvalue())
-
-
-def resized_ids(ids: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
-    """Returns class ids, uint8 [H,W], resized by nearest neighbour."""
-    return np.asarray(Image.fromarray(ids).resize(size_hw[::-1], Image.Resampling.NEAREST))

@@ -8,12 +8,12 @@ import numpy as np
 
 from unet_ray.api import Segmenter
 from unet_ray.config import IGNORE, MAX_PIXELS
-from unet_ray.data import imaging, pictures
+from unet_ray.data import imaging, mask_files, pictures
 from unet_ray.data.pairs import Pair
 from unet_ray.inference.reader import Reader
 from unet_ray.metrics import Scores
 from unet_ray.models.checkpoint import ModelCard
-from unet_ray.report.pictures import SIDE, data_uri, picture_uri, resized_ids
+from unet_ray.report.pictures import SIDE, data_uri, picture_uri
 from unet_ray.report.sections import Group, Row, Section, anchor, short
 
 WORST, MIDDLE, BEST = 6, 3, 3
@@ -68,11 +68,11 @@ def _row(segmenter: Segmenter, pair: Pair, card: ModelCard, caption: str) -> Row
     """Returns the row: picture, ground truth, prediction, differences."""
     classes = card.model.num_classes
     data = imaging.read_file(pair.image)
-    ground_truth, _ = imaging.decode_mask(imaging.read_file(pair.mask), card.data, None)
+    ground_truth, _ = imaging.decode_mask(mask_files.read(pair.mask), card.data, None)
     picture = Reader.of(card, MAX_PIXELS).picture(data, ground_truth.shape, SIDE)
     size_hw = picture.shape[:2]
-    true_ids = resized_ids(ground_truth, size_hw)
-    predicted_ids = resized_ids(segmenter(pair.image).mask, size_hw)
+    true_ids = imaging.resized_ids(ground_truth, size_hw)
+    predicted_ids = imaging.resized_ids(segmenter(pair.image).mask, size_hw)
     valid_ids = np.where(true_ids != IGNORE, true_ids, 0).astype(np.uint8)
     shown = [
         (picture_uri(picture), "picture"),

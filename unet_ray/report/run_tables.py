@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from unet_ray import metrics
-from unet_ray.config import DataConfig, TrainConfig
+from unet_ray.config import DataConfig, TrainConfig, locations
 from unet_ray.data import storage
 from unet_ray.metrics import Scores
 from unet_ray.models import compiling
@@ -88,10 +88,10 @@ def settings(config: TrainConfig, card: ModelCard, sides: Counter[str]) -> Table
     binary = card.model.num_classes == 1
     names = ", ".join(card.classes) or ("the foreground" if binary else str(card.model.num_classes))
     loss = fit.loss if fit.loss != "auto" else "bce+dice" if binary else "ce+dice"
-    images, masks = storage.without_secrets(data.images), storage.without_secrets(data.masks)
+    images, masks = (", ".join(map(storage.without_secrets, locations(each))) for each in (data.images, data.masks))
     rows = [
         ["images", f"{images} ({sides['train']} to train on, {sides['val']} to validate on)"],
-        ["masks", f"{masks}, values {', '.join(map(str, data.mask_values or ()))}"],
+        ["masks", f"{masks}, {_meaning(data)}"],
         ["split", _split(data)],
         ["network", f"{network(config)}, {operations / 1e9:.3g} GFLOP an image"],
         ["classes", names],
@@ -102,9 +102,16 @@ def settings(config: TrainConfig, card: ModelCard, sides: Counter[str]) -> Table
         ["precision", fit.precision],
         ["seed", str(fit.seed)],
     ]
-    if data.ignore_index is not None:
-        rows.insert(2, ["ignored", f"pixels of value {data.ignore_index}"])
+    if data.ignored:
+        rows.insert(2, ["ignored", f"pixels of value {', '.join(map(str, data.ignored))}"])
     return Table(rows)
+
+
+def _meaning(data: DataConfig) -> str:
+    """Returns the stored value, or the colour, of each class."""
+    entries = data.mask_colors or data.mask_values or ()
+    text = ", ".join(str([*entry]) if isinstance(entry, tuple) else str(entry) for entry in entries)
+    return f"{'colours' if data.mask_colors else 'values'} {text}"
 
 
 def _split(data: DataConfig) -> str:

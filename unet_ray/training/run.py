@@ -16,6 +16,7 @@ from unet_ray.models import checkpoint, run_files
 from unet_ray.models.device import check_precision, device_here
 from unet_ray.ray_backend.session import Runtime
 from unet_ray.training import tracking
+from unet_ray.training.first_look import look
 from unet_ray.training.follower import Follower, OnEpoch
 from unet_ray.training.loop import fit
 from unet_ray.training.on_cluster import train_on_cluster
@@ -28,6 +29,7 @@ from unet_ray.training.setup import (
     explain_shortages,
     first_weights,
     resolved,
+    with_absolute_paths,
     write_start,
 )
 
@@ -64,16 +66,16 @@ def train(
     """
     _check_settings(config)
     out = storage.absolute(out)
-    images, masks_folder = storage.absolute(config.data.images), storage.absolute(config.data.masks)
-    pairs = find_pairs(images, masks_folder)
-    split = Split.of(pairs, config.data, config.train.seed)
-    config = resolved(config, images, masks_folder, split.train_masks)
+    config = with_absolute_paths(config)
+    split = Split.of(find_pairs(config.data, say=True), config.data, config.train.seed)
+    config = resolved(config, split.train_masks)
     if not storage.exists(storage.join(out, run_files.LOCK)):  # else another training may be at work: the lock tells
         _check_out(config, split, out, resume)
     with output_lock(out, run_files.LOCK, "give the same command again with --resume") as lock:
         # Again, because another training may have begun and ended before this one got the lock.
         _check_out(config, split, out, resume)
         callbacks.on_start(split)
+        look([split.pairs[index] for index in split.train], config)
         _train(config, split, out, runtime, lock, callbacks)
     return storage.patiently(lambda: result_of(out), out)
 

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from unet_ray.config import DataConfig, TrainConfig, UserError, first_line
+from unet_ray.config import DataConfig, TrainConfig, UserError, first_line, locations, shown_locations
 from unet_ray.data import cache, masks, storage
 from unet_ray.data.pairs import Pair
 from unet_ray.data.rows import Decoder, Decodes, Rows, Subset
-from unet_ray.data.splits import SPLIT, read_split, split_pairs, write_split
+from unet_ray.data.splits import SPLIT, divided, read_split, write_split
 from unet_ray.models import run_files, training_state
 from unet_ray.models.training_state import TrainingState
 from unet_ray.settings import load_train_config
@@ -28,14 +28,18 @@ class Split(NamedTuple):
     train: list[int]
     """Indices into `pairs`."""
     val: list[int]
+    test: tuple[str, ...] = ()
+    """Keys of pairs that are neither: `evaluate --part test` scores them."""
 
     @classmethod
     def of(cls, pairs: list[Pair], config: DataConfig, seed: int) -> Split:
-        """Splits the pairs as the settings say, and keeps only those that are used, in their order."""
-        train, val = split_pairs([pair.key for pair in pairs], config, seed)
+        """Splits the pairs as the settings or the names say, and keeps only those that are used, in their order."""
+        keys = [pair.key for pair in pairs]
+        train, val, test = divided(keys, config, seed)
         used = sorted([*train, *val])
         number = {index: row for row, index in enumerate(used)}
-        return cls([pairs[i] for i in used], [number[i] for i in train], [number[i] for i in val])
+        test_keys = tuple(keys[index] for index in test)
+        return cls([pairs[i] for i in used], [number[i] for i in train], [number[i] for i in val], test_keys)
 
     @property
     def train_masks(self) -> list[str]:
@@ -51,26 +55,42 @@ class Split(NamedTuple):
         return [self.pairs[index].key for index in self.val]
 
     def subset_by_key(self) -> dict[str, str]:
-        """Returns key -> `train` or `val`."""
-        return dict.fromkeys(self.train_keys, "train") | dict.fromkeys(self.val_keys, "val")
+        """Returns key -> `train`, `val` or `test`."""
+        known = dict.fromkeys(self.train_keys, "train") | dict.fromkeys(self.val_keys, "val")
+        return known | dict.fromkeys(self.test, "test")
 
     def rows(self, decoded: Rows) -> tuple[Subset, Subset]:
         """Divides the rows of `pairs` into those to train on and those to validate on."""
         return Subset(decoded, self.train), Subset(decoded, self.val)
 
 
-def resolved(config: TrainConfig, images: str, masks_folder: str, train_masks: list[str]) -> TrainConfig:
-    """Fills in the settings that depend on the data, mask values and class weights, and makes paths absolute.
+def with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """Returns the settings with the full names of folders, which a run keeps for later."""
+
+    def absolute(several: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        full = tuple(map(storage.absolute, locations(several)))
+        return full if isinstance(several, tuple) else full[0]
+
+    init = config.train.init
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, images=absolute(config.data.images), masks=absolute(config.data.masks)),
+        train=dataclasses.replace(config.train, init=None if init is None else storage.absolute(init)),
+    )
+
+
+def resolved(config: TrainConfig, train_masks: list[str]) -> TrainConfig:
+    """Fills in the settings that depend on the data: mask values and class weights.
 
     It looks at the masks to train on only: validation must not tell a training anything.
     """
-    data, optimization = dataclasses.replace(config.data, images=images, masks=masks_folder), config.train
-    if optimization.init is not None:
-        optimization = dataclasses.replace(optimization, init=storage.absolute(optimization.init))
-    if data.mask_values is None:
+    data, optimization = config.data, config.train
+    if data.mask_values is None and not data.mask_colors:
         data = dataclasses.replace(data, mask_values=masks.infer_values(train_masks, config.model.num_classes, data))
     if optimization.class_weights == "inverse":
-        optimization = dataclasses.replace(optimization, class_weights=masks.inverse_frequencies(train_masks, data))
+        optimization = dataclasses.replace(
+            optimization, class_weights=masks.inverse_frequencies(train_masks, max(2, config.model.num_classes), data)
+        )
     return dataclasses.replace(config, data=data, train=optimization)
 
 
@@ -99,8 +119,8 @@ def _check_resumable(config: TrainConfig, split: Split, out: str, state: Trainin
     changed = {key for key in now.keys() | written.keys() if now.get(key) != written.get(key)}
     if written and changed:
         raise UserError(
-            f"{config.data.images}: {len(changed)} images have come, gone or changed sides since {out} was begun, so "
-            "--resume can't go on: put them back, or choose another --out"
+            f"{shown_locations(config.data.images)}: {len(changed)} images have come, gone or changed sides since {out}"
+            " was begun, so --resume can't go on: put them back, or choose another --out"
         )
     if state.epoch >= config.train.epochs:
         raise UserError(f"{out} is finished ({state.epoch} epochs): raise --epochs, or choose another --out")

@@ -1,0 +1,41 @@
+"""What a training says about its images before it begins."""
+
+import numpy as np
+from conftest import TINY, make_discs
+from PIL import Image
+
+from unet_ray.data.pairs import find_pairs
+from unet_ray.settings import load_train_config
+from unet_ray.training.first_look import look
+
+
+def said(images, masks, caplog, *settings: tuple[str, object]) -> str:
+    caplog.clear()
+    config = load_train_config(settings=[*TINY, ("data.images", str(images)), ("data.masks", str(masks)), *settings])
+    look(find_pairs(config.data), config)
+    return caplog.text
+
+
+def test_images_that_are_turned_alone_are_said(tmp_path, caplog):
+    images, masks = make_discs(tmp_path / "d", 6)
+    assert said(images, masks, caplog) == ""
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    for path in sorted(images.iterdir())[:2]:
+        Image.open(path).save(path, exif=exif)
+    assert "2 of 6 sampled images are turned by their EXIF orientation" in said(images, masks, caplog)
+    for path in sorted(masks.iterdir())[:2]:
+        Image.open(path).save(path, exif=exif)
+    assert said(images, masks, caplog) == ""
+
+
+def test_images_that_are_nearly_black_as_they_are_read_are_said(tmp_path, caplog):
+    images, masks = make_discs(tmp_path / "d", 6)
+    for number, path in enumerate(sorted(images.iterdir())):
+        dark = np.random.default_rng(number).integers(0, 4000, (32, 32)).astype(np.uint16)
+        Image.fromarray(dark).save(path)
+    assert "no value of 6 sampled images is above 15 of 255" in said(images, masks, caplog, ("model.in_channels", 1))
+    bright = ("data.value_range", [0, 4095])
+    assert said(images, masks, caplog, ("model.in_channels", 1), bright) == ""
+    sorted(images.iterdir())[0].write_bytes(b"damaged")
+    assert said(images, masks, caplog, ("model.in_channels", 1), bright) == ""

@@ -1,0 +1,90 @@
+"""Pages of a TIFF, and frames of a GIF, as images of their own: `volume.tif#3` is the fourth page."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from unet_ray.data import headers, storage
+from unet_ray.data.headers import ImageError
+
+PAGE = re.compile(r"(.+\.(?:tiff?|gif))#(\d+)", re.IGNORECASE | re.DOTALL)
+
+
+def split(location: str) -> tuple[str, int | None]:
+    """Returns the file of a location, and the number of its page; None: the location is a whole file."""
+    found = PAGE.fullmatch(location)
+    if found is None or storage.is_uri(location) or os.path.lexists(location):
+        return location, None
+    return found[1], int(found[2])
+
+
+def count(path: str, *, frames: bool) -> int:
+    """Returns how many images a file on a disk holds: the pages of a TIFF that have one size, and with `frames` those
+    of a GIF; 1 for all others, and for a file that can't be read: decoding it says why."""
+    kind = os.path.splitext(path)[1].lower()  # noqa: PTH122 - called often
+    if storage.is_uri(path) or kind not in ((".tif", ".tiff", ".gif") if frames else (".tif", ".tiff")):
+        return 1
+    try:
+        with Path(path).open("rb") as stream:
+            if kind == ".gif":
+                with Image.open(stream) as image:
+                    return getattr(image, "n_frames", 1)
+            found = headers.tiff_pages(stream)
+    except Exception:  # Pillow's plugins raise many types
+        return 1
+    return len(found) if len({(page.width, page.height) for page in found}) == 1 else 1
+
+
+def read(path: str, number: int, max_pixels: int) -> bytes:
+    """Returns one page or frame as a file of its own, with the same values. Raises ImageError, OSError."""
+    with Path(path).open("rb") as stream:
+        if path.lower().endswith(".gif"):
+            with Image.open(stream) as image:
+                headers.check_pixels(image.width * image.height, max_pixels)
+                image.seek(number)
+                return _encoded(image.convert("RGBA" if "transparency" in image.info else "RGB"))
+        found = headers.tiff_pages(stream)
+        if number >= len(found):
+            raise ImageError(f"it has {len(found)} page(s), and no number {number}")
+        page = found[number]
+        headers.check_pixels(page.width * page.height, max_pixels)
+        if page.needs_tifffile(page.samples):
+            return _array(stream, page.index)
+        stream.seek(0)
+        with Image.open(stream) as image:
+            image.seek(page.index)
+            image.load()
+            return _encoded(image)
+
+
+def read_file(location: str, max_pixels: int) -> bytes:
+    """Reads an encoded image or mask, or one page, see `headers.read_file`. Raises OSError, ImageError."""
+    path, page = split(location)
+    return headers.read_file(path, max_pixels) if page is None else read(path, page, max_pixels)
+
+
+def _encoded(image: Image.Image) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, "TIFF")
+    return stream.getvalue()
+
+
+def _array(stream: io.BufferedReader, index: int) -> bytes:
+    import tifffile
+
+    stream.seek(0)
+    with tifffile.TiffFile(stream) as file:
+        page = file.pages[index]
+        values = page.asarray()
+        axes = page.axes
+    if "S" in axes and axes.index("S") == 0:  # planes one after the other
+        values = np.moveaxis(values, 0, -1)
+    out = io.BytesIO()
+    np.save(out, values)
+    return out.getvalue()

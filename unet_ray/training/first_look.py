@@ -1,0 +1,67 @@
+"""Looks at some images before a training, and says what may spoil it: pictures that are turned, or nearly black."""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from PIL import Image
+
+from unet_ray.config import TrainConfig, shown_locations
+from unet_ray.data import imaging, mask_files
+from unet_ray.data.inputs import evenly
+from unet_ray.data.pairs import Pair
+
+log = logging.getLogger("unet_ray")
+
+SAMPLE, SIDE = 16, 64
+NEARLY_BLACK = 16
+"""If no value of the sampled images is above it, of 255, they were read with the wrong range."""
+
+
+def look(pairs: Sequence[Pair], config: TrainConfig) -> None:
+    """Logs a warning for images that are turned by EXIF while their masks are not, or that are nearly black."""
+    with ThreadPoolExecutor() as threads:
+        seen = [found for found in threads.map(lambda pair: _seen(pair, config), evenly(pairs, SAMPLE)) if found]
+    if not seen:
+        return
+    turned = sum(is_turned for is_turned, _ in seen)
+    if turned:
+        log.warning(
+            "%d of %d sampled images are turned by their EXIF orientation, and their masks have none: masks that were"
+            " drawn on the pictures as they are stored are wrong (`unet-ray doctor` looks at all)",
+            turned,
+            len(seen),
+        )
+    top = max(brightest for _, brightest in seen)
+    if top <= NEARLY_BLACK:
+        log.warning(
+            "%s: no value of %d sampled images is above %d of 255 as they are read: `unet-ray doctor` prints the"
+            " data.value_range that fits",
+            shown_locations(config.data.images),
+            len(seen),
+            top,
+        )
+
+
+def _seen(pair: Pair, config: TrainConfig) -> tuple[bool, int] | None:
+    """Returns whether the image is turned and its mask is not, and its brightest value; None if it can't be read."""
+    try:
+        data = imaging.read_file(pair.image)
+        array, _ = imaging.decode_image(
+            data, config.model.in_channels, (SIDE, SIDE), value_range=config.data.value_range
+        )
+        turned = _orientation(data) > 1 >= _orientation(imaging.read_file(mask_files.first_file(pair.mask)))
+    except (imaging.ImageError, OSError, ValueError):
+        return None  # the training stops at it, and names it
+    return turned, int(array.max(initial=0))
+
+
+def _orientation(data: bytes) -> int:
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return int(image.getexif().get(imaging.ORIENTATION, 1))
+    except Exception:  # an array, or a file that Pillow doesn't know
+        return 1
