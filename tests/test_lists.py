@@ -35,6 +35,7 @@ def names_in(location: Path, column: str | None = None) -> list[str]:
         ("l.txt", "a/1.jpg\nb, c/2.png\n".encode("utf-16")),
         ("l.txt", "a/1.jpg\nb, c/2.png\n".encode("utf-16-le")),
         ("l.txt", "a/1.jpg\nb, c/2.png\n".encode("utf-16-be")),
+        ("l.txt", "\ufeffa/1.jpg\nb, c/2.png\n".encode("utf-16")),
         ("l.csv", b'label,path\ncar,a/1.jpg\n# a comment\ncar,"b, c/2.png"\n'),
         ("l.csv", b"Path;label\na/1.jpg;car\nb, c/2.png;car\n"),
         ("l.csv", b'a/1.jpg,0\n"b, c/2.png",1\n'),

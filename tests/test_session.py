@@ -50,6 +50,18 @@ def test_auto_without_a_ray_is_refused(monkeypatch):
         address.check_address("auto")
 
 
+def test_auto_looks_for_a_ray_of_this_machine(monkeypatch):
+    from ray._private import services
+
+    def not_found(_address: str) -> str:
+        raise ConnectionError("Could not find any running Ray instance")
+
+    monkeypatch.setattr(services, "canonicalize_bootstrap_address", not_found)
+    assert internals.running_here() is None
+    monkeypatch.setattr(services, "canonicalize_bootstrap_address", lambda _address: "127.0.0.9:6379")
+    assert internals.running_here() == "127.0.0.9:6379"
+
+
 def test_a_refused_token_is_named_as_such():
     error = address.refused("head:6379", RuntimeError("Unauthenticated: invalid auth token\nstack"))
     assert "refuses this machine's token" in str(error) and "ray get-auth-token" in str(error)

@@ -52,7 +52,7 @@ def decoded(data: bytes) -> str:
     """Decodes UTF-8 and UTF-16, with or without a byte order mark. Bytes that are neither stay as file names have them
     (surrogate escapes)."""
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return data.decode("utf-16", "replace")
+        return data.decode("utf-16", "replace").removeprefix("\ufeff")  # some tools write a second mark
     if b"\0" in data[:4]:  # the first letters of a path are ASCII
         return data.decode("utf-16-le" if data[1:2] == b"\0" else "utf-16-be", "replace")
     return data.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape")

@@ -93,7 +93,10 @@ def running_here() -> str | None:
     """
     from ray._private.services import canonicalize_bootstrap_address
 
-    return canonicalize_bootstrap_address("auto")
+    try:
+        return canonicalize_bootstrap_address("auto")
+    except ConnectionError:  # there is none
+        return None
 
 
 def ask_head(host_and_port: str) -> None:
