@@ -237,7 +237,7 @@ def test_a_mistake_is_one_line_that_names_the_remedy(folder, tmp_path):
         yield f"{tmp_path}/none.png: .*No such file", lambda: segmenter(tmp_path / "none.png")
         yield f"{tmp_path}: a folder|{tmp_path}: not a regular file", lambda: segmenter(tmp_path)
         yield "the image: an array \\[2, 3, 4, 3\\]", lambda: segmenter(np.zeros((2, 3, 4, 3), np.uint8))
-        yield "floating-point pixels|channel", lambda: segmenter(np.zeros((2, 3, 3), np.float32))
+        yield "float32 from 0 to 0|channel", lambda: segmenter(np.zeros((2, 3, 3), np.float32))
         yield "not list", lambda: segmenter([1, 2])
         yield "not an array of object", lambda: segmenter(np.array([None]))
         yield "end with .png", lambda: segmenter(photo(9, 9)).save(tmp_path / "mask.jpg")
@@ -262,3 +262,21 @@ def test_the_package_lists_its_names_before_anything_is_loaded():
     subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
         _ = unet_ray.trian
+
+
+@pytest.mark.parametrize(
+    ("image", "conversion"),
+    [
+        (np.full((32, 32, 3), 0.5), "(255 * image).round().astype(np.uint8)"),
+        (np.full((32, 32, 3), 200.0, np.float32), "image.round().astype(np.uint8)"),
+        (np.full((32, 32, 3), 200), "image.astype(np.uint8)"),
+        (np.full((32, 32), 200, np.uint16), "image.astype(np.uint8)"),
+    ],
+)
+def test_an_array_that_would_be_seen_in_black_is_refused_with_the_conversion(tmp_path, image, conversion):
+    segmenter = Segmenter(make_model(tmp_path / "model"), precision="fp32")
+    with pytest.raises(UserError) as refused:
+        segmenter(image)
+    assert str(refused.value).endswith(f"pass {conversion}")
+    converted = eval(conversion, {"image": image, "np": np})
+    assert segmenter(converted).mask.shape == (32, 32)

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from unet_ray.config import MAX_PIXELS, EvaluateConfig, MaskOptions, PredictConfig, TrainConfig, UserError
+from unet_ray.config import MAX_PIXELS, EvaluateConfig, MaskOptions, PredictConfig, TrainConfig, UserError, ValueRange
 from unet_ray.data import imaging, masks, pictures, storage
 from unet_ray.data.chunks import objects
 from unet_ray.data.imaging import ImageError, Source
@@ -311,7 +311,7 @@ class Segmenter:
         if isinstance(image, (str, os.PathLike)):
             path = storage.absolute(image)
         else:
-            source = _source(image, card.model.in_channels)
+            source = _source(image, card.model.in_channels, card.value_range)
             reader = GivenReader(reader.channels, reader.value_range, reader.max_pixels, None, source)
         prediction = self.pipeline.one(self.batches, path, reader, probabilities=probabilities)
         found = prediction.segmented
@@ -323,7 +323,23 @@ class Segmenter:
         )
 
 
-def _source(image: Image.Image | np.ndarray, channels: int) -> Source:
+def _check_values(image: np.ndarray, value_range: ValueRange) -> None:
+    """Raises UserError for an array that an 8-bit model would see in black, with the conversion to write."""
+    if value_range is not None or image.dtype in (np.uint8, bool) or not image.size:
+        return
+    low, high = image.min(), image.max()
+    if image.dtype.kind == "f":
+        conversion = "(255 * image).round().astype(np.uint8)" if high <= 1 else "image.round().astype(np.uint8)"
+    elif high <= 255:
+        conversion = "image.astype(np.uint8)"
+    else:
+        return  # 16 bits, of which the upper 8 count, as in a file
+    raise UserError(
+        f"an array of {image.dtype} from {low:g} to {high:g}, and the model takes 0 to 255 in uint8: pass {conversion}"
+    )
+
+
+def _source(image: Image.Image | np.ndarray, channels: int, value_range: ValueRange) -> Source:
     if isinstance(image, Image.Image):
         return image
     if not isinstance(image, np.ndarray) or image.dtype.kind not in "biuf":
@@ -333,6 +349,7 @@ def _source(image: Image.Image | np.ndarray, channels: int) -> Source:
     known = pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in imaging.MODES)
     if known and pixels.size and pixels.dtype == np.uint8 and channels in imaging.MODES:
         return Image.fromarray(np.ascontiguousarray(pixels))
+    _check_values(image, value_range)
     # Other types and other numbers of channels are treated like a .npy file.
     stream = io.BytesIO()
     np.save(stream, image, allow_pickle=False)

@@ -236,8 +236,13 @@ def _to_8_bits(values: np.ndarray, value_range: ValueRange) -> np.ndarray:
             return values.astype(np.uint8) * np.uint8(255)
         if values.dtype.kind not in "iu":
             raise ImageError("floating-point pixels: train with --set data.value_range='[LOWEST, HIGHEST]'")
-        if values.max(initial=0) > 65535 or values.min(initial=0) < 0:
+        top = int(values.max(initial=0))
+        if top > 65535 or values.min(initial=0) < 0:
             raise ImageError("its values are beyond 16 bits")
+        if values.dtype.itemsize > 2 and 0 < top < 256:  # of which the upper 8 bits would be 0
+            raise ImageError(
+                f"values from 0 to {top} in {values.dtype}: store uint8, or train with data.value_range='[0, 255]'"
+            )
         return (values >> 8).astype(np.uint8)
     if value_range == "percentiles":
         low, high = (float(v) for v in np.percentile(values[:: max(1, len(values) // 1024)], PERCENTILES))
