@@ -58,6 +58,8 @@ NAME_COLUMNS = ("path", "file_name", "name", "id")
 """Columns that may name those images; the first one present is used."""
 PREDICTION = ("settings.json", "manifest.parquet", ".work")
 """Names by which the output folder of a prediction is known: the first, and one of the others."""
+PAGED = frozenset({".tif", "tiff", ".gif"})
+"""Ends of the names of files that may hold several images."""
 NAMES_AT_ONCE = 2**16
 LISTED_AT_ONCE = 1024
 NO_IMAGE = "this row of the list names no image"
@@ -142,7 +144,10 @@ def iter_images(
     count = 0
     for image in _found(location, column, choice or Choice()):
         count += 1
-        yield from _pages(image, frames=frames)
+        if image.name[-4:].lower() in PAGED:
+            yield from _pages(image, frames=frames)
+        else:
+            yield image
     if not count:
         raise UserError(f"{location}: no image in it ({', '.join(sorted(EXTENSIONS))})")
 
@@ -377,7 +382,7 @@ def _names_here(folder: str, subfolders: list[str], choice: Choice) -> Iterator[
             if entry.is_dir():
                 if not entry.name.startswith("."):
                     subfolders.append(entry.name)
-            elif choice.takes(entry.name, entry.path):
+            elif _wanted(entry.name) or choice.takes(entry.name, entry.path):  # the first is called by the million
                 batch.append(os.fsencode(entry.name))
                 if len(batch) == NAMES_AT_ONCE:
                     kept.append(pa.array(batch, pa.large_binary()))
