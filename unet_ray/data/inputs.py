@@ -27,9 +27,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from unet_ray.config import UserError
-from unet_ray.data import lists, pages, storage
+from unet_ray.data import lists, storage
 from unet_ray.data.buckets import patient
 from unet_ray.data.lists import Entry
+from unet_ray.data.pages import count as count_pages
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileInfo
@@ -120,13 +121,18 @@ def evenly(items: Sequence[T], count: int) -> list[T]:
     return [items[number * len(items) // count] for number in range(count)] if len(items) > count else list(items)
 
 
-def find_images(location: str) -> list[ImageFile]:
+def find_images(location: str, *, pages: bool = True) -> list[ImageFile]:
     """Returns all images that `iter_images` finds, sorted by relative path. Raises UserError."""
-    return sorted(iter_images(location), key=lambda image: image.name)
+    return sorted(iter_images(location, pages=pages), key=lambda image: image.name)
 
 
 def iter_images(
-    location: str, column: str | None = None, *, frames: bool = False, choice: Choice | None = None
+    location: str,
+    column: str | None = None,
+    *,
+    pages: bool = True,
+    frames: bool = False,
+    choice: Choice | None = None,
 ) -> Iterator[ImageFile]:
     """Yields the images of a folder and its subfolders, of a glob of files or folders, of a list, or a single file.
 
@@ -135,16 +141,15 @@ def iter_images(
     bytes and path). A folder without any image may hold such Parquet files. `column`: the column of a table to use.
     Relative paths are below the list's folder. In folders and globs, hidden files, extensions that are not in
     `EXTENSIONS` (unless the file begins as an image does, see `Choice`), and folders that `predict` has written are
-    skipped. A broken link, or a file in a list that does not
-    exist, has size -1, and so has a line of a list that names no image. Each page of a TIFF on a disk is an image, and
-    with `frames` each frame of a GIF. Only the names of one folder at a time are in memory. Raises UserError if there
-    is no such folder or no image in it.
+    skipped. A broken link, or a file in a list that does not exist, has size -1, and so has a line of a list that names
+    no image. With `pages` each page of a TIFF on a disk is an image, and with `frames` each frame of a GIF. Only the
+    names of one folder at a time are in memory. Raises UserError if there is no such folder or no image in it.
     """
     location = storage.absolute(location)
     count = 0
     for image in _found(location, column, choice or Choice()):
         count += 1
-        if image.name[-4:].lower() in PAGED:
+        if pages and image.name[-4:].lower() in PAGED:
             yield from _pages(image, frames=frames)
         else:
             yield image
@@ -154,7 +159,7 @@ def iter_images(
 
 def _pages(image: ImageFile, *, frames: bool) -> Iterator[ImageFile]:
     """Yields the pages of an image, or the image itself if it has one."""
-    number = 1 if image.source or image.size <= 0 else pages.count(image.path, frames=frames)
+    number = 1 if image.source or image.size <= 0 else count_pages(image.path, frames=frames)
     if number == 1:
         yield image
         return
@@ -164,13 +169,13 @@ def _pages(image: ImageFile, *, frames: bool) -> Iterator[ImageFile]:
         yield dataclasses.replace(image, key=key, path=f"{image.path}#{page}", name=f"{key}.{kind}")
 
 
-def iter_files(paths: Sequence[str], *, frames: bool = False) -> Iterator[ImageFile]:
+def iter_files(paths: Sequence[str], *, pages: bool = True, frames: bool = False) -> Iterator[ImageFile]:
     """Yields images that are named one by one; their relative paths begin at their common folder. Raises UserError."""
     paths = [storage.absolute(path) for path in paths]
     for image in _listed([Entry(0, path) for path in paths], common_folder(paths), ""):
         if image.size < 0 and not os.path.islink(image.path):  # noqa: PTH114 - a name need not be UTF-8
             raise UserError(f"{image.path}: no such folder or file")
-        yield from _pages(image, frames=frames)
+        yield from _pages(image, frames=frames) if pages else (image,)
 
 
 def is_one_file(location: str) -> bool:

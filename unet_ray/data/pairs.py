@@ -49,7 +49,11 @@ class Matches:
 # --- which files there are ---
 
 
-def list_pair_files(data: DataConfig) -> tuple[list[ImageFile], list[ImageFile], bool]:
+PAGES_ARE_CHANNELS = 5
+"""Networks of so many channels take the pages of a TIFF as channels; with fewer, each page is an image."""
+
+
+def list_pair_files(data: DataConfig, channels: int = 3) -> tuple[list[ImageFile], list[ImageFile], bool]:
     """Lists the images and the masks, and tells whether both are in one folder. Raises UserError.
 
     A key begins where the folders differ: with several folders it begins with the part of their paths in which they
@@ -57,21 +61,21 @@ def list_pair_files(data: DataConfig) -> tuple[list[ImageFile], list[ImageFile],
     """
     images, masks = locations(data.images), locations(data.masks)
     if set(images) == set(masks):
-        found = _listed(images, _prefixes(images))
+        found = _listed(images, _prefixes(images), channels)
         return found, found, True
     prefixes = _prefixes(images)
-    found_images = _listed(images, prefixes)
-    found_masks = _listed(masks, prefixes if len(masks) == len(images) else [""] * len(masks))
+    found_images = _listed(images, prefixes, channels)
+    found_masks = _listed(masks, prefixes if len(masks) == len(images) else [""] * len(masks), 1)
     are_masks = {mask.path for mask in found_masks}
     # Globs such as `*.png` and `*_mask.png` may overlap.
     rest = [image for image in found_images if image.path not in are_masks]
     return (rest or found_images), found_masks, False
 
 
-def _listed(folders: Sequence[str], prefixes: Sequence[str]) -> list[ImageFile]:
+def _listed(folders: Sequence[str], prefixes: Sequence[str], channels: int) -> list[ImageFile]:
     files: list[ImageFile] = []
     for location, prefix in zip(folders, prefixes, strict=True):
-        for image in find_images(location):
+        for image in find_images(location, pages=channels < PAGES_ARE_CHANNELS):
             key = prefix + _without_stack(location, without_pattern(location, image.key))
             files.append(replace(image, key=key, name=prefix + image.name))
     return sorted(files, key=lambda image: image.name)
@@ -178,15 +182,15 @@ def _location(masks: Sequence[ImageFile], folders: Sequence[str]) -> str:
     return mask_files.joined([by_folder.get(folder, "") for folder in folders])
 
 
-def find_pairs(data: DataConfig, *, say: bool = False) -> list[Pair]:
-    """Pairs each image with its mask, sorted by key.
+def find_pairs(data: DataConfig, channels: int = 3, *, say: bool = False) -> list[Pair]:
+    """Pairs each image with its mask, sorted by key. `channels`: of the network.
 
     A mask has the image's relative path and stem (`car.jpg`: `car.png` or `car_mask.gif`); both may be in one folder.
     Names match exactly: `train1` is never `train10`. With `data.match`, the text that it finds must be the same in both
     names. Images without a mask are left out, and so are masks without an image; `say` logs how many. Raises UserError
     if nothing pairs, or if it can't be told what belongs together.
     """
-    images, masks, one_folder = list_pair_files(data)
+    images, masks, one_folder = list_pair_files(data, channels)
     found = match_pairs(images, masks, one_folder=one_folder, match=data.match, several=data.several_masks)
     _refuse(found, data)
     if say:

@@ -18,9 +18,8 @@ def pairs_of(config: EvaluateConfig) -> list[Pair]:
     if config.images is not None and config.masks is not None:
         card = checkpoint.read_card(checkpoint.model_directory(storage.absolute(config.model)))
         of_masks = card.of_masks | ({} if config.match is None else {"match": config.match})
-        return find_pairs(
-            dataclasses.replace(card.data, images=config.images, masks=config.masks, **of_masks), say=True
-        )
+        data = dataclasses.replace(card.data, images=config.images, masks=config.masks, **of_masks)
+        return find_pairs(data, card.model.in_channels, say=True)
     return pairs_of_run(config.model, config.part)
 
 
@@ -31,8 +30,8 @@ def pairs_of_run(model: str, side: str) -> list[Pair]:
     trained = _trained(location)
     if trained is None:
         raise UserError(f"{location} is not a run directory, so it has no validation set: give --images and --masks")
-    data, sides = trained
-    pairs = [pair for pair in find_pairs(data) if sides.get(pair.key) == side]
+    data, channels, sides = trained
+    pairs = [pair for pair in find_pairs(data, channels) if sides.get(pair.key) == side]
     wanted = sum(other == side for other in sides.values())
     if not wanted:
         raise UserError(f"{location} has no images of the part {side}: see {SPLIT} in it")
@@ -44,14 +43,14 @@ def pairs_of_run(model: str, side: str) -> list[Pair]:
     return pairs
 
 
-def _trained(location: str) -> tuple[DataConfig, dict[str, str]] | None:
-    """Returns a run's data settings and the side (`train`, `val`) of each image key; None if `location` is no run
-    directory."""
+def _trained(location: str) -> tuple[DataConfig, int, dict[str, str]] | None:
+    """Returns a run's data settings, the channels of its network, and the side (`train`, `val`, `test`) of each image
+    key; None if `location` is no run directory."""
     path = storage.join(location, CONFIG)
     if not storage.exists(path):
         return None
-    data = load_train_config(config_file=storage.read_bytes(path).decode()).data
-    return data, read_split(storage.join(location, SPLIT))
+    config = load_train_config(config_file=storage.read_bytes(path).decode())
+    return config.data, config.model.in_channels, read_split(storage.join(location, SPLIT))
 
 
 def trained_on(model: str, pairs: list[Pair]) -> int:
@@ -59,9 +58,9 @@ def trained_on(model: str, pairs: list[Pair]) -> int:
     trained = _trained(storage.absolute(model))
     if trained is None:
         return 0
-    data, sides = trained
+    data, channels, sides = trained
     try:
-        used = {pair.image for pair in find_pairs(data) if sides.get(pair.key) == "train"}
+        used = {pair.image for pair in find_pairs(data, channels) if sides.get(pair.key) == "train"}
     except UserError:  # its folders are gone
         return 0
     return sum(pair.image in used for pair in pairs)

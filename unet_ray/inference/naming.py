@@ -11,15 +11,22 @@ from dataclasses import dataclass
 
 from unet_ray.data import storage
 from unet_ray.data.inputs import Choice, ImageFile, common_folder, is_one_file, iter_files, iter_images, root_name
+from unet_ray.data.pairs import PAGES_ARE_CHANNELS
 
 
-def images_of(locations: Sequence[str], column: str | None = None, choice: Choice | None = None) -> Iterator[ImageFile]:
+def images_of(
+    locations: Sequence[str], column: str | None = None, choice: Choice | None = None, channels: int = 3
+) -> Iterator[ImageFile]:
     """Yields the images of all inputs, see `iter_images`. Images that are named one by one are one input. With several
     inputs, each name begins with the name of its input folder."""
     files, others = _apart(locations)
-    inputs = [(root_name(location), iter_images(location, column, frames=True, choice=choice)) for location in others]
+    pages = channels < PAGES_ARE_CHANNELS
+    inputs = [
+        (root_name(location), iter_images(location, column, pages=pages, frames=True, choice=choice))
+        for location in others
+    ]
     if files:
-        inputs.append((root_name(common_folder(files)), iter_files(files, frames=True)))
+        inputs.append((root_name(common_folder(files)), iter_files(files, pages=pages, frames=True)))
     used: Counter[str] = Counter()
     for base, images in inputs:
         used[base] += 1

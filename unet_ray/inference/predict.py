@@ -84,7 +84,9 @@ def _survey(config: PredictConfig, ledger: Ledger, pipeline: Pipeline, begun: bo
     `begun`: whether an earlier run had begun in this folder. Raises UserError if an input does not exist.
     """
     choice = Choice(strict=config.strict)
-    images, naming = ledger.part.share(images_of(config.inputs, config.column, choice), Naming(config.name))
+    images, naming = ledger.part.share(
+        images_of(config.inputs, config.column, choice, pipeline.card.model.in_channels), Naming(config.name)
+    )
     try:
         listed = survey(
             ledger,

@@ -67,7 +67,7 @@ def train(
     _check_settings(config)
     out = storage.absolute(out)
     config = with_absolute_paths(config)
-    split = Split.of(find_pairs(config.data, say=True), config.data, config.train.seed)
+    split = Split.of(find_pairs(config.data, config.model.in_channels, say=True), config.data, config.train.seed)
     config = resolved(config, split.train_masks)
     if not storage.exists(storage.join(out, run_files.LOCK)):  # else another training may be at work: the lock tells
         _check_out(config, split, out, resume)
