@@ -177,6 +177,11 @@ def coloured_masks(images, masks):
     every(masks, lambda mask: np.where(mask[..., None] > 0, [200, 30, 30], [0, 0, 90]).astype(np.uint8))
 
 
+def one_coloured_mask(images, masks):
+    mask = np.asarray(Image.open(masks / FIRST))
+    save(masks / FIRST, np.where(mask[..., None] > 0, [200, 30, 30], [0, 0, 0]).astype(np.uint8))
+
+
 def float_masks(images, masks):
     for path in list(masks.iterdir()):
         Image.fromarray((np.asarray(Image.open(path)) / 300).astype(np.float32)).save(path.with_suffix(".tif"))
@@ -329,6 +334,7 @@ PLANTED = [
     (one_of_another_scale, "mask-of-another-scale", FIRST),
     (turned_image, "mask-not-turned-like-its-image", FIRST),
     (upside_down_image, "mask-not-turned-like-its-image", FIRST),
+    (one_coloured_mask, "masks-in-colours", FIRST),
     (float_masks, "floating-point-masks", "a_000.tif"),
     (huge_mask_values, "mask-values-beyond-16-bits", "a_000.npy"),
     (differing_values, "mask-values-differ", FIRST),

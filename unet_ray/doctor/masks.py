@@ -43,7 +43,7 @@ NO_MASKS = {
     "mask-is-the-image": ("the image itself", "put the masks there: is --masks the right folder?"),
     "masks-in-colours": (
         "in colours",
-        "too many for classes: store each class in one colour, without smoothing or JPEG, or class ids in a gray PNG",
+        "all masks alike: each class in one colour without smoothing or JPEG, or class ids in a gray PNG",
     ),
     "floating-point-masks": (
         "with floating-point values",
@@ -121,8 +121,9 @@ def classes(looks: Sequence[Look], way: Way, folders: Sequence[str]) -> tuple[Cl
 def _colours(looks: Sequence[Look], known: ClassList) -> tuple[Classes, list[Finding]] | None:
     """Returns the classes of masks in colours, or whose palettes differ; None if the masks are neither."""
     in_colours = [look for look in looks if look.no_mask == "masks-in-colours"]
+    in_gray = [look for look in looks if look.counts and set(look.counts) != {0} and not look.palette]
     differ = _palettes_differ(looks)
-    if not (in_colours or differ):
+    if not differ and len(in_colours) <= len(in_gray):  # a few in colours among others are a mistake
         return None
     occurs: Counter[tuple[int, ...]] = Counter()
     for look in looks:
