@@ -41,8 +41,9 @@ def infer_values(mask_paths: Sequence[str], num_classes: int, config: DataConfig
     shown = ", ".join(map(str, values[:8])) + (" …" if len(values) > 8 else "")
     raise UserError(
         f"{len(values)} mask value(s) ({shown}) for {ids} classes: name the value of each with "
-        "--set data.mask_values='[0, 255]', their number with --set model.num_classes=K, "
-        "and one to leave out with --set data.ignore_index=V"
+        "--set data.mask_values='[0, 255]' (JPEG: \"[0, '>=128']\"; numbered objects: \"[0, '>0']\"), their number "
+        "with --set model.num_classes=K, and one to leave out with --set data.ignore_index=V; `unet-ray doctor` prints "
+        "what fits"
     )
 
 
