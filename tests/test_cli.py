@@ -221,7 +221,11 @@ def test_masks_with_other_values_are_scored_when_the_values_are_named(trained, t
     images, masks = make_discs(tmp_path / "ids", 4, mask_value=1)
     pairs = ["--images", images, "--masks", masks, "--local"]
     assert "outside the classes" in run("evaluate", trained, *pairs, code=2).output
-    assert run("evaluate", trained, *pairs, "--mask-values", "0,1").exit_code == 0
+    for values in ("0,1", "[0, '>0']"):
+        assert run("evaluate", trained, *pairs, "--mask-values", values).exit_code == 0
+    assert (
+        "is no value and no comparison" in run("evaluate", trained, *pairs, "--mask-values", "[0, 'x']", code=2).output
+    )
 
 
 def broken(discs, kind: str) -> None:

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import click
+import yaml
 
 from unet_ray.cli.options import (
     DATA,
@@ -25,9 +26,10 @@ from unet_ray.cli.options import (
     runtime,
     workers,
 )
-from unet_ray.config import EvaluateConfig, UserError
+from unet_ray.config import DataConfig, EvaluateConfig, MaskValue, UserError
 from unet_ray.ray_backend.session import Runtime
 from unet_ray.report.progress import ImagesDisplay
+from unet_ray.settings import from_mapping
 
 if TYPE_CHECKING:
     from unet_ray.data.pairs import Pair
@@ -52,7 +54,7 @@ REASONS = 5
     DATA,
     "--mask-values",
     metavar="LIST",
-    help="Stored value of each class in these masks, e.g. 0,255.",
+    help="Stored value of each class in these masks, e.g. 0,255 or \"[0, '>0']\" (see data.mask_values).",
     shown="as in training",
 )
 @option(
@@ -107,8 +109,7 @@ def evaluate(
     """
     if choose_cleanup and (against is not None or table is not None):
         raise UserError("--choose-cleanup goes without --against and --table")
-    values = None if mask_values is None else numbers(mask_values, "--mask-values", "0,255")
-    config = EvaluateConfig(model=model, mask_values=values, **given(options))
+    config = EvaluateConfig(model=model, mask_values=_mask_values(mask_values), **given(options))
     from unet_ray.evaluation.run_pairs import pairs_of, trained_on
 
     scored_pairs = pairs_of(config)
@@ -182,3 +183,14 @@ def _print_comparison(against: str, other: Scores, comparison: Comparison) -> No
         f"(95 % {low:+.4f} – {high:+.4f}), better on {comparison.better} and worse on {comparison.worse} of "
         f"{comparison.images} images, p = {comparison.p_value:.2g} (Wilcoxon)"
     )
+
+
+def _mask_values(text: str | None) -> tuple[MaskValue, ...] | None:
+    """Reads `0,255`, or a list as `--set data.mask_values` takes it. Raises UserError."""
+    if text is None or not text.startswith("["):
+        return None if text is None else numbers(text, "--mask-values", "0,255")
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"--mask-values {text!r} is no list, e.g. \"[0, '>0']\"") from None
+    return from_mapping(DataConfig, {"mask_values": values}).mask_values
