@@ -152,11 +152,19 @@ ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
 configure()
 bad = max(node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU"))
 
+deaths = sys.argv[2]
+
 def model(threads):
     if ray.get_runtime_context().get_node_id() == bad:
+        open(f"{deaths}/{os.getpid()}", "w").close()
         os._exit(1)
     def stage(chunk):
         time.sleep(1)
+        last = int(chunk["number"][0]) == 44
+        end = time.monotonic() + 120
+        while last and len(os.listdir(deaths)) < 4 and time.monotonic() < end:
+            time.sleep(0.5)  # on a slow machine the other node could do all chunks before four have died
+        time.sleep(9 * last)
         return {**chunk, "node": np.array([ray.get_runtime_context().get_node_id()])}
     return stage
 
@@ -169,9 +177,9 @@ assert bad not in {str(chunk["node"][0]) for chunk in chunks}
 
 
 @pytest.mark.cluster
-def test_a_node_on_which_replicas_always_die_is_named_and_the_job_goes_on(machines):
+def test_a_node_on_which_replicas_always_die_is_named_and_the_job_goes_on(machines, tmp_path):
     machines.complete()
-    command = [sys.executable, "-c", ON_ONE_NODE, machines.address]
+    command = [sys.executable, "-c", ON_ONE_NODE, machines.address, str(tmp_path)]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"4 replicas of the model died on {NETWORK}." in done.stderr
