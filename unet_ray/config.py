@@ -506,7 +506,7 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Returns section -> setting -> value, in YAML's own types."""
-        return _plain(dataclasses.asdict(self))
+        return plain(dataclasses.asdict(self))
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
@@ -691,10 +691,10 @@ def _at_least(section: Any, prefix: str, **bounds: float) -> None:
             raise UserError(f"{prefix}.{name} is {getattr(section, name)}: must be {bound} or more")
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Turns tuples into lists, since YAML has no tuples."""
     if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
+        return {k: plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     return value

@@ -70,7 +70,7 @@ def _table(values: tuple[MaskValue, ...], ignored: tuple[int, ...]) -> np.ndarra
 
 @functools.lru_cache(maxsize=2)
 def _table_of_colours(colours: tuple[Colour | tuple[Colour, ...], ...], ignored: tuple[Any, ...]) -> np.ndarray:
-    """Returns class id by colour, int16 [2**24]: 32 MiB, of which the operating system keeps only the pages in use."""
+    """Returns class id by colour, int16 [2**24], which takes 32 MiB."""
     table = np.full(2**24, UNKNOWN, np.int16)
     for class_id, entry in enumerate(colours):
         table[[colour_code(colour) for colour in colours_of(entry)]] = class_id

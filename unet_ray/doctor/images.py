@@ -15,11 +15,11 @@ from unet_ray.doctor.files import Header
 from unet_ray.doctor.pixels import Look
 from unet_ray.doctor.report import Finding, error, note, warning
 from unet_ray.doctor.words import few, number, setting, times
+from unet_ray.training.first_look import NEARLY_BLACK
 
 TINY, DIFFER_AREA, DIFFER_ASPECT = 32, 16, 3
 SPREAD = 4
 """Images whose brightest values differ by more than this factor have no common range."""
-NEARLY_BLACK = 16
 DARK_16_BIT = 2**14
 
 

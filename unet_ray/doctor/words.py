@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from unet_ray.config import plain
+
 SHOWN = 3
 
 
@@ -46,13 +48,8 @@ def percent(share: float) -> str:
 
 def yaml_text(value: Any) -> str:
     """Formats a setting as `--set` takes it, on one line."""
-    plain = _plain(value)
-    text = yaml.safe_dump(plain, default_flow_style=True, width=10**6, allow_unicode=True)
+    text = yaml.safe_dump(plain(value), default_flow_style=True, width=10**6, allow_unicode=True)
     return text.removesuffix("\n").removesuffix("\n...")
-
-
-def _plain(value: Any) -> Any:
-    return [_plain(each) for each in value] if isinstance(value, tuple) else value
 
 
 def setting(name: str, value: Any) -> str:

@@ -82,7 +82,8 @@ def check(out: str, settings: dict[str, Any], config: PredictConfig) -> None:
     if config.overwrite:
         return
     earlier = _read(out)
-    earlier["inputs"] = [renamed(location, moves(out, config)) for location in earlier["inputs"]]
+    moved = moves(out, config)
+    earlier["inputs"] = [renamed(location, moved) for location in earlier["inputs"]]
     changed = [name for name in settings if settings[name] != earlier.get(name)]
     if changed:
         raise UserError(
@@ -154,8 +155,8 @@ def listed_by_parts(out: str) -> dict[int, int]:
 
 
 def _record(out: str, part: Part, **values: Any) -> None:
-    known = _records(out).get(part.number, {})
     location = storage.join(out, *PARTS.split("/"), f"{part.number}.json")
+    known = json.loads(storage.read_bytes(location)) if storage.exists(location) else {}
     storage.write_bytes(location, json.dumps({**known, **values}).encode(), durable=True)
 
 
