@@ -167,7 +167,7 @@ def test_results_describe_themselves_and_what_comes_next(tmp_path):
     result = unet_ray.train(images, true_masks, run, settings=dict(TINY), local=True)
     best = result.best
     assert repr(result).splitlines() == [
-        f"TrainResult: 2 epochs, the best is {best['epoch']} with validation Dice {best['val_dice']:.4f}",
+        f"TrainResult: 2 epochs, best: epoch {best['epoch']}, validation Dice {best['val_dice']:.4f}",
         f"  model: {run}/model",
         f"  next: unet_ray.predict('{run}', 'FOLDER', 'MASKS'), unet_ray.evaluate('{run}'), "
         f"unet_ray.Segmenter('{run}')(image)",

@@ -241,3 +241,28 @@ def test_a_loss_that_explodes_is_an_error_with_the_remedy(discs, tmp_path):
     config = config_for(discs, ("train.learning_rate", 1e30), ("train.optimizer", "sgd"), ("model.norm", "none"))
     with pytest.raises(UserError, match="lower --lr"):
         train(config, str(tmp_path / "run"), runtime=LOCAL)
+
+
+def test_without_validation_everything_is_trained_on_and_the_last_epoch_is_kept(discs, tmp_path):
+    config = config_for(discs, ("data.val_fraction", 0), ("train.epochs", 3))
+    run = tmp_path / "run"
+    started = []
+    result = train(config, str(run), runtime=LOCAL, callbacks=Callbacks(on_start=started.append))
+    assert [(len(split.train), len(split.val)) for split in started] == [(12, 0)]
+    assert result.best["epoch"] == 3
+    assert not [name for name in result.best if name.startswith("val_")]
+    assert repr(result).startswith("TrainResult: 3 epochs, kept: epoch 3, the last one; no image was held out")
+    assert json.loads((run / "model/model.json").read_text())["scores"]["epoch"] == 3
+    stopped = tmp_path / "stopped"
+    for epochs in (1, 3):
+        longer = dataclasses.replace(config, train=dataclasses.replace(config.train, epochs=epochs))
+        train(longer, str(stopped), runtime=LOCAL, resume=epochs > 1)
+    assert weights_sha256(run) == weights_sha256(stopped)
+
+
+@pytest.mark.parametrize("setting", [("train.patience", 2), ("train.schedule", "plateau")])
+def test_settings_that_go_by_validation_need_some(discs, tmp_path, setting):
+    config = config_for(discs, ("data.val_fraction", 0), setting)
+    with pytest.raises(UserError, match=rf"{setting[0]}={setting[1]} goes by validation scores"):
+        train(config, str(tmp_path / "run"), runtime=LOCAL)
+    assert not (tmp_path / "run").exists()

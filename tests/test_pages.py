@@ -205,5 +205,5 @@ def test_the_pages_of_a_chain_that_never_ends_are_refused():
         headers.tiff_pages(io.BytesIO(entry))
     with pytest.raises(ImageError, match="truncated"):
         headers.tiff_pages(io.BytesIO(b"II*\0\xff\xff\xff\0"))
-    assert pages.split("/a/b.tif#3") == ("/a/b.tif", 3)
-    assert pages.split("/a/b.jpg#3") == ("/a/b.jpg#3", None)
+    assert pages.file_of("/a/b.tif#3") == "/a/b.tif"
+    assert pages.file_of("/a/b.jpg#3") == "/a/b.jpg#3"

@@ -161,3 +161,10 @@ def test_a_split_file_or_list_that_is_missing_is_an_error(tmp_path):
     for name in ("none.csv", ""):
         with pytest.raises(UserError, match=r"no such file|no train\.txt in it"):
             parts(["1", "2"], split=str(tmp_path / name))
+
+
+def test_one_image_can_be_trained_on_if_none_is_to_validate_on():
+    with pytest.raises(UserError, match=r"there is 1 image: .*--set data\.val_fraction=0"):
+        split_pairs(["a"], DataConfig(), seed=0)
+    assert split_pairs(["a"], DataConfig(val_fraction=0), seed=0) == ([0], [])
+    assert divided(["train/a", "test/b"], DataConfig(val_fraction=0), 0) == ([0], [], [1])

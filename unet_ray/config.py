@@ -150,9 +150,11 @@ class DataConfig:
     """Images, masks and their split (`data.`)."""
 
     images: str | tuple[str, ...] = ""
-    """Folder, glob or URI of the images, or several."""
+    """Folder, glob or URI of the images, or several; or a list of pairs (.csv, .tsv, .txt, .jsonl, .parquet), with a
+    column of images and one of masks: paths, or, in a .parquet, encoded images."""
     masks: str | tuple[str, ...] = ""
-    """Folder, glob or URI of the masks, or several; if they are as many as those of images, in the same order."""
+    """Folder, glob or URI of the masks, or several; if they are as many as those of images, in the same order. A list
+    of pairs holds them too."""
     match: str | None = None
     """Regular expression that finds, in the relative paths of an image and its mask, the text that both have: its first
     group, or all of it. None: a mask has its image's relative path and stem, with or without `_mask`."""
@@ -165,7 +167,8 @@ class DataConfig:
     fraction: float = 1.0
     """Share of the pairs to use, chosen by a hash of seed and name."""
     val_fraction: float = 0.2
-    """Share of the pairs, or of the groups, that is held out for validation."""
+    """Share of the pairs, or of the groups, that is held out for validation. 0: none, unless folders or `split` name
+    some; then no score is known, and the model is that of the last epoch."""
     folds: int = 0
     """2 or more: the groups are divided into this many folds of equal size, and number `fold` is held out."""
     fold: int = 0
@@ -205,6 +208,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _without_keys(self)
+        if not self.masks and is_list(self.images):
+            object.__setattr__(self, "masks", self.images)
         for side in self.size_hw:
             if side < 1:
                 raise UserError(f"data.image_size is {self.image_size}: must be 1 or more")
@@ -244,6 +249,15 @@ class DataConfig:
 COMPARISON = re.compile(r"(>=|<=|>|<)\s*(\d+)")
 """What `MaskValue` takes as a text."""
 COLOUR = re.compile(r"#?([0-9a-fA-F]{6})")
+
+
+LISTS = frozenset({".txt", ".csv", ".tsv", ".jsonl", ".ndjson", ".parquet"})
+"""Ends of the names of lists."""
+
+
+def is_list(value: str | tuple[str, ...] | None) -> bool:
+    """Returns whether `DataConfig.images` or `masks` is a list, by its name."""
+    return isinstance(value, str) and any(value.partition("?")[0].lower().endswith(suffix) for suffix in LISTS)
 
 
 def locations(value: str | tuple[str, ...]) -> tuple[str, ...]:
@@ -590,7 +604,7 @@ class PredictConfig(MaskOptions):
     """Folder or URI for the results."""
     column: str | None = None
     """Column of a list or of Parquet files that names the images, or holds them; None: the first one with a known name
-    (`lists.PATH_COLUMNS`, `inputs.BYTES_COLUMNS`)."""
+    (`lists.PATH_COLUMNS`, `parquet_images.BYTES_COLUMNS`)."""
     formats: tuple[str, ...] = ("png",)
     """Some of `registry.FORMATS`, which explains each."""
     name: str = "{relpath}/{stem}.png"
@@ -653,6 +667,8 @@ class EvaluateConfig(MaskOptions):
         MaskOptions.__post_init__(self)
         _at_least(self, "evaluate", tolerance=0)
         _check_choices(self, "evaluate")
+        if self.masks is None and is_list(self.images):
+            object.__setattr__(self, "masks", self.images)
         if (self.images is None) != (self.masks is None):
             raise UserError("--images and --masks go together: give both, or neither for the run's own validation set")
 

@@ -53,7 +53,8 @@ def training_callbacks(config: TrainConfig, display: TrainingDisplay) -> Callbac
     from unet_ray.training.run import Callbacks
 
     def start(split: Split) -> None:
-        display.tell(f"training on {len(split.train)} pairs, validating on {len(split.val)}")
+        validated = str(len(split.val)) if split.val else "none: the last epoch is kept"
+        display.tell(f"training on {len(split.train)} pairs, validating on {validated}")
         leak = leak_report(split.train_keys, split.val_keys, config.data.group_by)
         if leak.named and leak.groups < len(split.train) + len(split.val):
             display.tell(f"groups by {leak.pattern!r}: {leak.groups}, {leak.shared} shared by training and validation")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import sys
 import textwrap
 from typing import Any
 
@@ -241,10 +242,14 @@ def train(
 
     with TrainingDisplay(config) as display:
         result = run(config, out, runtime=runtime, resume=resume, callbacks=training_callbacks(config, display))
-    best = result.best
-    click.echo(f"best: epoch {best['epoch']}, validation Dice {best['val_dice']:.4f}")
+    if result.problem:
+        click.echo(f"the network finds nothing: {result.problem}", err=True)
+        sys.exit(1)
+    click.echo(result.kept)
     print_places(model=storage.join(out, "model"), **written_report(out, no_report))
-    print_next(f"unet-ray evaluate {shlex.quote(out)}", f"unet-ray predict {shlex.quote(out)} FOLDER --out MASKS")
+    validated = "val_dice" in result.best
+    evaluate = f"unet-ray evaluate {shlex.quote(out)}" + ("" if validated else " --images IMAGES --masks MASKS")
+    print_next(evaluate, f"unet-ray predict {shlex.quote(out)} FOLDER --out MASKS")
 
 
 def _cross_validate(config: TrainConfig, out: str, folds: int, runtime: Runtime, resume: bool) -> None:

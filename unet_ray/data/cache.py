@@ -139,7 +139,7 @@ def _hash(*values: bytes) -> bytes:
 def _stats(pairs: Sequence[Pair]) -> list[bytes]:
     images, masks = ([getattr(pair, name) for pair in pairs] for name in ("image", "mask"))
     of_masks = [each[0] if len(each) == 1 else each for each in mask_files.sizes_and_times(masks)]
-    files = [pages.split(image)[0] for image in images]
+    files = [pages.file_of(image) for image in images]
     stats = zip(images, storage.sizes_and_times(files), masks, of_masks, strict=True)
     return [_hash(repr(stat).encode("utf-8", "surrogateescape")) for stat in stats]
 

@@ -28,9 +28,9 @@ import pyarrow.parquet as pq
 
 from unet_ray.config import UserError
 from unet_ray.data import lists, storage
-from unet_ray.data.buckets import patient
-from unet_ray.data.lists import Entry
+from unet_ray.data.lists import Column, Entry
 from unet_ray.data.pages import count as count_pages
+from unet_ray.data.parquet_images import BYTES_COLUMNS, image_column, is_text, names_in
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileInfo
@@ -53,17 +53,12 @@ BEGINNINGS = re.compile(
     re.DOTALL,
 )
 """What images begin with."""
-BYTES_COLUMNS = ("image", "bytes", "image_bytes", "data", "content")
-"""Columns of a Parquet file that may hold encoded images; the first one present is used."""
-NAME_COLUMNS = ("path", "file_name", "name", "id")
-"""Columns that may name those images; the first one present is used."""
 PREDICTION = ("settings.json", "manifest.parquet", ".work")
 """Names by which the output folder of a prediction is known: the first, and one of the others."""
 PAGED = frozenset({".tif", "tiff", ".gif"})
 """Ends of the names of files that may hold several images."""
 NAMES_AT_ONCE = 2**16
 LISTED_AT_ONCE = 1024
-NO_IMAGE = "this row of the list names no image"
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +123,7 @@ def find_images(location: str, *, pages: bool = True) -> list[ImageFile]:
 
 def iter_images(
     location: str,
-    column: str | None = None,
+    column: Column = None,
     *,
     pages: bool = True,
     frames: bool = False,
@@ -138,7 +133,8 @@ def iter_images(
 
     The order depends only on the names; a list keeps its own order. A list has one of `lists.SUFFIXES`, or is a
     `.parquet` file or folder that names images, or holds them encoded (`image`, `bytes`, …, or Hugging Face's struct of
-    bytes and path). A folder without any image may hold such Parquet files. `column`: the column of a table to use.
+    bytes and path). A folder without any image may hold such Parquet files. `column`: the column of a table to use, or
+    its place in a table that doesn't name its columns.
     Relative paths are below the list's folder. In folders and globs, hidden files, extensions that are not in
     `EXTENSIONS` (unless the file begins as an image does, see `Choice`), and folders that `predict` has written are
     skipped. A broken link, or a file in a list that does not exist, has size -1, and so has a line of a list that names
@@ -205,7 +201,7 @@ def root_name(location: str) -> str:
     return path.name or "input"
 
 
-def _found(location: str, column: str | None, choice: Choice) -> Iterator[ImageFile]:
+def _found(location: str, column: Column, choice: Choice) -> Iterator[ImageFile]:
     if _is_glob(location):
         yield from _of_glob(location, choice)
         return
@@ -229,7 +225,7 @@ def _is_glob(location: str) -> bool:
     return glob.has_magic(pattern) and (storage.is_uri(location) or not os.path.lexists(location))
 
 
-def _of_folder(folder: str, column: str | None, choice: Choice) -> Iterator[ImageFile]:
+def _of_folder(folder: str, column: Column, choice: Choice) -> Iterator[ImageFile]:
     """Yields the images below a folder; if it has none, those in its Parquet files, as Hugging Face stores them."""
     empty = True
     for image in _walk(folder, "", (), choice):
@@ -449,7 +445,7 @@ def _must_be_asked(path: str, entry: Entry) -> bool:
     return storage.is_known_scheme(path) and (entry.size is None or entry.mtime_ns is None)
 
 
-def _of_parquet(location: str, column: str | None) -> Iterator[ImageFile]:
+def _of_parquet(location: str, column: Column) -> Iterator[ImageFile]:
     if storage.is_folder(location):
         names = [name for name in _files_below(location) if name.endswith(".parquet")]
         names = [name for name in names if not any(part[0] in "._" for part in name.split("/"))]
@@ -463,17 +459,18 @@ def _of_parquet(location: str, column: str | None) -> Iterator[ImageFile]:
             raise UserError(f"{path}: not a Parquet file that can be read: {error}") from None
 
 
-def _of_parquet_file(location: str, prefix: str, column: str | None) -> Iterator[ImageFile]:
+def _of_parquet_file(location: str, prefix: str, column: Column) -> Iterator[ImageFile]:
     filesystem, inner = storage.resolve(location)
     with pq.ParquetFile(inner, filesystem=filesystem) as file:
         schema = file.schema_arrow
+        column = schema.names[column] if isinstance(column, int) else column
         images = image_column(schema, column)
         if images is None:
             yield from _listed(_paths_in(file, column, location), storage.parent(location), location)
             return
         size, mtime_ns = storage.sizes_and_times([location])[0]
         base, options = storage.split_options(location)
-        for row, value in enumerate(_names_in(file, images)):
+        for row, value in enumerate(names_in(file, images)):
             name = prefix + (value.lstrip("/") if value else f"{row:09d}")
             image = _image(f"{base}#{row}{options}", name, size, mtime_ns)
             yield dataclasses.replace(image, source=location, row=row)
@@ -482,7 +479,7 @@ def _of_parquet_file(location: str, prefix: str, column: str | None) -> Iterator
 def _paths_in(file: pq.ParquetFile, column: str | None, location: str) -> Iterator[Entry]:
     """Yields the rows of a Parquet file that names images in a column. Raises UserError if none does."""
     schema = file.schema_arrow
-    texts = [name for name in schema.names if _is_text(schema, name)]
+    texts = [name for name in schema.names if is_text(schema, name)]
     wanted = column or next((name for name in lists.PATH_COLUMNS if name in texts), None)
     if wanted not in texts:
         raise UserError(
@@ -495,76 +492,6 @@ def _paths_in(file: pq.ParquetFile, column: str | None, location: str) -> Iterat
         for row in batch.to_pylist():
             number += 1
             yield Entry(number, row[wanted] or None, *lists.size_and_time(row))
-
-
-def _names_in(file: pq.ParquetFile, images: str) -> Iterator[str | None]:
-    """Yields the name of each encoded image in a Parquet file: of a column, or of the image's own `path`."""
-    schema = file.schema_arrow
-    own = pa.types.is_struct(schema.field(images).type) and schema.field(images).type.get_field_index("path") >= 0
-    name = next((n for n in NAME_COLUMNS if n in schema.names and n != images and _is_text(schema, n)), None)
-    if name is None and not own:
-        yield from [None] * file.metadata.num_rows
-        return
-    for batch in file.iter_batches(LISTED_AT_ONCE, columns=[name or f"{images}.path"]):
-        for value in batch.column(0).to_pylist():
-            yield (value or {}).get("path") if name is None else value
-
-
-def image_column(schema: pa.Schema, column: str | None = None) -> str | None:
-    """Returns the column with encoded images (binary, or a struct with `bytes`) of a Parquet schema; None if none.
-    `column`: look only at this one."""
-    for name in [column] if column else BYTES_COLUMNS:
-        if name in schema.names:
-            kind = schema.field(name).type
-            if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-                return name
-            if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
-                return name
-    return None
-
-
-@patient
-def encoded_images(location: str, rows: Sequence[int], column: str | None = None) -> dict[int, bytes]:
-    """Reads some rows (ascending) of a Parquet file. Returns row -> encoded image. `column`: as in `iter_images`.
-
-    Reads only their row groups, a batch at a time. Raises OSError, or ValueError if the file holds no images: a list is
-    the source of a line that names none.
-    """
-    if PurePosixPath(storage.split_options(location)[0]).suffix != ".parquet":
-        raise ValueError(NO_IMAGE)
-    filesystem, inner = storage.resolve(location)
-    found: dict[int, bytes] = {}
-    with pq.ParquetFile(inner, filesystem=filesystem) as file:
-        images = image_column(file.schema_arrow, column)
-        if images is None:
-            raise ValueError(NO_IMAGE)
-        start = 0
-        for number in range(file.metadata.num_row_groups):
-            stop = start + file.metadata.row_group(number).num_rows
-            wanted = [row for row in rows if start <= row < stop]
-            if wanted:
-                found.update(_of_row_group(file, number, images, start, wanted))
-            start = stop
-    return found
-
-
-def _of_row_group(
-    file: pq.ParquetFile, number: int, column: str, start: int, wanted: Sequence[int]
-) -> Iterator[tuple[int, bytes]]:
-    """Yields (row, encoded image) for the wanted rows of a row group whose first row is `start`."""
-    for batch in file.iter_batches(64, row_groups=[number], columns=[column]):
-        inside = [row - start for row in wanted if start <= row < start + batch.num_rows]
-        if inside:
-            for offset, value in zip(inside, batch.column(0).take(inside).to_pylist(), strict=True):
-                yield start + offset, (value["bytes"] if isinstance(value, dict) else value) or b""
-        start += batch.num_rows
-        if start > wanted[-1]:
-            return
-
-
-def _is_text(schema: pa.Schema, name: str) -> bool:
-    kind = schema.field(name).type
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
 def listing(names: Sequence[str], limit: int = 5) -> str:

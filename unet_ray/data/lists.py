@@ -7,15 +7,37 @@ import csv
 import io
 import itertools
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any, NamedTuple
 
-from unet_ray.config import UserError, nearest
+from unet_ray.config import LISTS, UserError, nearest
 
-SUFFIXES = frozenset({".txt", ".csv", ".tsv", ".jsonl", ".ndjson"})
+SUFFIXES = LISTS - {".parquet"}
 PATH_COLUMNS = ("path", "uri", "url", "filepath", "file_path", "image_path", "file_name", "filename", "file", "image")
 """Columns that may name images, the first one present is used; `--column` names another."""
+MASK_COLUMNS = (
+    "mask",
+    "mask_path",
+    "masks",
+    "label",
+    "label_path",
+    "labels",
+    "annotation",
+    "annotation_path",
+    "segmentation",
+    "segmentation_mask",
+    "ground_truth",
+    "groundtruth",
+    "gt",
+    "gt_path",
+    "target",
+    "seg",
+)
+"""Columns that may name the masks of the images in another column; the first one present is used."""
+Column = str | int | None
+"""Name of a column, or its place in a table without names; None: one that is known."""
 SIZE_COLUMN, TIME_COLUMNS = "size", ("mtime_ns", "mtime")
 """Columns with a file's bytes and its modification time, in ns or in seconds since 1970 or as ISO 8601."""
 
@@ -33,19 +55,70 @@ class Entry(NamedTuple):
     """Modification time in ns; None: the list doesn't say."""
 
 
-def read_list(data: bytes, suffix: str, column: str | None, name: str) -> Iterator[Entry]:
+def read_list(data: bytes, suffix: str, column: Column, name: str) -> Iterator[Entry]:
     """Yields the entries of a list with one of `SUFFIXES`.
 
-    `column`: the column that names the images; None: one of `PATH_COLUMNS`. `name`: the list, for errors. Empty lines
-    and lines that begin with `#` are comments. Raises UserError if a table has no column that names images.
+    `column`: the column that names the images; None: one of `PATH_COLUMNS`; in a .txt, each line is a path, or with 0
+    or 1 one of two. `name`: the list, for errors. Empty lines and lines that begin with `#` are comments. Raises
+    UserError if a table has no column that names images.
     """
     text = decoded(data)
     if suffix == ".txt":
-        yield from _of_lines(text)
+        yield from _of_lines(text) if column is None else _halves(text, int(column))
     elif suffix in (".csv", ".tsv"):
         yield from _of_table(text, suffix, column, name)
     else:
-        yield from _of_json(text, column, name)
+        yield from _of_json(text, None if column is None else str(column), name)
+
+
+def pair_columns(data: bytes, suffix: str) -> tuple[Column, Column]:
+    """Returns the columns of a list that hold an image and its mask; None for one that the list doesn't have.
+
+    Names decide (`PATH_COLUMNS`, `MASK_COLUMNS`), else the first two columns that hold file names.
+    """
+    text = decoded(data)
+    if suffix == ".txt":
+        first = next(_of_lines(text), None)
+        return 0, 1 if first is not None and len(_two(str(first.path))) == 2 else None
+    if suffix in (".csv", ".tsv"):
+        cells = [cell.strip() for cell in next((row for _, row in _rows(text, suffix) if row), [])]
+        places = [place for place, cell in enumerate(cells) if _has_extension(cell)]
+        if places:
+            return places[0], places[1] if len(places) > 1 else None
+        return known_columns(cells)
+    lines = (line for line in text.split("\n") if line.strip() and not line.lstrip().startswith("#"))
+    try:
+        value = json.loads(next(lines, "{}"))
+    except ValueError:
+        return None, None
+    return known_columns([*value] if isinstance(value, dict) else [])
+
+
+def known_columns(names: Sequence[str]) -> tuple[str | None, str | None]:
+    """Returns the columns of images and of masks: those with known names, or the only two."""
+    by_lower = {each.lower(): each for each in reversed(names)}
+    image, mask = (
+        next((by_lower[each] for each in known if each in by_lower), None) for known in (PATH_COLUMNS, MASK_COLUMNS)
+    )
+    if len(names) == 2 and (image is None or mask is None):
+        return names[0], names[1]
+    return image, mask
+
+
+def _halves(text: str, number: int) -> Iterator[Entry]:
+    """Yields the first or the second path of each line."""
+    for entry in _of_lines(text):
+        parts = _two(str(entry.path))
+        yield Entry(entry.number, parts[number] if number < len(parts) else None)
+
+
+def _two(line: str) -> list[str]:
+    """Returns the two paths of a line, or the one; they may hold spaces."""
+    for separator in ("\t", ";", ","):
+        if line.count(separator) == 1:
+            return [part.strip() for part in line.split(separator)]
+    found = re.fullmatch(r"(.+?\.\w{2,4})\s+(.*\S\.\w{2,4})", line)
+    return [found[1], found[2]] if found else [line]
 
 
 def decoded(data: bytes) -> str:
@@ -68,12 +141,16 @@ def _of_lines(text: str) -> Iterator[Entry]:
             yield Entry(number, line)
 
 
-def _of_table(text: str, suffix: str, column: str | None, name: str) -> Iterator[Entry]:
+def _of_table(text: str, suffix: str, column: Column, name: str) -> Iterator[Entry]:
     rows = _rows(text, suffix)
     first = next(((number, row) for number, row in rows if row), None)
     if first is None:
         return
     header = [cell.strip() for cell in first[1]]
+    if isinstance(column, int):
+        for number, row in itertools.chain([first], rows):
+            yield Entry(number, _cell(row, column))
+        return
     if column is None and not {cell.lower() for cell in header} & set(PATH_COLUMNS):
         place = _place_of_a_path(header, name)
         for number, row in itertools.chain([first], rows):

@@ -40,7 +40,7 @@ def shown(location: str) -> str:
 def sizes_and_times(locations: Sequence[str]) -> list[list[tuple[int, int]]]:
     """Returns the sizes and modification times of the files of each mask, see `storage.sizes_and_times`."""
     files = [files_of(location) for location in locations]
-    found = iter(storage.sizes_and_times([pages.split(file)[0] for several in files for file in several]))
+    found = iter(storage.sizes_and_times([pages.file_of(file) for several in files for file in several]))
     return [[next(found) for _ in several] for several in files]
 
 

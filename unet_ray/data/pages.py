@@ -1,4 +1,7 @@
-"""Pages of a TIFF, and frames of a GIF, as images of their own: `volume.tif#3` is the fourth page."""
+"""Parts of files as images of their own: pages of a TIFF, frames of a GIF, cells of a Parquet file.
+
+`volume.tif#3` is the fourth page; for cells see `parquet_images`.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,25 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from unet_ray.data import headers, storage
+from unet_ray.data import headers, parquet_images, storage
 from unet_ray.data.headers import ImageError
 
 PAGE = re.compile(r"(.+\.(?:tiff?|gif))#(\d+)", re.IGNORECASE | re.DOTALL)
 
 
-def split(location: str) -> tuple[str, int | None]:
-    """Returns the file of a location, and the number of its page; None: the location is a whole file."""
+def file_of(location: str) -> str:
+    """Returns the file that a location is in, or is."""
+    cell = parquet_images.split_cell(location)
+    return _split(location)[0] if cell is None else cell[0]
+
+
+def is_part(location: str) -> bool:
+    """Returns whether a location is a page or a cell, and no whole file."""
+    return file_of(location) != location
+
+
+def _split(location: str) -> tuple[str, int | None]:
+    """Returns the file of a location, and the number of its page; None: the location is no page."""
     found = PAGE.fullmatch(location)
     if found is None or storage.is_uri(location) or os.path.lexists(location):
         return location, None
@@ -41,7 +55,7 @@ def count(path: str, *, frames: bool) -> int:
     return len(found) if len({(page.width, page.height) for page in found}) == 1 else 1
 
 
-def read(path: str, number: int, max_pixels: int) -> bytes:
+def _read_page(path: str, number: int, max_pixels: int) -> bytes:
     """Returns one page or frame as a file of its own, with the same values. Raises ImageError, OSError."""
     with Path(path).open("rb") as stream:
         if path.lower().endswith(".gif"):
@@ -64,9 +78,11 @@ def read(path: str, number: int, max_pixels: int) -> bytes:
 
 
 def read_file(location: str, max_pixels: int) -> bytes:
-    """Reads an encoded image or mask, or one page, see `headers.read_file`. Raises OSError, ImageError."""
-    path, page = split(location)
-    return headers.read_file(path, max_pixels) if page is None else read(path, page, max_pixels)
+    """Reads an encoded image or mask, a whole file or a part, see `headers.read_file`. Raises OSError, ImageError."""
+    if cell := parquet_images.split_cell(location):
+        return parquet_images.read_cell(*cell)
+    path, page = _split(location)
+    return headers.read_file(path, max_pixels) if page is None else _read_page(path, page, max_pixels)
 
 
 def _encoded(image: Image.Image) -> bytes:

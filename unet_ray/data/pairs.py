@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import posixpath
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 
 from unet_ray.config import DataConfig, UserError, locations, shown_locations
-from unet_ray.data import mask_files, storage
+from unet_ray.data import mask_files, pair_lists, storage
 from unet_ray.data.inputs import ImageFile, find_images, is_one_file, listing, without_pattern
 
 log = logging.getLogger("unet_ray")
@@ -188,10 +189,9 @@ def find_pairs(data: DataConfig, channels: int = 3, *, say: bool = False) -> lis
     A mask has the image's relative path and stem (`car.jpg`: `car.png` or `car_mask.gif`); both may be in one folder.
     Names match exactly: `train1` is never `train10`. With `data.match`, the text that it finds must be the same in both
     names. Images without a mask are left out, and so are masks without an image; `say` logs how many. Raises UserError
-    if nothing pairs, or if it can't be told what belongs together.
+    if nothing pairs, or if it can't be told what belongs together. A list of pairs says itself which mask an image has.
     """
-    images, masks, one_folder = list_pair_files(data, channels)
-    found = match_pairs(images, masks, one_folder=one_folder, match=data.match, several=data.several_masks)
+    found = _listed_matches(data) or _matches(data, channels)
     _refuse(found, data)
     if say:
         for files, what in ((found.missing, "images have no mask"), (found.orphans, "masks have no image")):
@@ -199,6 +199,40 @@ def find_pairs(data: DataConfig, channels: int = 3, *, say: bool = False) -> lis
                 names = listing([file.name for file in files], 3)
                 log.warning("%d %s: they are left out (%s)", len(files), what, names)
     return found.pairs
+
+
+def _matches(data: DataConfig, channels: int) -> Matches:
+    images, masks, one_folder = list_pair_files(data, channels)
+    return match_pairs(images, masks, one_folder=one_folder, match=data.match, several=data.several_masks)
+
+
+def _listed_matches(data: DataConfig) -> Matches | None:
+    """Returns the pairs of a list of pairs; None if images and masks are not one list. Raises UserError."""
+    locations_of_both = {*locations(data.images), *locations(data.masks)}
+    if len(locations_of_both) != 1 or not pair_lists.is_pair_list(location := locations_of_both.pop()):
+        return None
+    if data.match is not None:
+        raise UserError(f"{location}: a list says which mask an image has: leave out --match")
+    return matches_of(pair_lists.read(location), data.several_masks)
+
+
+def matches_of(rows: Sequence[pair_lists.Listed], several: str) -> Matches:
+    """Returns the pairs of a list: an image in several rows has several masks."""
+    images = {row.image.path: row.image for row in rows}
+    masks: dict[str, list[str]] = {path: [] for path in images}
+    for row in rows:
+        if row.mask is not None:
+            masks[row.image.path].append(row.mask.path)
+    missing = [image for path, image in images.items() if not masks[path]]
+    counts = Counter(image.key for image in images.values())
+    ambiguous = {images[path].key: found for path, found in masks.items() if len(found) > 1 and several != "union"}
+    pairs = [
+        Pair(image.key, path, mask_files.joined(masks[path]))
+        for path, image in images.items()
+        if masks[path] and counts[image.key] == 1 and image.key not in ambiguous
+    ]
+    pairs.sort(key=lambda pair: pair.key)
+    return Matches(pairs, [key for key, count in counts.items() if count > 1], ambiguous, missing, [])
 
 
 def _refuse(found: Matches, data: DataConfig) -> None:

@@ -136,7 +136,8 @@ def split_pairs(keys: Sequence[str], config: DataConfig, seed: int) -> tuple[lis
 
     Groups (single pairs without `group_by`) are sorted by a hash of seed and name, or by name (`split_order`).
     Validation takes the first `val_fraction` of them, rounded; with `folds` it takes fold number `fold`. The result is
-    the same on every machine and for every order of `keys`. Raises UserError if either side is empty.
+    the same on every machine and for every order of `keys`. Raises UserError if nothing is left to train on, or nothing
+    to validate on although `val_fraction` is not 0.
     """
     chosen = _lowest_hashes(keys, config.fraction, f"{seed}:fraction")
     group_by_key = {key: group_of(key, config.group_by) for key in sorted(chosen)}
@@ -160,8 +161,11 @@ def split_pairs(keys: Sequence[str], config: DataConfig, seed: int) -> tuple[lis
     val = [i for i, key in enumerate(keys) if key in group_by_key and group_by_key[key] in held_out]
     if not train:
         raise UserError("nothing left to train on: lower data.val_fraction or shorten data.val_groups")
-    if not val:
-        raise UserError("nothing left to validate on: raise data.val_fraction or add images")
+    if not val and (config.val_fraction or config.folds):
+        raise UserError(
+            f"nothing is left to validate on, because there is 1 {'group' if config.group_by else 'image'}: add more, "
+            "or --set data.val_fraction=0 to train on everything and validate on nothing"
+        )
     return train, val
 
 

@@ -100,13 +100,12 @@ def _header(file: ImageFile, max_pixels: int) -> Header:
     if file.size <= 0:
         return Header(file.name, code="empty-file" if file.size == 0 else "file-not-there")
     header = Header(file.name)
-    path, page = pages.split(file.path)
     try:
-        if page is not None or storage.is_uri(path):
-            data = storage.read_bytes(path) if page is None else pages.read(path, page, max_pixels)
+        if pages.is_part(file.path) or storage.is_uri(file.path):
+            data = pages.read_file(file.path, max_pixels)
             _read(header, io.BytesIO(data), len(data), max_pixels)
         else:
-            with Path(path).open("rb") as stream:
+            with Path(file.path).open("rb") as stream:
                 _read(header, stream, file.size, max_pixels)
     except imaging.ImageError as reason:
         header.damaged(reason)

@@ -99,7 +99,7 @@ def duplicates(
     """Finds images that exist more than once, among all local ones and the sampled ones in buckets."""
     file_of, mask_of = {image.path: image for image in images}, {pair.image: pair.mask for pair in pairs}
     flat = {look.pair.image for look in looks if look.constant}
-    whole = [i for i in images if pages.split(i.path)[1] is None and i.size > 0 and i.path not in flat]
+    whole = [i for i in images if not pages.is_part(i.path) and i.size > 0 and i.path not in flat]
     local = [image.path for image in whole if not storage.is_uri(image.path)]
     copies = _copies(local)
     copies += _same((look.digest, look.pair.image) for look in looks if storage.is_uri(look.pair.image))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from unet_ray.config import UserError
-from unet_ray.data import mask_files, storage
+from unet_ray.data import mask_files, pair_lists, storage
 from unet_ray.data.inputs import EXTENSIONS, ImageFile, find_images
-from unet_ray.data.pairs import MASK_SUFFIX, Pair, match_pairs
+from unet_ray.data.pair_lists import is_pair_list
+from unet_ray.data.pairs import MASK_SUFFIX, Pair, match_pairs, matches_of
 from unet_ray.doctor.annotations import find_annotations
 from unet_ray.doctor.layouts import Found, Way, best_way
 from unet_ray.doctor.pixels import gray_levels
@@ -44,6 +45,8 @@ def listing(images_at: str, masks_at: str | None, match: str | None = None) -> L
     images_at, masks_at = storage.absolute(images_at), None if masks_at is None else storage.absolute(masks_at)
     if masks_at is not None and not storage.is_folder(masks_at) and (labels := find_annotations(images_at, masks_at)):
         return Listing(Way(images_at, masks_at), _listed(images_at), [], [], [], labels)
+    if masks_at in (None, images_at) and is_pair_list(images_at):
+        return _of_list(images_at)
     given = {location: _listed(location) for location in dict.fromkeys((images_at, masks_at or images_at))}
     empty = [location for location, files in given.items() if not files]
     findings = [
@@ -68,6 +71,20 @@ def listing(images_at: str, masks_at: str | None, match: str | None = None) -> L
         return Listing(Way(images_at, masks_at or ""), given[images_at], [], [], [], findings)
     findings += [*_of_way(found, images_at, masks_at), *_of_files(found)]
     return Listing(found.way, found.images, found.masks, found.matches.pairs, found.matches.classes, findings)
+
+
+def _of_list(location: str) -> Listing:
+    """Lists the files of a list of pairs. Raises UserError."""
+    rows = pair_lists.read(location)
+    images = list({row.image.path: row.image for row in rows}.values())
+    masks = list({row.mask.path: row.mask for row in rows if row.mask is not None}.values())
+    matches = matches_of(rows, "refuse")
+    way = Way(location, location)
+    if matches.ambiguous:
+        way, matches = replace(way, several="union"), matches_of(rows, "union")
+    found = Found(way, images, masks, matches)
+    findings = [*_of_way(found, location, location), *_of_files(found)]
+    return Listing(way, images, masks, matches.pairs, [], findings)
 
 
 def _listed(location: str) -> list[ImageFile]:

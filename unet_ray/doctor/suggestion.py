@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from unet_ray.config import TrainConfig, UserError, ValueRange
+from unet_ray.config import TrainConfig, UserError, ValueRange, is_list
 from unet_ray.data import storage
 from unet_ray.data.masks import infer_values
 from unet_ray.data.pairs import Pair
@@ -141,7 +141,9 @@ def _class_settings(base: TrainConfig, traits: Traits) -> dict[str, Any]:
 def _command(way: Way, recipe: str, changed: Sequence[tuple[str, str]], settings: Mapping[str, Any]) -> str:
     """Returns the command that trains with these settings, quoted for a shell."""
     command = ["unet-ray", "train", "--images", storage.without_secrets(way.images)]
-    command += ["--masks", storage.without_secrets(way.masks), "--out", "RUN", "--recipe", recipe]
+    if not (way.masks == way.images and is_list(way.images)):
+        command += ["--masks", storage.without_secrets(way.masks)]
+    command += ["--out", "RUN", "--recipe", recipe]
     for name, text in changed:
         plain = isinstance(settings[name], (int, str)) and name in FLAGS
         command += [FLAGS[name], str(settings[name])] if plain else ["--set", f"{name}={text}"]

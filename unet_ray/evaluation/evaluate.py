@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from unet_ray import metrics
 from unet_ray.config import Cleanup, EvaluateConfig, UserError
-from unet_ray.data import mask_files, storage
+from unet_ray.data import mask_files, pages, storage
 from unet_ray.data.chunks import Chunk, readable, to_parquet
 from unet_ray.data.pairs import Pair
 from unet_ray.data.progress import OnProgress
@@ -100,7 +100,8 @@ def _results(pipeline: Pipeline, compare: Compare, pairs: list[Pair], runtime: R
         "mask_path": [os.fsencode(pair.mask) for pair in pairs],
     }
     chunks = Chunks(columns, chunk_rows(len(pairs), pipeline.row_cost()))
-    shared = {"--images": pairs[0].image, "--masks": mask_files.first_file(pairs[0].mask)}
+    one_mask = mask_files.first_file(pairs[0].mask)
+    shared = {"--images": pages.file_of(pairs[0].image), "--masks": pages.file_of(one_mask)}
     yield from pipeline.run(range(len(chunks)), chunks, compare, images=len(pairs), shared=shared, runtime=runtime)
 
 

@@ -34,7 +34,7 @@ def pairs_of_run(model: str, side: str) -> list[Pair]:
     pairs = [pair for pair in find_pairs(data, channels) if sides.get(pair.key) == side]
     wanted = sum(other == side for other in sides.values())
     if not wanted:
-        raise UserError(f"{location} has no images of the part {side}: see {SPLIT} in it")
+        raise UserError(f"{location} has no images of the part {side} (see {SPLIT} in it): give --images and --masks")
     if len(pairs) != wanted:
         what = {"val": "validation", "train": "training"}.get(side, side)
         raise UserError(

@@ -16,7 +16,7 @@ from unet_ray.data import imaging, pages, pictures, storage
 from unet_ray.data.buckets import OutOfReachError
 from unet_ray.data.chunks import Chunk
 from unet_ray.data.imaging import ImageError, Pixels, Source
-from unet_ray.data.inputs import encoded_images
+from unet_ray.data.parquet_images import encoded_images
 from unet_ray.models.checkpoint import ModelCard
 
 OVERLAY_SIDE = 1024
@@ -54,7 +54,7 @@ class Reader:
 
     def _file(self, path: str) -> bytes:
         if not storage.is_uri(path):
-            status = Path(pages.split(path)[0]).stat()
+            status = Path(pages.file_of(path)).stat()
             if stat.S_ISDIR(status.st_mode):
                 raise ImageError("a folder that cannot be listed")
             if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait forever

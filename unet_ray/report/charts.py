@@ -60,13 +60,15 @@ def svg(name: str, draw: Callable[[Axes], None], xlabel: str) -> str:
 def curves(history: Sequence[dict[str, Any]], best_epoch: int) -> list[Chart]:
     """Returns charts of loss, validation scores and learning rate over epochs; `history`: lines of metrics.jsonl."""
     epochs = [line["epoch"] for line in history]
+    validated = "val_dice" in history[-1]
 
     def plot(axes: Axes, column: str, color: str, label: str | None = None) -> None:
         axes.plot(epochs, [line[column] for line in history], ".-", color=color, label=label)
 
     def loss(axes: Axes) -> None:
         plot(axes, "train_loss", TRAINED, "training")
-        plot(axes, "val_loss", VALIDATED, "validation")
+        if validated:
+            plot(axes, "val_loss", VALIDATED, "validation")
         axes.legend(frameon=False)
 
     def dice(axes: Axes) -> None:
@@ -79,11 +81,14 @@ def curves(history: Sequence[dict[str, Any]], best_epoch: int) -> list[Chart]:
         plot(axes, "learning_rate", TRAINED)
         axes.set_ylim(bottom=0)
 
-    return [
+    charts = [
         Chart(svg("loss", loss, "epoch"), "Loss."),
-        Chart(svg("dice", dice, "epoch"), f"Validation scores at the network's size; best at epoch {best_epoch}."),
         Chart(svg("rate", learning_rate, "epoch"), "Learning rate at the end of each epoch."),
     ]
+    if validated:
+        text = f"Validation scores at the network's size; best at epoch {best_epoch}."
+        charts.insert(1, Chart(svg("dice", dice, "epoch"), text))
+    return charts
 
 
 def dice_histogram(dice: np.ndarray) -> Chart:

@@ -48,7 +48,10 @@ def of_run(run: str, runtime: Runtime, on_progress: OnProgress) -> str:
     result = result_of(run)
     card = checkpoint.read_card(checkpoint.model_directory(run))
     sides = Counter(read_split(storage.join(run, SPLIT)).values())
-    scored = _scored(run, config, runtime, on_progress)
+    if sides["val"]:
+        scored = _scored(run, config, runtime, on_progress)
+    else:
+        scored = ScoredPairs(pairs=[], notes=["No image was held out to validate on, so no score is known."])
     best, history = result.best, result.history
     config_place = storage.without_secrets(storage.join(run, run_files.CONFIG))
     sections = [Section(title="How it went", charts=curves(history, best["epoch"]), keep=True)]
@@ -73,7 +76,7 @@ def of_run(run: str, runtime: Runtime, on_progress: OnProgress) -> str:
         subtitle=f"Trained by unet-ray {__version__}: {storage.without_secrets(run)}",
         tiles=[
             _dice_tile(scored.scores, best),
-            (f"{best['epoch']} of {len(history)}", "best epoch of all"),
+            (f"{best['epoch']} of {len(history)}", "best epoch of all" if sides["val"] else "the last epoch is kept"),
             (f"{sides['train']} + {sides['val']}", "images trained + validated on"),
             (duration(seconds), f"on {plural(history[-1]['workers'], 'process', 'processes')}"),
         ],
@@ -113,6 +116,7 @@ def _has_interval(scores: Scores) -> bool:
 def _dice_tile(scores: Scores | None, best: dict[str, Any]) -> tuple[str, str]:
     """Returns the Dice at the images' own size, or else that of the best epoch."""
     if scores is None or not _has_interval(scores):
-        return f"{best['val_dice']:.4f}", "Dice at the network's size"
+        known = "val_dice" in best
+        return f"{best['val_dice']:.4f}" if known else "unknown", "Dice at the network's size"
     low, high = scores.dice.ci95
     return f"{scores.dice.mean:.4f}", f"Dice, 95 % {low:.4f} – {high:.4f}"

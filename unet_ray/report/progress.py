@@ -106,11 +106,10 @@ class TrainingDisplay(_Display):
         now, epoch = time.monotonic(), line["epoch"]
         if self.first is None:  # the first epoch of this process, which may resume an earlier run
             self.first, self.begun = epoch, now
-        text = (
-            f"epoch {epoch:>3}/{self.epochs}  loss {line['train_loss']:.4f} val {line['val_loss']:.4f}  "
-            f"Dice {line['val_dice']:.4f} IoU {line['val_iou']:.4f}  {speed(line['images_per_second'])}  "
-            f"{line['seconds']:.0f} s"
-        )
+        text = f"epoch {epoch:>3}/{self.epochs}  loss {line['train_loss']:.4f}"
+        if "val_dice" in line:
+            text += f" val {line['val_loss']:.4f}  Dice {line['val_dice']:.4f} IoU {line['val_iou']:.4f}"
+        text += f"  {speed(line['images_per_second'])}  {line['seconds']:.0f} s"
         self.said = now
         self.tell(text)
         if epoch < self.epochs:

@@ -59,7 +59,7 @@ def fit(
     history = [line for line in read_metrics(out) if line["epoch"] <= state.epoch]
 
     for epoch in range(state.epoch + 1, config.train.epochs + 1):
-        val_dices = [line["val_dice"] for line in history]
+        val_dices = [line["val_dice"] for line in history if "val_dice" in line]
         if stops_early(config.train, val_dices):
             break
         started = time.perf_counter()
@@ -71,7 +71,7 @@ def fit(
         for network in training.networks:
             distributed.average_buffers(network, device)
         train_seconds = time.perf_counter() - started
-        scores = _validate(training, val_rows)
+        scores = _validate(training, val_rows) if len(val_rows) else {}
         line = {
             "epoch": epoch,
             "train_loss": train_loss,
@@ -85,8 +85,9 @@ def fit(
         }
         # Rounded as in the file, so that a resumed run, which reads it, decides the same as an uninterrupted one.
         history.append(line := rounded(line))
-        is_best = line["val_dice"] > state.best
-        state = TrainingState(epoch, max(state.best, line["val_dice"]), config.to_yaml())
+        dice = line.get("val_dice")
+        is_best = dice is None or dice > state.best  # without validation, the last epoch is kept
+        state = TrainingState(epoch, state.best if dice is None else max(state.best, dice), config.to_yaml())
         if rank == 0:
             _save(holder, training, state, history, is_best=is_best)
         report(line)

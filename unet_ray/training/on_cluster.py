@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from unet_ray.config import TrainConfig, UserError
-from unet_ray.data import mask_files, storage
+from unet_ray.data import mask_files, pages, storage
 from unet_ray.data.output_lock import Holder
 from unet_ray.data.rows import Subset
 from unet_ray.keys import Keys
@@ -99,7 +99,8 @@ def _check_nodes(config: TrainConfig, split: Split, out: str, device: str) -> No
 
     compute, first = config.compute, split.pairs[0]
     with _marked(out) as mark:
-        places = {f"--out {out}": mark, "--images": first.image, "--masks": mask_files.first_file(first.mask)}
+        one_mask = mask_files.first_file(first.mask)
+        places = {f"--out {out}": mark, "--images": pages.file_of(first.image), "--masks": pages.file_of(one_mask)}
         if (init := first_weights(config, out)) is not None:
             places["--init"] = storage.join(checkpoint.model_directory(init), checkpoint.CARD)
         # Also before the room for workers is counted: this asks every node, and waits for a node that has just died

@@ -20,19 +20,29 @@ class TrainResult:
     """The run directory."""
     epochs: int
     best: dict[str, Any]
-    """The line of metrics.jsonl of the epoch with the highest validation Dice, whose weights are in `model/`."""
+    """The line of metrics.jsonl of the epoch whose weights are in `model/`: that with the highest validation Dice, or
+    the last one if no image is validated on."""
     history: list[dict[str, Any]]
     """All lines of metrics.jsonl, one per epoch."""
+    problem: str = ""
+    """The likely reason, in the data or in the settings, why the network finds nothing; empty: it finds something."""
 
     def __repr__(self) -> str:
         out = storage.without_secrets(self.out)
         return (
-            f"TrainResult: {self.epochs} epochs, the best is {self.best['epoch']} with validation Dice "
-            f"{self.best['val_dice']:.4f}\n"
+            f"TrainResult: {self.epochs} epochs, {self.kept}\n"
             f"  model: {storage.join(out, MODEL)}\n"
             f"  next: unet_ray.predict({out!r}, 'FOLDER', 'MASKS'), unet_ray.evaluate({out!r}), "
             f"unet_ray.Segmenter({out!r})(image)"
         )
+
+    @property
+    def kept(self) -> str:
+        """Which epoch's weights are in `model/`, in words."""
+        epoch = self.best["epoch"]
+        if "val_dice" not in self.best:
+            return f"kept: epoch {epoch}, the last one; no image was held out to validate on"
+        return f"best: epoch {epoch}, validation Dice {self.best['val_dice']:.4f}"
 
 
 def read_metrics(out: str) -> list[dict[str, Any]]:
@@ -57,7 +67,7 @@ def rounded(line: dict[str, Any]) -> dict[str, Any]:
 def result_of(out: str) -> TrainResult:
     """Reads the result of a run directory."""
     history = read_metrics(out)
-    best = max(history, key=lambda line: line["val_dice"])
+    best = max(history, key=lambda line: line["val_dice"]) if "val_dice" in history[-1] else history[-1]
     return TrainResult(out=out, epochs=len(history), best=best, history=history)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from unet_ray.training import tracking
 from unet_ray.training.first_look import look
 from unet_ray.training.follower import Follower, OnEpoch
 from unet_ray.training.loop import fit
+from unet_ray.training.nothing_found import share_found, why_nothing
 from unet_ray.training.on_cluster import train_on_cluster
 from unet_ray.training.progress import EpochProgress, OnStep
 from unet_ray.training.results import TrainResult, result_of
@@ -35,6 +38,9 @@ from unet_ray.training.setup import (
 
 if TYPE_CHECKING:
     import torch
+
+
+log = logging.getLogger("unet_ray")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +74,7 @@ def train(
     out = storage.absolute(out)
     config = with_absolute_paths(config)
     split = Split.of(find_pairs(config.data, config.model.in_channels, say=True), config.data, config.train.seed)
+    _check_validation(config, split)
     config = resolved(config, split.train_masks)
     if not storage.exists(storage.join(out, run_files.LOCK)):  # else another training may be at work: the lock tells
         _check_out(config, split, out, resume)
@@ -77,7 +84,23 @@ def train(
         callbacks.on_start(split)
         look([split.pairs[index] for index in split.train], config)
         _train(config, split, out, runtime, lock, callbacks)
-    return storage.patiently(lambda: result_of(out), out)
+    return _explained(storage.patiently(lambda: result_of(out), out), split, config)
+
+
+def _explained(result: TrainResult, split: Split, config: TrainConfig) -> TrainResult:
+    """Adds the likely reason if the network finds nothing, or says that a longer training is needed."""
+    if "val_counts" not in result.best:
+        return result
+    steps = result.epochs * -(-len(split.train) // config.train.batch_size)
+    trained_on = [split.pairs[index] for index in split.train]
+    reason = why_nothing(trained_on, config, share_found(result.best["val_counts"]), steps)
+    if reason is None:
+        return result
+    text, lasting = reason
+    if lasting:
+        return dataclasses.replace(result, problem=text)
+    log.warning("%s", text)
+    return result
 
 
 def _check_out(config: TrainConfig, split: Split, out: str, resume: bool) -> None:
@@ -120,6 +143,16 @@ def _check_settings(config: TrainConfig) -> None:
             f"--batch-size {config.train.batch_size} is for all workers together, and there are {workers}: use "
             f"{workers} or more"
         )
+
+
+def _check_validation(config: TrainConfig, split: Split) -> None:
+    """Raises UserError for settings that need images to validate on if there are none."""
+    for name, wanted, instead in (("patience", config.train.patience, 0), ("schedule", "plateau", "cosine")):
+        if not split.val and wanted and getattr(config.train, name) == wanted:
+            raise UserError(
+                f"train.{name}={wanted} goes by validation scores, and data.val_fraction=0 leaves none: --set "
+                f"train.{name}={instead}"
+            )
 
 
 def _train_here(config: TrainConfig, split: Split, holder: Holder, on_epoch: OnEpoch, on_step: OnStep) -> None:
