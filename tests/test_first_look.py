@@ -1,9 +1,10 @@
 """What a training says about its images before it begins."""
 
 import numpy as np
-from conftest import TINY, make_discs
+from conftest import TINY, make_discs, make_model
 from PIL import Image
 
+import unet_ray
 from unet_ray.data.pairs import find_pairs
 from unet_ray.settings import load_train_config
 from unet_ray.training.first_look import look
@@ -39,3 +40,23 @@ def test_images_that_are_nearly_black_as_they_are_read_are_said(tmp_path, caplog
     assert said(images, masks, caplog, ("model.in_channels", 1), bright) == ""
     sorted(images.iterdir())[0].write_bytes(b"damaged")
     assert said(images, masks, caplog, ("model.in_channels", 1), bright) == ""
+
+
+def test_predict_and_evaluate_say_that_deep_images_look_black_to_the_model(tmp_path, caplog):
+    images, masks = make_discs(tmp_path / "d", 6)
+    for number, path in enumerate(sorted(images.iterdir())):
+        dark = np.random.default_rng(number).integers(0, 4000, (32, 32)).astype(np.uint16)
+        Image.fromarray(dark).save(path)
+    model = make_model(tmp_path / "model", ("model.in_channels", 1))
+    text = "no value of 4 images is above 15 of 255 as this model reads them: `unet-ray doctor`"
+    unet_ray.predict(model, images, tmp_path / "out", local=True)
+    assert text in caplog.text
+    caplog.clear()
+    unet_ray.predict(model, images, tmp_path / "out", local=True)  # nothing is left to do
+    assert text not in caplog.text
+    unet_ray.evaluate(model, images, masks, local=True)
+    assert text in caplog.text
+    caplog.clear()
+    ranged = make_model(tmp_path / "ranged", ("model.in_channels", 1), ("data.value_range", [0, 4095]))
+    unet_ray.predict(ranged, images, tmp_path / "other", local=True)
+    assert caplog.text == ""

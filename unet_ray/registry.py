@@ -43,6 +43,7 @@ OPTIMIZERS = {
 FORMATS = {
     "png": "unet_ray.inference.formats.png:Png",  # masks/<path below the input>.png
     "parquet": "unet_ray.inference.formats.parquet:MaskParquet",  # masks.parquet/: the PNG bytes of each mask
+    "geotiff": "unet_ray.inference.formats.geotiff:GeoTiff",  # geotiff/: with the georeference of the image
     "rle": "unet_ray.inference.formats.run_lengths:RunLengths",  # rle.parquet/: COCO run lengths of each class
     "kaggle": "unet_ray.inference.formats.kaggle:KaggleSubmission",  # submission.csv
     "coco": "unet_ray.inference.formats.coco:Coco",  # coco.json

@@ -89,7 +89,7 @@ pairs = options(
         multiple=True,
         callback=one_or_several,
         metavar="DIR",
-        help="Folder (or glob, or s3://, gs:// URI) of the images; may be repeated. Or a list of pairs: .csv, .parquet.",
+        help="Folder (or glob, or s3://, gs:// URI) of the images, may be repeated; or a list of pairs: .csv, .parquet",
     ),
     option(
         DATA,

@@ -137,6 +137,7 @@ def predict(
     Writes:
       OUT/masks/<path below the input>.png  --format png: 1 bit for one class, else a palette of class ids
       OUT/masks.parquet/                    --format parquet: path, height, width, pixels, confidence, PNG bytes
+      OUT/geotiff/<path>.tif                --format geotiff: class ids with the georeference of the image
       OUT/rle.parquet/                      --format rle: COCO's run lengths, area and box of each class
       OUT/submission.csv                    --format kaggle: img,rle_mask as the Carvana challenge took them
       OUT/coco.json                         --format coco: images, annotations, categories

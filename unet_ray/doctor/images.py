@@ -9,13 +9,13 @@ import numpy as np
 
 from unet_ray.config import DataConfig, ValueRange
 from unet_ray.data import mask_files
+from unet_ray.data.darkness import NEARLY_BLACK
 from unet_ray.data.imaging import problem_of_sizes
 from unet_ray.data.pairs import Pair
 from unet_ray.doctor.files import Header
 from unet_ray.doctor.pixels import Look
 from unet_ray.doctor.report import Finding, error, note, warning
 from unet_ray.doctor.words import few, number, setting, times
-from unet_ray.training.first_look import NEARLY_BLACK
 
 TINY, DIFFER_AREA, DIFFER_ASPECT = 32, 16, 3
 SPREAD = 4

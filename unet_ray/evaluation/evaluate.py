@@ -12,7 +12,9 @@ import pyarrow as pa
 from unet_ray import metrics
 from unet_ray.config import Cleanup, EvaluateConfig, UserError
 from unet_ray.data import mask_files, pages, storage
-from unet_ray.data.chunks import Chunk, readable, to_parquet
+from unet_ray.data.chunks import Chunk, objects, readable, to_parquet
+from unet_ray.data.darkness import SAMPLE, may_be_deep, warn_of_deep
+from unet_ray.data.inputs import evenly
 from unet_ray.data.pairs import Pair
 from unet_ray.data.progress import OnProgress
 from unet_ray.evaluation.compare import Compare
@@ -63,6 +65,7 @@ def measure(
     """
     card = _card_for(config, pipeline.card)
     pairs = pairs_of(config) if pairs is None else pairs
+    _look(pairs, pipeline)
     compare = Compare(card, config.tolerance, tuple(map(Cleanup.parse, cleanups)))
     results = _results(pipeline, compare, pairs, runtime)
     scored, failures = _collected(results, card.model.num_classes, len(pairs), on_progress)
@@ -75,6 +78,16 @@ def measure(
         for version in range(1 + len(cleanups))
     ]
     return versions, failures
+
+
+def _look(pairs: list[Pair], pipeline: Pipeline) -> None:
+    """Warns if some images look nearly black to the model."""
+    reader = pipeline.reader()
+    some = evenly([pair.image for pair in pairs if may_be_deep(pair.image)], SAMPLE)
+    if some:
+        encoded = reader.encoded({"path": objects([os.fsencode(path) for path in some])})
+        where = storage.without_secrets(storage.parent(pages.file_of(some[0])))
+        warn_of_deep(encoded, reader.channels, reader.value_range, where)
 
 
 def _card_for(config: EvaluateConfig, card: ModelCard) -> ModelCard:

@@ -6,6 +6,7 @@ The ledger (`ledger.py`) records which images are done; the stages (`stages.py`)
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +15,7 @@ from contextlib import closing, contextmanager
 from unet_ray.config import PredictConfig, UserError
 from unet_ray.data import storage
 from unet_ray.data.chunks import Chunk
+from unet_ray.data.darkness import SAMPLE, may_be_deep, warn_of_deep
 from unet_ray.data.inputs import Choice
 from unet_ray.data.output_lock import LOOK_SECONDS, OutputLock
 from unet_ray.data.progress import OnProgress
@@ -134,6 +136,8 @@ class _Run:
     def segment(self, pipeline: Pipeline, write: Write, runtime: Runtime, lock: OutputLock) -> None:
         """Runs the chunks with work through the pipeline, and merges each shard after its last chunk."""
         numbers = [number for state in self.states.values() for number in state.todo]
+        if numbers:
+            _look(self.ledger.load(numbers[0]), pipeline)
         shared = {f"--out {self.ledger.out}": storage.join(self.ledger.out, SETTINGS)}
         if numbers:
             shared["INPUT"] = self.ledger.first_location(numbers[0])
@@ -203,6 +207,16 @@ class _Run:
             "running": self.ended - first_done,
             **{name.removesuffix("_ms"): seconds for name, seconds in self.work_seconds.items()},
         }
+
+
+def _look(chunk: Chunk, pipeline: Pipeline) -> None:
+    """Warns if the first images that are to be done look nearly black to the model."""
+    rows = [row for row, path in enumerate(chunk["path"]) if may_be_deep(os.fsdecode(path))][:SAMPLE]
+    if rows:
+        reader = pipeline.reader()
+        some = {name: column[rows] for name, column in chunk.items()}
+        where = storage.without_secrets(storage.parent(os.fsdecode(some["path"][0])))
+        warn_of_deep(reader.encoded(some), reader.channels, reader.value_range, where)
 
 
 def _wait_for(futures: list[Future[None]]) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 
 from unet_ray.data import storage
 from unet_ray.data.chunks import Chunk, objects, readable
+from unet_ray.data.imaging import ImageError
 from unet_ray.inference.formats.base import ImageResult, OutputFormat, output_path
 from unet_ray.inference.ledger import Ledger
 from unet_ray.inference.reader import Reader
@@ -80,6 +81,8 @@ class Write:
             if error.errno not in PATH_ERRORS:
                 raise
             return {**of_input, **self._fail(chunk, row, f"its mask cannot be written: {error.strerror}", touched)}
+        except ImageError as error:
+            return {**of_input, **self._fail(chunk, row, str(error), touched)}
 
     def _write_mask(self, chunk: Chunk, row: int, segmented: SegmentedMask, touched: list[str]) -> dict[str, Any]:
         """Writes a mask in each format. Returns the image's columns of the ledger."""

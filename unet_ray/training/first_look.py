@@ -11,14 +11,13 @@ from PIL import Image
 
 from unet_ray.config import TrainConfig, shown_locations
 from unet_ray.data import imaging, mask_files
+from unet_ray.data.darkness import NEARLY_BLACK, brightest
 from unet_ray.data.inputs import evenly
 from unet_ray.data.pairs import Pair
 
 log = logging.getLogger("unet_ray")
 
-SAMPLE, SIDE = 16, 64
-NEARLY_BLACK = 16
-"""If no value of the sampled images is above it, of 255, they were read with the wrong range."""
+SAMPLE = 16
 
 
 def look(pairs: Sequence[Pair], config: TrainConfig) -> None:
@@ -50,13 +49,11 @@ def _seen(pair: Pair, config: TrainConfig) -> tuple[bool, int] | None:
     """Returns whether the image is turned and its mask is not, and its brightest value; None if it can't be read."""
     try:
         data = imaging.read_file(pair.image)
-        array, _ = imaging.decode_image(
-            data, config.model.in_channels, (SIDE, SIDE), value_range=config.data.value_range
-        )
+        top = brightest(data, config.model.in_channels, config.data.value_range)
         turned = _orientation(data) > 1 >= _orientation(imaging.read_file(mask_files.first_file(pair.mask)))
     except (imaging.ImageError, OSError, ValueError):
         return None  # the training stops at it, and names it
-    return turned, int(array.max(initial=0))
+    return turned, top
 
 
 def _orientation(data: bytes) -> int:

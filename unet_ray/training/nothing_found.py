@@ -8,10 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from unet_ray.config import IGNORE, TrainConfig, UserError
+from unet_ray.data.darkness import NEARLY_BLACK
 from unet_ray.data.inputs import evenly
 from unet_ray.data.pairs import Pair
 from unet_ray.data.rows import Decoder
-from unet_ray.training.first_look import NEARLY_BLACK
 
 SAMPLE = 64
 NOTHING = 0.001

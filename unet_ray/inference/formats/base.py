@@ -110,7 +110,10 @@ class OutputFormat(ABC):
 
     @abstractmethod
     def write(self, result: ImageResult) -> dict[str, Any]:
-        """Writes the files of one image. Returns its columns of `table`, or `output` of the manifest, or nothing."""
+        """Writes the files of one image. Returns its columns of `table`, or `output` of the manifest, or nothing.
+
+        Raises ImageError if the image's row must fail.
+        """
 
     def files(self, output: str) -> list[str]:  # noqa: ARG002 - subclasses use it
         """Returns the files below the output folder that `write` makes for an image whose mask is named `output`.
