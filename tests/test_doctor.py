@@ -1,6 +1,7 @@
 """Problems planted one at a time in a small data set, and clean sets without findings."""
 
 import json
+import re
 import shlex
 import shutil
 from collections.abc import Callable
@@ -333,7 +334,7 @@ PLANTED = [
     (other_size, "mask-of-another-size", FIRST),
     (one_of_another_scale, "mask-of-another-scale", FIRST),
     (turned_image, "mask-not-turned-like-its-image", FIRST),
-    (upside_down_image, "mask-not-turned-like-its-image", FIRST),
+    (upside_down_image, "turned-by-exif", FIRST),
     (one_coloured_mask, "masks-in-colours", FIRST),
     (float_masks, "floating-point-masks", "a_000.tif"),
     (huge_mask_values, "mask-values-beyond-16-bits", "a_000.npy"),
@@ -700,3 +701,23 @@ def test_a_training_step_is_timed(tmp_path):
     assert 0 < expected.seconds_per_epoch < 600 and expected.fits
     assert expected.row_bytes == 2 * 128 * 128 * 4
     assert f"an epoch on {expected.device}" in " ".join(doctor.table(report).split())
+
+
+def test_masks_of_turned_images_are_turned_by_an_option_if_their_size_tells(discs):
+    turned_image(*discs)
+    report = examine(*discs)
+    assert "--set data.mask_turn=true" in report.suggestion.command
+    assert not [finding for finding in report.findings if finding.level == "error"]
+
+
+def test_if_the_size_of_masks_does_not_tell_how_they_were_drawn_one_pair_is_shown(discs):
+    upside_down_image(*discs)
+    report = examine(*discs)
+    assert "data.mask_turn" not in report.suggestion.command
+    [finding] = [finding for finding in report.findings if finding.code == "turned-by-exif"]
+    picture = Path(re.search(r"look at (\S+\.png)", finding.remedy)[1])
+    with Image.open(picture) as halves:
+        assert halves.size == (2 * SIDE, SIDE)
+        left, right = np.hsplit(np.asarray(halves).astype(int), 2)
+    assert np.abs(left - right).max() > 50  # the masks lie elsewhere
+    picture.unlink()

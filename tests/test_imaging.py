@@ -183,3 +183,21 @@ def test_resizing_equals_pillows_except_for_rounding(size, mode):
     found = _resized(image, (64, 64))
     assert found.shape == expected.shape
     assert np.abs(found.astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_masks_drawn_on_images_as_they_are_stored_are_turned_like_them(orientation):
+    stored = np.zeros((6, 10), np.uint8)
+    stored[0, :4] = stored[1, 0] = 255
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stream = io.BytesIO()
+    Image.fromarray(np.repeat(stored[..., None], 3, axis=2)).save(stream, "PNG", exif=exif)
+    image = stream.getvalue()
+    shown, size = decode_image(image, 1, None)
+    data = DataConfig(mask_values=(0, 255), mask_turn=True)
+    mask, own = decode_mask(encoded(stored, "PNG"), data, None, image)
+    assert own == size == mask.shape and (mask == (shown[..., 0] > 127)).all()
+    assert (decode_mask(image, data, None, image)[0] == mask).all()  # it has the orientation itself
+    as_it_is = decode_mask(encoded(stored, "PNG"), DataConfig(mask_values=(0, 255)), None, image)[0]
+    assert (as_it_is == stored // 255).all()

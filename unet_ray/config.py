@@ -194,6 +194,8 @@ class DataConfig:
     are read by their colours too."""
     mask_resize: bool = False
     """Masks may be larger or smaller than their images, in the same proportions. They are scored at their own size."""
+    mask_turn: bool = False
+    """Masks were drawn on images as they are stored, without EXIF orientation: each is turned like its image."""
     several_masks: Literal["refuse", "union", "classes"] = "refuse"
     """What several masks of one image mean. `union`: a pixel is foreground if it is in one of them. `classes`: each is
     a class of its own, which the folder of the mask names (`classes`), and the later class wins."""

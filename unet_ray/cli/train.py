@@ -58,6 +58,7 @@ an error about a misspelt name suggests the nearest):
   data.several_masks     union: each mask of an image is an object; classes:
                          the folder of a mask is its class
   data.mask_resize       true: masks of another size in the same proportions
+  data.mask_turn         true: masks drawn on images as stored, before EXIF
   data.ignore_index      255: pixels that neither train nor score; several
   augment. (image and mask together; the same for the same seed, epoch and
            image, whatever the number of workers)

@@ -373,20 +373,52 @@ def stored_colours(data: bytes) -> np.ndarray:
         return red << 16 | green << 8 | blue
 
 
+def orientation(data: Source) -> int:
+    """Returns the EXIF orientation, 1 to 8; 1 also for what is no picture."""
+    try:
+        if isinstance(data, Image.Image):
+            return int(data.getexif().get(ORIENTATION, 1))
+        with Image.open(io.BytesIO(data)) as image:
+            return int(Image.Image.getexif(image).get(ORIENTATION, 1))  # PNG's own method would decode all pixels
+    except Exception:  # an array, or a file that Pillow doesn't know
+        return 1
+
+
+def turned(ids: np.ndarray, orientation: int) -> np.ndarray:
+    """Returns class ids, uint8 [H,W], turned as EXIF says that an image is to be shown."""
+    method = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_270,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_90,
+    }.get(orientation)
+    return ids if method is None else np.asarray(Image.fromarray(ids).transpose(method))
+
+
 def decode_mask(
-    data: bytes | Sequence[bytes | None], config: DataConfig, size_hw: tuple[int, int] | None
+    data: bytes | Sequence[bytes | None],
+    config: DataConfig,
+    size_hw: tuple[int, int] | None,
+    image: Source | None = None,
 ) -> tuple[np.ndarray, tuple[int, int]]:
     """Decodes a mask to class ids, uint8 [H,W], and returns it with its own (height, width).
 
     `config` says what the stored values mean (`mask_meaning.class_ids`; resolved), and what several masks of one image
-    mean, of which None is one that the image lacks. Resizes by nearest neighbour, so that no new value appears. Raises
-    ImageError, also for a value that is no class.
+    mean, of which None is one that the image lacks. `image`: its image, like which `config.mask_turn` turns it. Resizes
+    by nearest neighbour, so that no new value appears. Raises ImageError, also for a value that is no class.
     """
     if isinstance(data, bytes):
         mask = _decoded_mask(data, config)
     else:
         parts = [None if part is None else _decoded_mask(part, config) for part in data]
         mask = mask_meaning.combined(parts, classes=config.several_masks == "classes")
+    if config.mask_turn and image is not None:
+        first = data if isinstance(data, bytes) else next(part for part in data if part is not None)
+        if orientation(first) == 1:
+            mask = turned(mask, orientation(image))
     own_size = (mask.shape[0], mask.shape[1])
     if size_hw is not None and own_size != size_hw:
         mask = np.asarray(Image.fromarray(mask).resize(size_hw[::-1], Image.Resampling.NEAREST))

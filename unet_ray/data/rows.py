@@ -97,7 +97,7 @@ class Decoder:
         except ImageError as error:
             raise UserError(f"{image_path}: {error}; repair or remove it") from None
         try:
-            mask, mask_size = imaging.decode_mask(encoded_mask, self.data, size)
+            mask, mask_size = imaging.decode_mask(encoded_mask, self.data, size, encoded_image)
         except ImageError as error:
             raise UserError(f"{mask_files.shown(mask_path)}: {error}") from None
         if problem := imaging.problem_of_sizes(image_size, mask_size, self.data):

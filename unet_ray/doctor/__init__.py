@@ -27,6 +27,7 @@ from unet_ray.doctor.names import Listing, listing
 from unet_ray.doctor.pixels import Look, look_at, values_of
 from unet_ray.doctor.report import LEVELS, Expected, Finding, Report, Suggestion, table
 from unet_ray.doctor.suggestion import Traits, expected, suggest, trial
+from unet_ray.doctor.turned import turned_pairs
 from unet_ray.doctor.words import times
 
 __all__ = ["Expected", "Finding", "Report", "Suggestion", "examine", "table"]
@@ -82,6 +83,7 @@ def _judge(found: Listing, headers: Mapping[str, Header], looks: Sequence[Look])
     found_range, of_range = value_range(looks)
     found_classes, of_masks = classes(looks, found.way, found.classes)
     resize, of_sizes = sizes_of_pairs(usable, headers)
+    turn, of_turned = turned_pairs(usable, headers)
     alone = pattern is None and not parts and len(looks) == len(found.pairs)
     sequence = neighbours(looks) if alone else []
     findings = [
@@ -90,6 +92,7 @@ def _judge(found: Listing, headers: Mapping[str, Header], looks: Sequence[Look])
         *kinds(good),
         *of_channels,
         *of_range,
+        *of_turned,
         *of_sizes,
         *sizes(good),
         *constants(looks),
@@ -99,7 +102,7 @@ def _judge(found: Listing, headers: Mapping[str, Header], looks: Sequence[Look])
         *folders_of_a_split(parts),
         *(too_few(len(found.pairs)) if found.way.masks else ()),
     ]
-    return Traits(in_channels, found_classes, found_range, pattern, bool(sequence), resize), findings
+    return Traits(in_channels, found_classes, found_range, pattern, bool(sequence), resize, turn), findings
 
 
 def _read(

@@ -124,25 +124,22 @@ def sizes(headers: Sequence[Header]) -> Iterator[Finding]:
 
 
 def sizes_of_pairs(pairs: Sequence[Pair], headers: Mapping[str, Header]) -> tuple[bool, list[Finding]]:
-    """Finds masks whose size differs from their image's, by camera orientation or otherwise. Returns whether to resize
-    masks (`data.mask_resize`), and the findings."""
-    turned, other, scaled, example = [], [], [], ""
+    """Finds masks whose size differs from their image's. Returns whether to resize masks (`data.mask_resize`), and the
+    findings. What an EXIF orientation explains is for `turned_pairs`."""
+    other, scaled, example = [], [], ""
     for pair in pairs:
         image, mask = headers[pair.image], headers[mask_files.first_file(pair.mask)]
-        if image.orientation > 1 and mask.orientation <= 1 and mask.size == image.stored:
-            turned.append(mask.name)
-        elif problem_of_sizes(image.size[::-1], mask.size[::-1], DataConfig(mask_resize=True)):
+        if image.orientation > 1 >= mask.orientation and mask.size == image.stored:
+            continue
+        if problem_of_sizes(image.size[::-1], mask.size[::-1], DataConfig(mask_resize=True)):
             other.append(mask.name)
             example = f"{times(mask.size)} for an image of {times(image.size)}"
         elif image.size != mask.size:
             scaled.append(mask.name)
             example = example or f"{times(mask.size)} for an image of {times(image.size)}"
-    text = f"{number(turned, 'image')} turned by EXIF orientation, while the mask is not turned"
-    remedy = "turn the masks or the images (`mogrify -auto-orient`), or remove the tag (`exiftool -Orientation=`)"
-    findings = error("mask-not-turned-like-its-image", text, remedy, turned)
     text = f"{number(other, 'mask')} of another size than the image, such as {example}"
     remedy = "resize them to their images' size by nearest neighbour, or find the images they were drawn on"
-    findings += error("mask-of-another-size", text, remedy, other)
+    findings = error("mask-of-another-size", text, remedy, other)
     text = f"{number(scaled, 'mask')} larger or smaller than the image, in its proportions, such as {example}"
     level = note if 2 * len(scaled) > len(pairs) else warning
     findings += level("mask-of-another-scale", text, "--set data.mask_resize=true resizes them", scaled)

@@ -38,6 +38,7 @@ ORDER = (
     "data.match",
     "data.several_masks",
     "data.mask_resize",
+    "data.mask_turn",
     "data.mask_values",
     "data.mask_colors",
     "data.ignore_index",
@@ -69,6 +70,8 @@ class Traits:
     """Images that follow each other by name are alike, as the slices of a volume are."""
     mask_resize: bool = False
     """See `DataConfig.mask_resize`."""
+    mask_turn: bool = False
+    """See `DataConfig.mask_turn`."""
 
 
 def suggest(way: Way, pairs: Sequence[Pair], sizes: Sequence[tuple[int, int]], traits: Traits) -> Suggestion:
@@ -83,6 +86,7 @@ def suggest(way: Way, pairs: Sequence[Pair], sizes: Sequence[tuple[int, int]], t
         "data.match": way.match,
         "data.several_masks": way.several,
         "data.mask_resize": traits.mask_resize,
+        "data.mask_turn": traits.mask_turn,
         "data.mask_colors": (),
         **_class_settings(base, traits),
         "data.image_size": image_size,

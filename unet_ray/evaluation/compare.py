@@ -41,9 +41,10 @@ class Compare:
             if prediction.segmented is None:
                 errors[row] = prediction.error
                 continue
-            mask, path = prediction.segmented.mask, os.fsdecode(chunk["mask_path"][row])
+            mask = prediction.segmented.mask
+            image, path = (os.fsdecode(chunk[name][row]) for name in ("path", "mask_path"))
             try:
-                ground_truth = self._ground_truth(path, (mask.shape[0], mask.shape[1]))
+                ground_truth = self._ground_truth(path, image, (mask.shape[0], mask.shape[1]))
                 mask = imaging.resized_ids(mask, ground_truth.shape)
             except (ImageError, OSError) as error:
                 errors[row] = f"mask {mask_files.shown(path)}: {error}"
@@ -53,10 +54,12 @@ class Compare:
             surface[row] = metrics.surface_scores(mask, ground_truth, classes, self.tolerance).reshape(-1)
         return {"path": chunk["path"], "error": objects(errors), "counts": counts, "valid": valid, "surface": surface}
 
-    def _ground_truth(self, path: str, size_hw: tuple[int, int]) -> np.ndarray:
+    def _ground_truth(self, path: str, image: str, size_hw: tuple[int, int]) -> np.ndarray:
         """Returns the ground truth, uint8 [H,W]. Raises ImageError if its size does not fit the image's, or OSError."""
-        ground_truth, own_size = imaging.decode_mask(mask_files.read(path), self.card.data, None)
-        if problem := imaging.problem_of_sizes(size_hw, own_size, self.card.data):
+        data = self.card.data
+        encoded = imaging.read_file(image) if data.mask_turn else None
+        ground_truth, own_size = imaging.decode_mask(mask_files.read(path), data, None, encoded)
+        if problem := imaging.problem_of_sizes(size_hw, own_size, data):
             raise ImageError(problem)
         return ground_truth
 

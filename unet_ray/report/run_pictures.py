@@ -68,7 +68,7 @@ def _row(segmenter: Segmenter, pair: Pair, card: ModelCard, caption: str) -> Row
     """Returns the row: picture, ground truth, prediction, differences."""
     classes = card.model.num_classes
     data = imaging.read_file(pair.image)
-    ground_truth, _ = imaging.decode_mask(mask_files.read(pair.mask), card.data, None)
+    ground_truth, _ = imaging.decode_mask(mask_files.read(pair.mask), card.data, None, data)
     picture = Reader.of(card, MAX_PIXELS).picture(data, ground_truth.shape, SIDE)
     size_hw = picture.shape[:2]
     true_ids = imaging.resized_ids(ground_truth, size_hw)

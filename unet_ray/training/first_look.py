@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-
-from PIL import Image
 
 from unet_ray.config import TrainConfig, shown_locations
 from unet_ray.data import imaging, mask_files
@@ -29,8 +26,8 @@ def look(pairs: Sequence[Pair], config: TrainConfig) -> None:
     turned = sum(is_turned for is_turned, _ in seen)
     if turned:
         log.warning(
-            "%d of %d sampled images are turned by their EXIF orientation, and their masks have none: masks that were"
-            " drawn on the pictures as they are stored are wrong (`unet-ray doctor` looks at all)",
+            "%d of %d sampled images are turned by their EXIF orientation, their masks have none. If masks were drawn"
+            " on images as they are stored, --set data.mask_turn=true (`unet-ray doctor` shows one)",
             turned,
             len(seen),
         )
@@ -50,15 +47,9 @@ def _seen(pair: Pair, config: TrainConfig) -> tuple[bool, int] | None:
     try:
         data = imaging.read_file(pair.image)
         top = brightest(data, config.model.in_channels, config.data.value_range)
-        turned = _orientation(data) > 1 >= _orientation(imaging.read_file(mask_files.first_file(pair.mask)))
+        first_mask = mask_files.first_file(pair.mask)
+        turned = not config.data.mask_turn and imaging.orientation(data) > 1
+        turned = turned and imaging.orientation(imaging.read_file(first_mask)) == 1
     except (imaging.ImageError, OSError, ValueError):
         return None  # the training stops at it, and names it
     return turned, top
-
-
-def _orientation(data: bytes) -> int:
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return int(image.getexif().get(imaging.ORIENTATION, 1))
-    except Exception:  # an array, or a file that Pillow doesn't know
-        return 1
