@@ -382,6 +382,8 @@ def test_a_clean_set_has_neither_errors_nor_warnings(discs):
     assert not troubles(report) and report.exit_code == 0
     assert notes(report) == {"masks-0-255", "names-look-like-groups"}
     assert (report.pairs, report.facts["sampled"]) == (12, 12)
+    assert report.facts["image_bands"] == {"3 bands of 8 bits": 12}
+    assert report.facts["mask_bands"] == {"1 band of 8 bits": 12}
     assert report.facts["image_sizes"] == {"32×32": 12} and report.facts["mask_values"] == {0: 12, 255: 12}
     shares = report.facts["class_shares"]
     exact = np.mean([np.asarray(Image.open(path)) > 0 for path in discs[1].iterdir()])

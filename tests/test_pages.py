@@ -147,6 +147,7 @@ def test_doctor_says_the_range_of_sixteen_bits_in_colour(tmp_path):
     config = report.suggestion.config()
     assert config.data.value_range == (0, 8191) and config.model.in_channels == 3
     assert report.facts["image_modes"] == {"uint16×3": 6}
+    assert report.facts["image_bands"] == {"3 bands of 16 bits": 6}
     data = (tmp_path / "i/0.tif").read_bytes()
     array, _ = decode_image(data, 3, None, value_range=(0, 8191))
     stored = tifffile.imread(tmp_path / "i/0.tif")

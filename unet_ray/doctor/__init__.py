@@ -151,6 +151,7 @@ def _facts(found: Listing, headers: Mapping[str, Header], looks: Sequence[Look],
         good = _good(headers, files)
         facts[f"{kind}_formats"] = dict(Counter(header.format for header in good).most_common(SHOWN))
         facts[f"{kind}_modes"] = dict(Counter(header.mode for header in good).most_common(SHOWN))
+        facts[f"{kind}_bands"] = dict(Counter(header.bands for header in good).most_common(SHOWN))
         facts[f"{kind}_sizes"] = dict(Counter(times(header.size) for header in good).most_common(SHOWN))
     values = sorted(values_of(looks))[:SHOWN]
     of_masks, pattern = traits.classes, traits.group_by

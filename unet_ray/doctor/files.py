@@ -68,6 +68,18 @@ class Header:
     trouble: str = ""
     """Details of the damage, or empty."""
 
+    @property
+    def bands(self) -> str:
+        """Number and depth of the bands: `3 bands of 8 bits`. A palette is one band."""
+        kind, _, _ = self.mode.partition("×")
+        known = {"1": "1 bit", "I": "32 bits", "F": "32-bit floats"}
+        depth = known.get(self.mode) or ("16 bits" if self.mode.startswith("I;16") else "8 bits")
+        if self.array:
+            name, bits = kind.rstrip("0123456789"), kind[len(kind.rstrip("0123456789")) :]
+            depth = {"float": f"{bits}-bit floats", "bool": "1 bit"}.get(name, f"{bits} bits")
+        count = 1 if self.mode in ("P", "1") else self.channels
+        return f"{count} band{'' if count == 1 else 's'} of {depth}"
+
     def damaged(self, reason: Exception) -> None:
         """Records the error that reading raised as the file's damage."""
         text = " ".join(str(reason).split())[:100]

@@ -87,7 +87,7 @@ class Report:
     pairs: int
     facts: dict[str, Any]
     """Numbers of `images`, `masks` and `sampled` pairs; number of files with each of `image_formats`, `image_modes`,
-    `image_sizes`, and the same for masks; number of masks with each of `mask_values`; `class_shares` of the pixels;
+    `image_bands`, `image_sizes`, and the same for masks; number of masks with each of `mask_values`; `class_shares` of the pixels;
     `empty_masks`; `groups`."""
     findings: tuple[Finding, ...]
     """Errors first, then warnings, then notes."""
@@ -134,7 +134,7 @@ def _facts(facts: Mapping[str, Any], pairs: int) -> Iterator[tuple[str, str]]:
     if facts["sampled"]:
         yield "pixels", f"read of {'all' if facts['sampled'] == pairs else facts['sampled']} pairs"
     for kind in ("image", "mask"):
-        parts = [facts[f"{kind}_{what}"] for what in ("formats", "modes", "sizes")]
+        parts = [facts[f"{kind}_{what}"] for what in ("formats", "modes", "bands", "sizes")]
         if any(parts):
             yield f"{kind} files", "; ".join(map(counts, parts))
     if facts["class_shares"]:
