@@ -87,8 +87,8 @@ class Report:
     pairs: int
     facts: dict[str, Any]
     """Numbers of `images`, `masks` and `sampled` pairs; number of files with each of `image_formats`, `image_modes`,
-    `image_bands`, `image_sizes`, and the same for masks; number of masks with each of `mask_values`; `class_shares` of the pixels;
-    `empty_masks`; `groups`."""
+    `image_bands`, `image_sizes`, and the same for masks; number of masks with each of `mask_values`; `class_shares` of
+    the pixels; `empty_masks`; `groups`."""
     findings: tuple[Finding, ...]
     """Errors first, then warnings, then notes."""
     suggestion: Suggestion | None
