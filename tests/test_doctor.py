@@ -569,7 +569,7 @@ def flags_of(command: str) -> tuple[str | None, list[tuple[str, str]]]:
     assert words[:2] == ["unet-ray", "train"]
     pairs = list(zip(words[2::2], words[3::2], strict=True))
     names = {"--group-by": "data.group_by", "--image-size": "data.image_size", "--epochs": "train.epochs"}
-    names |= {"--images": "data.images", "--masks": "data.masks", "--match": "data.match"}
+    names |= {"--images": "data.images", "--masks": "data.masks", "--match": "data.match", "--split": "data.split"}
     settings = [(names[flag], value) for flag, value in pairs if flag in names]
     settings += [tuple(value.split("=", 1)) for flag, value in pairs if flag == "--set"]
     known = {*names, "--set", "--out", "--recipe"}

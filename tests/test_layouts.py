@@ -156,6 +156,48 @@ def defect_and_good(root: Path) -> None:
             save(root / f"masks/{kind}/{number:03d}.png", gray(number, 255 * (kind == "defect")))
 
 
+def camvid_folders(root: Path) -> None:
+    for part, numbers in (("train", range(6)), ("val", range(6, 8)), ("test", range(8, 10))):
+        for number in numbers:
+            photo(root / part / f"{number}.png", number)
+            save(root / f"{part}annot/{number}.png", gray(number, 1))
+
+
+def lists_of_a_split(root: Path) -> None:
+    simple("JPEGImages/#.jpg", "SegmentationClass/#.png")(root)
+    for part, numbers in (("train", range(5)), ("val", range(5, 8)), ("test", range(8, 10))):
+        path = root / f"ImageSets/Segmentation/{part}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(f"{number:03d}\n" for number in numbers))
+
+
+def blurred_colours(root: Path) -> None:
+    def write(number: int) -> None:
+        mask = np.where(truth(number)[..., None], [0, 128, 0], [128, 0, 128]).astype("u1")
+        mask[: SIDE // 4] = [128, 0, 128]
+        picture = Image.fromarray(mask).resize((97, 97), Image.Resampling.BILINEAR)  # smoothed at the edges
+        save(root / f"masks/{number:03d}.png", np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.NEAREST)))
+
+    each(root, "images/#.png", write)
+    (root / "class.txt").write_text("Class\tR\tG\t B\n1\t128 \t0 \t128 \t_background_\n2\t0 \t128\t 0 \tintact grain\n")
+
+
+def jpeg_colours(root: Path) -> None:
+    """Without a list of classes, of many colours, and larger than the images."""
+
+    def write(number: int) -> None:
+        mask = np.where(truth(number)[..., None], [200, 30, 60], [0, 0, 0]).astype("u1")
+        save(root / f"masks/{number:03d}.jpg", np.kron(mask, np.ones((4, 4, 1), np.uint8)), quality=90)
+
+    each(root, "images/#.png", write)
+
+
+def csv_of_pairs(root: Path) -> None:
+    simple("shots/x#.jpg", "drawn/y#.png")(root)
+    rows = [f"shots/x{number:03d}.jpg,drawn/y{number:03d}.png\n" for number in range(COUNT)]
+    (root / "pairs.csv").write_text("image,mask\n" + "".join(rows))
+
+
 SETS = [
     # (how it is written, --images, --masks, classes, split)
     ("same names", simple("images/#.jpg", "masks/#.png"), "images", "masks", 1, {"train": 8, "val": 2}),
@@ -179,6 +221,11 @@ SETS = [
     ("opacity", opacity, "images", "masks", 1, None),
     ("partly labelled", partly, "images", "masks", 1, {"train": 6, "val": 2}),
     ("class folders", defect_and_good, "images", "masks", 1, {"train": 16, "val": 4}),
+    ("folders with partners", camvid_folders, ".", None, 1, {"train": 6, "val": 2, "test": 2}),
+    ("lists of a split", lists_of_a_split, "JPEGImages", "SegmentationClass", 1, {"train": 5, "val": 3, "test": 2}),
+    ("smoothed colours", blurred_colours, "images", "masks", 1, None),
+    ("JPEG colours", jpeg_colours, "images", "masks", 1, None),
+    ("a list of pairs", csv_of_pairs, "pairs.csv", None, 1, {"train": 8, "val": 2}),
 ]
 
 

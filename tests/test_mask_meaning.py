@@ -128,3 +128,15 @@ def test_masks_of_another_size_fit_if_their_proportions_do():
 def test_settings_that_cannot_be_meant_are_refused(settings, message):
     with pytest.raises(UserError, match=message.replace("(", r"\(")):
         DataConfig(**settings)
+
+
+def test_colours_that_jpeg_or_smoothing_made_are_of_the_nearest_class():
+    stream = io.BytesIO()
+    stored = np.array([[[0, 0, 0], [5, 2, 0], [130, 4, 0], [60, 0, 0], [70, 0, 0], [0, 0, 250]]], np.uint8)
+    Image.fromarray(stored).save(stream, "PNG")
+    colours = {"mask_colors": ("#000000", "#800000"), "ignore_index": "#0000ff"}
+    assert decode_mask(stream.getvalue(), DataConfig(**colours, mask_nearest=True), None)[0].tolist() == [
+        [0, 0, 1, 0, 1, IGNORE]
+    ]
+    with pytest.raises(ImageError, match=r"--set data\.mask_nearest=true"):
+        decode_mask(stream.getvalue(), DataConfig(**colours), None)

@@ -192,6 +192,8 @@ class DataConfig:
     mask_colors: tuple[Colour | tuple[Colour, ...], ...] = ()
     """Colour of each class, instead of `mask_values`: [r, g, b] or '#rrggbb', or several of them. Masks with a palette
     are read by their colours too."""
+    mask_nearest: bool = False
+    """With `mask_colors`: pixels of any other colour, as JPEG or smoothing makes them, are of the nearest class."""
     mask_resize: bool = False
     """Masks may be larger or smaller than their images, in the same proportions. They are scored at their own size."""
     mask_turn: bool = False

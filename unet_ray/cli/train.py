@@ -57,6 +57,7 @@ an error about a misspelt name suggests the nearest):
   data.mask_colors       ['#000000', '#ff0000']: the colour of each class
   data.several_masks     union: each mask of an image is an object; classes:
                          the folder of a mask is its class
+  data.mask_nearest      true: other colours, of JPEG, are the nearest class
   data.mask_resize       true: masks of another size in the same proportions
   data.mask_turn         true: masks drawn on images as stored, before EXIF
   data.ignore_index      255: pixels that neither train nor score; several

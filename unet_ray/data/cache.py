@@ -124,7 +124,7 @@ def _key(decoder: Decoder) -> str:
 
 def _more_of_masks(data: DataConfig) -> dict[str, Any]:
     """Returns the settings that newer versions have, if they are used: caches of older versions stay valid."""
-    names = ("mask_colors", "mask_resize", "mask_turn", "several_masks")
+    names = ("mask_colors", "mask_nearest", "mask_resize", "mask_turn", "several_masks")
     return {name: getattr(data, name) for name in names if getattr(data, name) != getattr(DataConfig(), name)}
 
 

@@ -30,9 +30,26 @@ def class_ids(stored: np.ndarray, data: DataConfig) -> np.ndarray:
         assert data.mask_values is not None, "resolve mask_values first: see masks.infer_values"
         table = _table(data.mask_values, data.ignored)
     ids = table[stored]
+    if ids.min(initial=0) < 0 and data.mask_nearest and data.mask_colors:
+        ids[ids < 0] = _nearest(stored[ids < 0], data)
     if ids.min(initial=0) < 0:
         raise ImageError(_unknown(np.unique(stored[ids < 0]), data))
     return ids.astype(np.uint8)
+
+
+def _nearest(stored: np.ndarray, data: DataConfig) -> np.ndarray:
+    """Returns the class id, or `IGNORE`, of the colour that is nearest to each of some colours [N]."""
+    by_colour = {colour_code(each): k for k, entry in enumerate(data.mask_colors) for each in colours_of(entry)}
+    by_colour |= {colour_code(cast("Colour", each)): IGNORE for each in data.ignored}
+    known, ids = _parts(np.array([*by_colour])), np.array([*by_colour.values()], np.int16)
+    colours, place = np.unique(stored, return_inverse=True)
+    distances = ((_parts(colours)[:, None] - known) ** 2).sum(axis=2)
+    return ids[distances.argmin(axis=1)][place.reshape(-1)]
+
+
+def _parts(codes: np.ndarray) -> np.ndarray:
+    """Returns red, green and blue, int32 [N,3]."""
+    return np.stack([codes >> 16 & 255, codes >> 8 & 255, codes & 255], axis=1).astype(np.int32)
 
 
 def _not_negative(stored: np.ndarray, data: DataConfig) -> np.ndarray:
@@ -83,7 +100,7 @@ def _unknown(values: np.ndarray, data: DataConfig) -> str:
         shown = ", ".join(f"#{value:06x}" for value in values[:5].tolist())
         return (
             f"{len(values)} colour(s) of no class ({shown}{' …' if len(values) > 5 else ''}): add them to "
-            "data.mask_colors, or to data.ignore_index"
+            "data.mask_colors, or to data.ignore_index; if JPEG or smoothing made them: --set data.mask_nearest=true"
         )
     shown = ", ".join(map(str, values[:5])) + (" …" if len(values) > 5 else "")
     return f"mask value(s) {shown} outside the classes (data.mask_values {[*(data.mask_values or ())]})"

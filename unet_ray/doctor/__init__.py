@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from unet_ray.config import MAX_PIXELS
+from unet_ray.config import MAX_PIXELS, shown_locations
 from unet_ray.data import mask_files, storage
 from unet_ray.data.imaging import without_pillows_limit
 from unet_ray.data.inputs import ImageFile, evenly
@@ -20,7 +20,14 @@ from unet_ray.data.pairs import Pair
 from unet_ray.data.progress import OnProgress
 from unet_ray.data.splits import group_of, likely_groups, parts_of_folders
 from unet_ray.doctor.files import THREADS, Header, damage, read_headers
-from unet_ray.doctor.groups import duplicates, folders_of_a_split, named_groups, neighbours, too_few
+from unet_ray.doctor.groups import (
+    duplicates,
+    folders_of_a_split,
+    lists_of_a_split,
+    named_groups,
+    neighbours,
+    too_few,
+)
 from unet_ray.doctor.images import channels, constants, kinds, sizes, sizes_of_pairs, value_range
 from unet_ray.doctor.masks import classes
 from unet_ray.doctor.names import Listing, listing
@@ -70,7 +77,8 @@ def examine(
     findings.sort(key=lambda finding: LEVELS.index(finding.level))
     facts = _facts(found, headers, looks, traits)
     way = found.way
-    return Report(way.images, way.masks or None, len(found.pairs), facts, tuple(findings), suggestion, time_taken)
+    images_at, masks_at = map(shown_locations, (way.images, way.masks))
+    return Report(images_at, masks_at or None, len(found.pairs), facts, tuple(findings), suggestion, time_taken)
 
 
 def _judge(found: Listing, headers: Mapping[str, Header], looks: Sequence[Look]) -> tuple[Traits, list[Finding]]:
@@ -78,13 +86,15 @@ def _judge(found: Listing, headers: Mapping[str, Header], looks: Sequence[Look])
     good, usable = _good(headers, found.images), _usable(found.pairs, headers)
     keys = [pair.key for pair in found.pairs]
     parts = Counter(parts_of_folders(keys).values())
-    pattern = likely_groups(keys) if len(keys) > 1 and not parts else None
+    split, of_split = lists_of_a_split(found.way, keys) if not parts else (None, [])
+    divided = bool(parts) or split is not None
+    pattern = likely_groups(keys) if len(keys) > 1 and not divided else None
     in_channels, of_channels = channels(good, looks)
     found_range, of_range = value_range(looks)
     found_classes, of_masks = classes(looks, found.way, found.classes)
     resize, of_sizes = sizes_of_pairs(usable, headers)
     turn, of_turned = turned_pairs(usable, headers)
-    alone = pattern is None and not parts and len(looks) == len(found.pairs)
+    alone = pattern is None and not divided and len(looks) == len(found.pairs)
     sequence = neighbours(looks) if alone else []
     findings = [
         *found.findings,
@@ -100,9 +110,10 @@ def _judge(found: Listing, headers: Mapping[str, Header], looks: Sequence[Look])
         *(named_groups(found.pairs, pattern) if pattern is not None else sequence),
         *duplicates(found.images, found.pairs, looks, pattern),
         *folders_of_a_split(parts),
+        *of_split,
         *(too_few(len(found.pairs)) if found.way.masks else ()),
     ]
-    return Traits(in_channels, found_classes, found_range, pattern, bool(sequence), resize, turn), findings
+    return Traits(in_channels, found_classes, found_range, pattern, bool(sequence), resize, split, turn), findings
 
 
 def _read(

@@ -11,11 +11,12 @@ from unet_ray.data import lists, storage
 
 NAMES = (
     "classes.txt", "labels.txt", "class_names.txt", "labelmap.txt", "label_colors.txt", "class_dict.csv",
-    "class_dict.txt", "_classes.csv", "classes.csv", "colors.txt", "label_map.txt", "palette.txt", "codes.txt",
+    "class_dict.txt", "_classes.csv", "classes.csv", "class.txt", "colors.txt", "label_map.txt", "palette.txt",
+    "codes.txt",
 )  # fmt: skip
 COLOUR = r"(\d{1,3})[\s,;]+(\d{1,3})[\s,;]+(\d{1,3})"
 AHEAD, BEHIND = (
-    re.compile(rf"^\s*{COLOUR}[\s,;:]+(\S.*?)\s*$"),
+    re.compile(rf"^\s*(?:\d+[\s,;:]+(?={COLOUR}[\s,;:]+[^\d\s]))?{COLOUR}[\s,;:]+(\S.*?)\s*$"),
     re.compile(rf"^\s*(\S.*?)[\s,;:]+{COLOUR}(?:[:,;\s].*)?$"),
 )
 VALUE = re.compile(r"^\s*(\d+)[\s,;:=]+(\S.*?)\s*$")
@@ -52,6 +53,7 @@ def _candidates(folders: list[str]) -> Iterator[Path]:
         fixed = re.split(r"[*?\[]", location)[0]
         folder = Path(location if fixed == location else fixed.rpartition("/")[0])
         places = [folder, folder.parent, folder.parent.parent]
+        places += [place / "ImageSets/Segmentation" for place in places]
         if folder.is_dir():
             places += sorted(inner for inner in folder.iterdir() if inner.is_dir())[:8]
         yield from (path for place in places for name in NAMES if (path := place / name).is_file())
@@ -59,7 +61,7 @@ def _candidates(folders: list[str]) -> Iterator[Path]:
 
 def _read_line(line: str, found: ClassList) -> None:
     if ahead := AHEAD.match(line):
-        colour, name = ahead.groups()[:3], ahead[4]
+        colour, name = ahead.groups()[3:6], ahead[7]
     elif behind := BEHIND.match(line):
         colour, name = behind.groups()[1:4], behind[1]
     else:
@@ -68,4 +70,6 @@ def _read_line(line: str, found: ClassList) -> None:
         return
     red, green, blue = map(int, colour)
     if max(red, green, blue) < 256:
-        found.by_colour[(red, green, blue)] = name.strip(',;: \t"')
+        name = name.strip(',;: \t"')
+        # VOC's tools write `_background_`; scores leave out `background`.
+        found.by_colour[(red, green, blue)] = "background" if name.lower() == "_background_" else name

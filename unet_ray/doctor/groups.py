@@ -13,11 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
+from unet_ray.config import DataConfig, UserError, locations
 from unet_ray.data import imaging, mask_files, pages, storage
 from unet_ray.data.inputs import ImageFile
 from unet_ray.data.pairs import Pair
-from unet_ray.data.splits import group_of
+from unet_ray.data.splits import given_parts, group_of
 from unet_ray.doctor.files import THREADS
+from unet_ray.doctor.layouts import Way
 from unet_ray.doctor.pixels import Look
 from unet_ray.doctor.report import Finding, error, note, warning
 from unet_ray.doctor.words import number
@@ -27,6 +29,11 @@ ALIKE = 0.8
 other images. Measured: 0.67 for the slices of ISBI 2012, 1.02 for the unrelated images of DSB 2018."""
 MIDDLE = 4096
 """Bytes in the middle of files of equal size, which are compared before the whole files."""
+
+LISTED = 0.9
+"""Lists that name at least this share of the images are taken for their split."""
+LISTS_IN = (".", "ImageSets/Segmentation", "ImageSets", "splits", "lists")
+"""Where data sets keep train.txt and val.txt, beside the folder of the images or above it."""
 
 COPIES = {
     "duplicates-with-different-masks": ("with different masks", "keep the right one: contrary labels can't be learned"),
@@ -60,6 +67,33 @@ def folders_of_a_split(parts: Mapping[str, int]) -> list[Finding]:
     text = f"folders divide the images: {shown}"
     rest = "" if parts.get("val") else "; some of those to train on are drawn to validate on"
     return note("folders-of-a-split", text, f"a training keeps to that{rest}; --split random draws anew")
+
+
+def lists_of_a_split(way: Way, keys: Sequence[str]) -> tuple[str | None, list[Finding]]:
+    """Returns the folder of lists (`train.txt`, `val.txt`) that divide these images (`data.split`), and a finding."""
+    for place in _places_of_lists(way):
+        try:
+            parts = Counter(given_parts(keys, DataConfig(split=str(place))).values())
+        except UserError:  # lists of something else
+            continue
+        if parts["train"] and parts.total() >= LISTED * len(keys):
+            shown = ", ".join(f"{parts[name]} to {verb}" for name, verb in VERBS.items() if parts[name])
+            text = f"lists in {place} divide the images: {shown}"
+            remedy = f"--split {shlex.quote(str(place))} keeps to them; left out, images are drawn"
+            return str(place), note("lists-of-a-split", text, remedy)
+    return None, []
+
+
+def _places_of_lists(way: Way) -> Iterator[Path]:
+    """Yields local folders beside the images or above them in which there is a train.txt."""
+    fixed = re.split(r"[*?\[]", locations(way.images)[0])[0] if way.images else ""
+    if not fixed or storage.is_uri(fixed):
+        return
+    folder = Path(fixed if fixed == locations(way.images)[0] else fixed.rpartition("/")[0])
+    for base in (folder, *list(folder.parents)[:2]):
+        for inner in LISTS_IN:
+            if (base / inner / "train.txt").is_file():
+                yield base / inner
 
 
 VERBS = {"train": "train on", "val": "validate on", "test": "test with (`evaluate RUN --part test`)"}

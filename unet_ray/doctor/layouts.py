@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from unet_ray.config import DataConfig, UserError
+from unet_ray.config import DataConfig, UserError, locations
 from unet_ray.data import mask_files, storage
 from unet_ray.data.inputs import ImageFile, evenly, find_images
 from unet_ray.data.pairs import Matches, list_pair_files, match_pairs
@@ -38,8 +38,9 @@ ENOUGH = 0.9
 class Way:
     """The options that say which images and masks there are, and how they belong together."""
 
-    images: str
-    masks: str
+    images: str | tuple[str, ...]
+    """A folder or glob, or several, as `DataConfig.images`."""
+    masks: str | tuple[str, ...]
     match: str | None = None
     several: str = "refuse"
 
@@ -78,9 +79,10 @@ class Found:
         """Orders ways: the most pairs, then names that are meant for classes, then the fewest options."""
         way = self.way
         files = [file for pair in self.matches.pairs[:3] for file in (pair.image, *mask_files.files_of(pair.mask))]
-        names = [way.images, way.masks, *(PurePosixPath(file).name for file in files)]
+        places = [*locations(way.images), *locations(way.masks)]
+        names = [*places, *(PurePosixPath(file).name for file in files)]
         second = any(SECOND_CHOICE.search(name) for name in names)
-        options = (way.match is not None) + (way.several != "refuse") + ("*" in way.images) + ("*" in way.masks)
+        options = (way.match is not None) + (way.several != "refuse") + sum("*" in place for place in places)
         return (len(self.matches.pairs), -second, way.several == "classes", -options, -self.order)
 
 
@@ -132,8 +134,25 @@ def _of_folders(root: str, files: Sequence[ImageFile]) -> Iterator[Way]:
         masks = [name for name in sorted(names) if MASK_FOLDER.search(name)]
         images = [name for name in sorted(names) if name not in masks]
         above = storage.join(root, *["*"] * depth) if depth else root
+        if partners := _partners(images, masks):
+            several_images, several_masks = (tuple(storage.join(above, name) for name in side) for side in partners)
+            yield Way(several_images, several_masks)
         for image, mask in itertools.product(images, masks):
             yield Way(storage.join(above, image), storage.join(above, mask))
+
+
+def _partners(images: Sequence[str], masks: Sequence[str]) -> tuple[list[str], list[str]] | None:
+    """Returns folders of images, and in the same order those of their masks, if there are several whose names differ in
+    the same way, as `train`, `trainannot` and `val`, `valannot` do."""
+    for ending in sorted({mask.removeprefix(image) for image in images for mask in masks if mask.startswith(image)}):
+        found = [image for image in images if image + ending in masks]
+        if len(found) > 1:
+            return found, [image + ending for image in found]
+    for beginning in sorted({mask.removesuffix(image) for image in images for mask in masks if mask.endswith(image)}):
+        found = [image for image in images if beginning + image in masks]
+        if len(found) > 1:
+            return found, [beginning + image for image in found]
+    return None
 
 
 def _of_names(root: str, files: Sequence[ImageFile]) -> Iterator[Way]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from unet_ray.config import MAX_CLASSES
+from unet_ray.config import MAX_CLASSES, locations
 from unet_ray.doctor.class_lists import ClassList, class_list
 from unet_ray.doctor.layouts import Way
 from unet_ray.doctor.pixels import Look, values_of
@@ -31,8 +32,14 @@ FAR = 64
 """A value of 255 that is so far above all others is no class."""
 MERGED = 4
 """Up to so many values without names may be parts of one class, as the border of a trimap is."""
-MOST_COLOURS, LISTED = 64, 0.98
-"""The most colours that can be classes without a list of them; share of the pixels whose colours a list must name."""
+MOST_COLOURS, LISTED, FEW_COLOURS = 64, 0.98, 8
+"""The most colours that can be classes without a list of them; share of the pixels whose colours a list must name, and
+the most colours that it may leave out."""
+NEAR, APART, NEARLY_ALL = 16, 48, 0.9
+"""How far the noise of JPEG moves a colour; how far apart the colours of two classes must be; which share of the rare
+colours lies between two others if smoothing has made them."""
+MAIN_SHARE, MAINLY = 0.002, 0.8
+"""Share of the pixels that a class must have to be recognised by its colour; share near such colours."""
 OBJECTS, SAME_NUMBER = 0.8, 0.7
 """If values number objects, each must be one region in this share of the masks, and fewer than the other share of them
 may have the same number of objects."""
@@ -43,7 +50,7 @@ NO_MASKS = {
     "mask-is-the-image": ("the image itself", "put the masks there: is --masks the right folder?"),
     "masks-in-colours": (
         "in colours",
-        "all masks alike: each class in one colour without smoothing or JPEG, or class ids in a gray PNG",
+        "all masks alike: each class in one colour, or class ids in a gray PNG",
     ),
     "floating-point-masks": (
         "with floating-point values",
@@ -84,7 +91,7 @@ def classes(looks: Sequence[Look], way: Way, folders: Sequence[str]) -> tuple[Cl
 
     `folders`: those that are classes, if several masks are (`data.several_masks`).
     """
-    known = class_list([way.masks])
+    known = class_list([*locations(way.masks)])
     coloured = _colours(looks, known)
     if coloured is not None:
         return coloured
@@ -130,13 +137,13 @@ def _colours(looks: Sequence[Look], known: ClassList) -> tuple[Classes, list[Fin
         gray = {(value,) * 3: count for value, count in look.counts.items()}
         occurs.update(look.colours or gray)
     listed = known.by_colour if sum(occurs[colour] for colour in known.by_colour) >= LISTED * occurs.total() else {}
-    if not listed and len(occurs) > MOST_COLOURS:
-        return None
+    unlisted = [colour for colour in occurs if colour not in listed] if listed else []
+    if len(unlisted) > FEW_COLOURS or (not listed and (len(occurs) > MOST_COLOURS or _are_mixed(occurs))):
+        return _blurred(occurs, known) if 2 * len(in_colours) > len(looks) else None
     names = listed or dict.fromkeys(_ordered(occurs), "")
     void = [colour for colour, name in names.items() if VOID_NAME.search(name)]
     kept = [colour for colour in names if colour not in void]
     kept.sort(key=lambda colour: names[colour].lower() != "background")
-    unlisted = [colour for colour in occurs if colour not in names]
     void += unlisted
     texts = tuple("#{:02x}{:02x}{:02x}".format(*colour) for colour in kept)
     ignored = tuple("#{:02x}{:02x}{:02x}".format(*colour) for colour in void)
@@ -154,6 +161,54 @@ def _colours(looks: Sequence[Look], known: ClassList) -> tuple[Classes, list[Fin
         text = f"{len(unlisted)} colours are in no class of {Path(known.file).name}: {', '.join(ignored[-5:])}"
         findings += warning("colours-of-no-class", text, "they are left out (data.ignore_index); else name their class")
     return found, findings
+
+
+def _blurred(occurs: Counter[tuple[int, ...]], known: ClassList) -> tuple[Classes, list[Finding]] | None:
+    """Returns the classes of masks whose colours JPEG or smoothing has mixed at the edges; None if they have no few
+    main colours."""
+    colours, counts = np.array([*occurs], np.int32), np.array([*occurs.values()])
+
+    def pixels_near(main: tuple[int, ...]) -> np.ndarray:
+        return np.abs(colours - main).max(axis=1) <= NEAR
+
+    mains = [*known.by_colour] or _mains(occurs)
+    near = np.any([pixels_near(main) for main in mains], axis=0) if mains else np.zeros(len(counts), bool)
+    if not 1 < len(mains) <= MOST_COLOURS or counts[near].sum() < MAINLY * counts.sum():
+        return None
+    names = {colour: known.by_colour.get(colour, "") for colour in _ordered(Counter(dict.fromkeys(mains, 1)))}
+    texts = tuple("#{:02x}{:02x}{:02x}".format(*colour) for colour in names)
+    settings = {"data.mask_colors": texts, "data.mask_nearest": True}
+    found = Classes(list(range(len(names))), names=dict(enumerate(names.values())), settings=settings)
+    shares = [float(counts[pixels_near(colour)].sum() / counts[near].sum()) for colour in names]
+    found.shares = dict(enumerate(shares))
+    text = f"masks have {len(occurs)} colours, as JPEG or smoothing makes of {len(names)}: {', '.join(texts[:8])}"
+    remedy = f"{setting('data.mask_colors', texts)} --set data.mask_nearest=true takes the nearest of them"
+    return found, warning("masks-in-blurred-colours", text, remedy)
+
+
+def _are_mixed(occurs: Counter[tuple[int, ...]]) -> bool:
+    """Returns whether nearly all rare colours lie between two main ones, as smoothing makes them."""
+    mains = np.array(_mains(occurs), np.float64)
+    rare = np.array([each for each in occurs if np.abs(mains - each).max(axis=1).min() > NEAR], np.float64)
+    if len(rare) <= FEW_COLOURS or len(mains) < 2:
+        return False
+    between = np.zeros(len(rare), bool)
+    for one, other in itertools.combinations(mains, 2):
+        along = other - one
+        place = ((rare - one) @ along / (along @ along)).clip(0, 1)
+        between |= np.abs(one + place[:, None] * along - rare).max(axis=1) <= NEAR / 2
+    return bool(between.mean() >= NEARLY_ALL)
+
+
+def _mains(occurs: Counter[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Returns the colours of many pixels that are far from each other, the most frequent first."""
+    mains: list[tuple[int, ...]] = []
+    for colour, count in occurs.most_common():
+        if count < MAIN_SHARE * occurs.total():
+            break
+        if all(max(abs(one - other) for one, other in zip(colour, main, strict=True)) > APART for main in mains):
+            mains.append(colour)
+    return mains
 
 
 def _palettes_differ(looks: Sequence[Look]) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from unet_ray.config import UserError
+from unet_ray.config import UserError, shown_locations
 from unet_ray.data import mask_files, pair_lists, storage
 from unet_ray.data.inputs import EXTENSIONS, ImageFile, find_images
 from unet_ray.data.pair_lists import is_pair_list
@@ -113,7 +113,7 @@ def _of_way(found: Found, images_at: str, masks_at: str | None) -> Iterator[Find
     """Says how images and masks belong together, if it is not as they were given."""
     way = found.way
     if (way.images, way.masks) not in ((images_at, masks_at), (images_at, images_at)):
-        images, masks = (storage.without_secrets(location) for location in (way.images, way.masks))
+        images, masks = (storage.without_secrets(shown_locations(side)) for side in (way.images, way.masks))
         yield from note("layout", f"the images are {images}, the masks {masks}", "the command below names them so")
     if way.match is not None and found.matches.pairs:
         pair = found.matches.pairs[0]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from unet_ray.config import TrainConfig, UserError, ValueRange, is_list
+from unet_ray.config import TrainConfig, UserError, ValueRange, is_list, locations
 from unet_ray.data import storage
 from unet_ray.data.masks import infer_values
 from unet_ray.data.pairs import Pair
@@ -41,8 +41,10 @@ ORDER = (
     "data.mask_turn",
     "data.mask_values",
     "data.mask_colors",
+    "data.mask_nearest",
     "data.ignore_index",
     "data.classes",
+    "data.split",
     "data.group_by",
     "data.split_order",
     "data.value_range",
@@ -50,6 +52,7 @@ ORDER = (
 """Order of the settings in the suggested command."""
 FLAGS = {
     "data.match": "--match",
+    "data.split": "--split",
     "data.group_by": "--group-by",
     "data.image_size": "--image-size",
     "train.epochs": "--epochs",
@@ -70,6 +73,8 @@ class Traits:
     """Images that follow each other by name are alike, as the slices of a volume are."""
     mask_resize: bool = False
     """See `DataConfig.mask_resize`."""
+    split: str | None = None
+    """See `DataConfig.split`."""
     mask_turn: bool = False
     """See `DataConfig.mask_turn`."""
 
@@ -88,8 +93,10 @@ def suggest(way: Way, pairs: Sequence[Pair], sizes: Sequence[tuple[int, int]], t
         "data.mask_resize": traits.mask_resize,
         "data.mask_turn": traits.mask_turn,
         "data.mask_colors": (),
+        "data.mask_nearest": False,
         **_class_settings(base, traits),
         "data.image_size": image_size,
+        "data.split": traits.split,
         "data.group_by": _same_groups(base.data.group_by, traits.group_by, keys),
         "data.split_order": "name" if traits.alike else "hash",
         "data.value_range": traits.value_range,
@@ -144,9 +151,11 @@ def _class_settings(base: TrainConfig, traits: Traits) -> dict[str, Any]:
 
 def _command(way: Way, recipe: str, changed: Sequence[tuple[str, str]], settings: Mapping[str, Any]) -> str:
     """Returns the command that trains with these settings, quoted for a shell."""
-    command = ["unet-ray", "train", "--images", storage.without_secrets(way.images)]
-    if not (way.masks == way.images and is_list(way.images)):
-        command += ["--masks", storage.without_secrets(way.masks)]
+    command = ["unet-ray", "train"]
+    for images, masks in zip(locations(way.images), locations(way.masks), strict=True):
+        command += ["--images", storage.without_secrets(images)]
+        if not (masks == images and is_list(images)):
+            command += ["--masks", storage.without_secrets(masks)]
     command += ["--out", "RUN", "--recipe", recipe]
     for name, text in changed:
         plain = isinstance(settings[name], (int, str)) and name in FLAGS

@@ -33,7 +33,7 @@ MOST_HEADER_BYTES = 100 * 2**20
 """As safetensors itself allows."""
 CLEANUP, INT8 = "cleanup.json", "int8.json"
 ALWAYS = ("mask_values", "ignore_index")
-MASK_SETTINGS = (*ALWAYS, "mask_colors", "mask_resize", "mask_turn", "several_masks", "match")
+MASK_SETTINGS = (*ALWAYS, "mask_colors", "mask_nearest", "mask_resize", "mask_turn", "several_masks", "match")
 """Settings of `DataConfig` by which a model's masks are found and read; all but the first two only if they are used."""
 
 
