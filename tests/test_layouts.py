@@ -318,3 +318,9 @@ def test_annotations_are_recognised_and_said(tmp_path, name, text, kind, given):
     assert report.exit_code == 2 and report.suggestion is None
     [finding] = [finding for finding in report.findings if finding.code == "annotations-instead-of-masks"]
     assert kind in finding.text and name in finding.text
+
+
+def test_a_list_of_all_that_is_to_train_on_is_no_split(tmp_path):
+    simple("images/#.jpg", "masks/#.png")(tmp_path)
+    (tmp_path / "images/train.txt").write_text("".join(f"{number:03d}\n" for number in range(COUNT)))
+    assert "--split" not in suggested(tmp_path, "images", "masks").suggestion.command

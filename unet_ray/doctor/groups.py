@@ -76,7 +76,7 @@ def lists_of_a_split(way: Way, keys: Sequence[str]) -> tuple[str | None, list[Fi
             parts = Counter(given_parts(keys, DataConfig(split=str(place))).values())
         except UserError:  # lists of something else
             continue
-        if parts["train"] and parts.total() >= LISTED * len(keys):
+        if parts["train"] and len(parts) > 1 and parts.total() >= LISTED * len(keys):
             shown = ", ".join(f"{parts[name]} to {verb}" for name, verb in VERBS.items() if parts[name])
             text = f"lists in {place} divide the images: {shown}"
             remedy = f"--split {shlex.quote(str(place))} keeps to them; left out, images are drawn"
