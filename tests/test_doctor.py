@@ -723,3 +723,23 @@ def test_if_the_size_of_masks_does_not_tell_how_they_were_drawn_one_pair_is_show
         left, right = np.hsplit(np.asarray(halves).astype(int), 2)
     assert np.abs(left - right).max() > 50  # the masks lie elsewhere
     picture.unlink()
+
+
+def test_slices_of_volumes_get_the_recipe_for_them_whatever_their_channels(tmp_path):
+    from PIL.PngImagePlugin import PngInfo
+
+    from unet_ray.data.volumes import CHANNELS
+
+    text = PngInfo()
+    text.add_text(CHANNELS, "flair,t1ce")
+    for number in range(8):
+        for folder, array in (("images", noise(number)[..., :2]), ("masks", disc(SIDE, (16, 16), 5 + number) * 2)):
+            place = tmp_path / folder / f"patient{number % 4}"
+            place.mkdir(parents=True, exist_ok=True)
+            mask = array.copy() if folder == "masks" else array
+            if folder == "masks":
+                mask[16:] //= 2
+            Image.fromarray(mask).save(place / f"{number}.png", pnginfo=text if folder == "images" else None)
+    suggestion = examine(tmp_path / "images", tmp_path / "masks").suggestion
+    assert suggestion.recipe == "brats"
+    assert (suggestion.config().model.in_channels, suggestion.config().model.num_classes) == (2, 3)

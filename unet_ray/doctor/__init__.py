@@ -113,7 +113,18 @@ def _judge(found: Listing, headers: Mapping[str, Header], looks: Sequence[Look])
         *of_split,
         *(too_few(len(found.pairs)) if found.way.masks else ()),
     ]
-    return Traits(in_channels, found_classes, found_range, pattern, bool(sequence), resize, split, turn), findings
+    traits = Traits(
+        in_channels,
+        found_classes,
+        found_range,
+        pattern,
+        bool(sequence),
+        mask_resize=resize,
+        mask_turn=turn,
+        split=split,
+        volumes=bool(good) and all(header.volumes for header in good),
+    )
+    return traits, findings
 
 
 def _read(

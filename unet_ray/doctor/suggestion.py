@@ -75,6 +75,8 @@ class Traits:
     """See `DataConfig.mask_resize`."""
     split: str | None = None
     """See `DataConfig.split`."""
+    volumes: bool = False
+    """The images are slices that `unet-ray slices` has written."""
     mask_turn: bool = False
     """See `DataConfig.mask_turn`."""
 
@@ -82,7 +84,7 @@ class Traits:
 def suggest(way: Way, pairs: Sequence[Pair], sizes: Sequence[tuple[int, int]], traits: Traits) -> Suggestion:
     """Suggests a recipe and settings for at least two pairs. `sizes`: (width, height) of their images."""
     keys = [pair.key for pair in pairs]
-    recipe = _recipe(traits.channels, traits.classes.count, len(pairs))
+    recipe = _recipe(traits, len(pairs))
     base = load_train_config(recipe=recipe)
     # Batch norm needs more than one position at the deepest level.
     image_size = _image_size(sizes, 2 * base.model.patch * 2**base.model.depth, square=base.augment.quarter_turns)
@@ -163,12 +165,13 @@ def _command(way: Way, recipe: str, changed: Sequence[tuple[str, str]], settings
     return shlex.join(command)
 
 
-def _recipe(channels: int, classes: int, pairs: int) -> str:
-    if channels == 4 and classes >= 4:
+def _recipe(traits: Traits, pairs: int) -> str:
+    classes = traits.classes.count
+    if classes > 1 and (traits.volumes or (traits.channels == 4 and classes >= 4)):
         return "brats"
     if classes > 1:
         return "camvid"
-    return "isbi2012" if channels == 1 and pairs < 200 else "carvana-fast"
+    return "isbi2012" if traits.channels == 1 and pairs < 200 else "carvana-fast"
 
 
 def _same_groups(known: str | None, pattern: str | None, keys: Sequence[str]) -> str | None:
