@@ -154,7 +154,7 @@ class DataConfig:
     column of images and one of masks: paths, or, in a .parquet, encoded images."""
     masks: str | tuple[str, ...] = ""
     """Folder, glob or URI of the masks, or several; if they are as many as those of images, in the same order. A list
-    of pairs holds them too."""
+    of pairs holds them too. Or annotations, a file or a folder (`data.annotations`), which are drawn as masks."""
     match: str | None = None
     """Regular expression that finds, in the relative paths of an image and its mask, the text that both have: its first
     group, or all of it. None: a mask has its image's relative path and stem, with or without `_mask`."""
@@ -201,6 +201,11 @@ class DataConfig:
     several_masks: Literal["refuse", "union", "classes"] = "refuse"
     """What several masks of one image mean. `union`: a pixel is foreground if it is in one of them. `classes`: each is
     a class of its own, which the folder of the mask names (`classes`), and the later class wins."""
+    overlap_order: Literal["later", "area"] = "later"
+    """Of annotations that overlap, the later one is seen, or with `area` the smaller one."""
+    rle_order: Literal["columns", "rows"] | None = None
+    """Direction of the run lengths in a table: `columns` in most of Kaggle's challenges, `rows` in Carvana's. None: by
+    the name of their column."""
     ignore_index: int | str | tuple[int | str, ...] | None = None
     """Stored mask value of pixels to leave out of loss and scores (255 in many sets, 11 in CamVid), or several. With
     `mask_colors`, '#rrggbb'. None: no value."""
@@ -208,7 +213,8 @@ class DataConfig:
     """[lowest, highest] stored pixel value, which become 0 and 255. `percentiles`: the 0.5th and 99.5th of each image
     (fluorescence, CT). None: 8-bit values stay as they are, and 16-bit values keep their upper 8 bits."""
     classes: tuple[str, ...] = ()
-    """Names of the classes, in the order of their ids. Mean scores leave out a class 0 called `background`."""
+    """Names of the classes, in the order of their ids. Mean scores leave out a class 0 called `background`. Of
+    annotations they pick and order the labels, after `background`; without them, all labels are the foreground."""
 
     def __post_init__(self) -> None:
         _without_keys(self)
@@ -660,6 +666,8 @@ class EvaluateConfig(MaskOptions):
     """The same of the ground-truth masks; given together with `images`."""
     match: str | None = None
     """See `DataConfig.match`; None: as in training."""
+    rle_order: Literal["columns", "rows"] | None = None
+    """See `DataConfig.rle_order`; None: as in training."""
     part: Literal["train", "val", "test"] = "val"
     """Without `images`: which part of the run's own images."""
     mask_values: tuple[MaskValue, ...] | None = None

@@ -23,6 +23,7 @@ from unet_ray.cli.options import (
     numbers,
     option,
     pairs,
+    rle_order,
     runtime,
     workers,
 )
@@ -43,6 +44,7 @@ REASONS = 5
 @click.command(cls=Command, short_help="Score a model on pairs of images and masks.")
 @click.argument("model")
 @pairs
+@rle_order
 @option(
     DATA,
     "--part",

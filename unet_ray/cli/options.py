@@ -106,6 +106,13 @@ pairs = options(
         help="What it finds (its first group, or all) is the same in the names of an image and of its mask.",
     ),
 )
+rle_order = option(
+    DATA,
+    "--rle-order",
+    type=click.Choice(["columns", "rows"]),
+    help="Direction of run lengths in a table: columns in most of Kaggle's challenges, rows in Carvana's.",
+    shown="by the name of the column",
+)
 workers = option(
     WHERE,
     "--workers",

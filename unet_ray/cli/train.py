@@ -11,7 +11,19 @@ from typing import Any
 import click
 
 from unet_ray.cli.messages import print_next, print_places, training_callbacks, written_report
-from unet_ray.cli.options import DATA, OUTPUT, PRECISIONS, WHERE, Command, device, no_report, option, pairs, runtime
+from unet_ray.cli.options import (
+    DATA,
+    OUTPUT,
+    PRECISIONS,
+    WHERE,
+    Command,
+    device,
+    no_report,
+    option,
+    pairs,
+    rle_order,
+    runtime,
+)
 from unet_ray.config import AugmentConfig, TrainConfig, UserError
 from unet_ray.data import storage
 from unet_ray.ray_backend.session import Runtime
@@ -26,6 +38,8 @@ FLAGS = {
     "masks": "data.masks",
     "match": "data.match",
     "split": "data.split",
+    "overlap_order": "data.overlap_order",
+    "rle_order": "data.rle_order",
     "epochs": "train.epochs",
     "batch_size": "train.batch_size",
     "image_size": "data.image_size",
@@ -100,6 +114,21 @@ class Workers(click.ParamType):
     help="CSV of (key or path, part: train, val, test), or a folder with train.txt and val.txt; random: nothing else.",
     shown="folders named train, val, test; else random",
 )
+@option(
+    DATA,
+    "--classes",
+    metavar="A,B,…",
+    help="Classes of annotations, in the order of their ids (sets data.classes and model.num_classes).",
+    shown="all are the foreground",
+)
+@option(
+    DATA,
+    "--overlap-order",
+    type=click.Choice(["later", "area"]),
+    help="Of annotations that overlap, the later one is seen, or the smaller one.",
+    shown="later",
+)
+@rle_order
 @option(DATA, "--cache", metavar="DIR", help="Keep the resized images in DIR, so that later runs don't decode them.")
 @option(SETTINGS, "--recipe", metavar="NAME", help="Settings that are known to work: see `unet-ray recipes`.")
 @option(SETTINGS, "--config", "config_file", metavar="FILE", help="YAML of settings, such as a run's config.yaml.")
@@ -235,7 +264,7 @@ def train(
     config = load_train_config(
         recipe=recipe,
         config_file=_read_text(config_file, "--config") if config_file else None,
-        settings=[*network, *map(_setting, settings), *_flag_settings(flags)],
+        settings=[*network, *_class_settings(flags.pop("classes")), *map(_setting, settings), *_flag_settings(flags)],
     )
     if folds is not None:
         _cross_validate(config, out, folds, runtime, resume)
@@ -278,6 +307,23 @@ def _setting(text: str) -> tuple[str, str]:
     if not equals:
         raise UserError(f"--set {text!r}: write KEY=VALUE, e.g. --set model.base_channels=32")
     return name.strip(), value
+
+
+def _class_settings(names: str | None) -> list[tuple[str, Any]]:
+    """Returns the settings of `--classes`."""
+    if names is None:
+        return []
+    picked = [name.strip() for name in names.split(",") if name.strip()]
+    if not picked:
+        raise UserError("--classes is empty: names of classes, with commas")
+    number = len(picked) + 1 if len(picked) > 1 else 1
+    # None: the recipe's values and ignored value are those of other masks.
+    of_masks: list[tuple[str, Any]] = [
+        ("data.mask_values", None),
+        ("data.mask_colors", []),
+        ("data.ignore_index", None),
+    ]
+    return [("model.num_classes", number), ("data.classes", ["background", *picked]), *of_masks]
 
 
 def _flag_settings(flags: dict[str, Any]) -> list[tuple[str, Any]]:

@@ -13,9 +13,13 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import numpy as np
+from PIL import Image
 
 from unet_ray.data import storage
 
+ROTATED = frozenset({5, 6, 7, 8})
+"""EXIF orientations that swap width and height."""
+ORIENTATION = 0x0112
 NPY_MAGIC = b"\x93NUMPY"
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 JPEG_MAGIC, START_OF_SCAN = b"\xff\xd8", b"\xff\xda"
@@ -50,6 +54,22 @@ def check_pixels(pixels: int, max_pixels: int) -> None:
     """Raises ImageError for more pixels than are allowed."""
     if pixels > max_pixels:
         raise ImageError(f"{pixels} pixels, more than --max-pixels {max_pixels}")
+
+
+def size_hw(data: bytes) -> tuple[int, int]:
+    """Returns (height, width) of an encoded image as it is shown, by its header. Raises ImageError."""
+    try:
+        if data.startswith(NPY_MAGIC):
+            shape = np.load(io.BytesIO(data), mmap_mode=None, allow_pickle=False).shape
+            return int(shape[0]), int(shape[1])
+        if data.startswith(TIFF_MAGIC):
+            page = tiff_pages(io.BytesIO(data))[0]
+            return page.height, page.width
+        with Image.open(io.BytesIO(data)) as image:
+            turned = Image.Image.getexif(image).get(ORIENTATION, 1) in ROTATED
+            return image.size if turned else (image.height, image.width)
+    except Exception as error:  # Pillow's plugins raise many types
+        raise ImageError(f"its size can't be read: {str(error)[:80]}") from None
 
 
 def check_encoded(data: bytes) -> None:

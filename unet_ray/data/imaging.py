@@ -24,7 +24,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from unet_ray.config import MAX_PIXELS, DataConfig, ValueRange
 from unet_ray.data import headers, mask_meaning, pages
-from unet_ray.data.headers import NPY_MAGIC, TIFF_MAGIC, ImageError
+from unet_ray.data.headers import NPY_MAGIC, ORIENTATION, ROTATED, TIFF_MAGIC, ImageError
 
 Source = bytes | Image.Image
 """The bytes of an image file, or an open image, which is loaded but never changed."""
@@ -33,8 +33,6 @@ MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 HEIC = re.compile(rb"....ftyp(hei|hev|mif1|msf1)", re.DOTALL)
 """What a HEIC file begins with."""
 PERCENTILES = (0.5, 99.5)
-ROTATED = {5, 6, 7, 8}  # EXIF orientations that swap width and height
-ORIENTATION = 0x0112
 
 
 def _setter_of_libtiff() -> Callable[[int | None], int | None]:

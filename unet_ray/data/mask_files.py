@@ -33,7 +33,7 @@ def read(location: str) -> bytes | list[bytes | None]:
 
 def shown(location: str) -> str:
     """Returns the location for a message: the first file, and the number of the others."""
-    first, *others = [storage.without_secrets(file) for file in files_of(location)]
+    first, *others = [storage.without_secrets(pages.shown(file)) for file in files_of(location)]
     return f"{first} and {len(others)} more" if others else first
 
 

@@ -1,6 +1,7 @@
 """Parts of files as images of their own: pages of a TIFF, frames of a GIF, cells of a Parquet file.
 
-`volume.tif#3` is the fourth page; for cells see `parquet_images`.
+`volume.tif#3` is the fourth page; for cells see `parquet_images`. A mask drawn from annotations is one, too, see
+`annotations.drawing`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from unet_ray.data import headers, parquet_images, storage
+from unet_ray.data.annotations import drawing
 from unet_ray.data.headers import ImageError
 
 PAGE = re.compile(r"(.+\.(?:tiff?|gif))#(\d+)", re.IGNORECASE | re.DOTALL)
@@ -21,8 +23,15 @@ PAGE = re.compile(r"(.+\.(?:tiff?|gif))#(\d+)", re.IGNORECASE | re.DOTALL)
 
 def file_of(location: str) -> str:
     """Returns the file that a location is in, or is."""
-    cell = parquet_images.split_cell(location)
-    return _split(location)[0] if cell is None else cell[0]
+    if found := drawing.split_drawn(location) or parquet_images.split_cell(location):
+        return found[0]
+    return _split(location)[0]
+
+
+def shown(location: str) -> str:
+    """Returns a location for a message: a drawn mask as its file and image."""
+    shapes = drawing.split_drawn(location)
+    return location if shapes is None else f"{shapes[0]} ({drawing.name_of(shapes[1])})"
 
 
 def is_part(location: str) -> bool:
@@ -79,6 +88,8 @@ def _read_page(path: str, number: int, max_pixels: int) -> bytes:
 
 def read_file(location: str, max_pixels: int) -> bytes:
     """Reads an encoded image or mask, a whole file or a part, see `headers.read_file`. Raises OSError, ImageError."""
+    if shapes := drawing.split_drawn(location):
+        return drawing.draw_png(shapes[1], max_pixels, lambda image: headers.size_hw(read_file(image, max_pixels)))
     if cell := parquet_images.split_cell(location):
         return parquet_images.read_cell(*cell)
     path, page = _split(location)

@@ -12,6 +12,7 @@ from pathlib import PurePosixPath
 
 from unet_ray.config import DataConfig, UserError, locations, shown_locations
 from unet_ray.data import mask_files, pair_lists, storage
+from unet_ray.data.annotations import sources
 from unet_ray.data.inputs import ImageFile, find_images, is_one_file, listing, without_pattern
 
 log = logging.getLogger("unet_ray")
@@ -191,7 +192,7 @@ def find_pairs(data: DataConfig, channels: int = 3, *, say: bool = False) -> lis
     names. Images without a mask are left out, and so are masks without an image; `say` logs how many. Raises UserError
     if nothing pairs, or if it can't be told what belongs together. A list of pairs says itself which mask an image has.
     """
-    found = _listed_matches(data) or _matches(data, channels)
+    found = _listed_matches(data) or _matches(data, channels, say=say)
     _refuse(found, data)
     if say:
         for files, what in ((found.missing, "images have no mask"), (found.orphans, "masks have no image")):
@@ -201,9 +202,46 @@ def find_pairs(data: DataConfig, channels: int = 3, *, say: bool = False) -> lis
     return found.pairs
 
 
-def _matches(data: DataConfig, channels: int) -> Matches:
-    images, masks, one_folder = list_pair_files(data, channels)
-    return match_pairs(images, masks, one_folder=one_folder, match=data.match, several=data.several_masks)
+def _matches(data: DataConfig, channels: int, *, say: bool) -> Matches:
+    """Pairs files by their names, or, if that is not possible, images with annotations."""
+    files = all(map(_may_be_annotations, locations(data.masks)))
+    if files and (found := _annotated_matches(data, channels, say=say)) is not None:
+        return found
+    try:
+        images, masks, one_folder = list_pair_files(data, channels)
+        found = match_pairs(images, masks, one_folder=one_folder, match=data.match, several=data.several_masks)
+        if found.pairs:
+            return found
+    except UserError as error:
+        if files or (found := _annotated_matches(data, channels, say=say)) is None:
+            raise error from None
+        return found
+    return found if files else _annotated_matches(data, channels, say=say) or found
+
+
+def _may_be_annotations(location: str) -> bool:
+    """Returns whether a location is a file of a kind that annotations have."""
+    return storage.split_options(location)[0].lower().endswith((".json", ".xml", ".csv", ".parquet"))
+
+
+def _annotated_matches(data: DataConfig, channels: int, *, say: bool) -> Matches | None:
+    """Returns the pairs of images and annotations; None if there are no annotations. Raises UserError."""
+    found = [sources.recognised(location) for location in dict.fromkeys(locations(data.masks))]
+    known = [source for source in found if source is not None]
+    if not known or len(known) < len(found):
+        return None
+    prefixes = _prefixes(locations(data.images))
+    images = _listed(locations(data.images), prefixes, channels)
+    masks: dict[str, str] = {}
+    orphans: list[str] = []
+    for source in known:
+        each = sources.paired(source, images, data, say=say)
+        masks |= each.masks
+        orphans += each.orphans
+    pairs = [Pair(image.key, image.path, masks[image.path]) for image in images if image.path in masks]
+    missing = [image for image in images if image.path not in masks]
+    lost = [ImageFile(name, name, name, -1, 0) for name in orphans]
+    return Matches(sorted(pairs, key=lambda pair: pair.key), [], {}, missing, lost)
 
 
 def _listed_matches(data: DataConfig) -> Matches | None:

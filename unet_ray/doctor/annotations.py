@@ -1,57 +1,50 @@
-"""Recognises annotations, polygons and run lengths, by their content. They are not read as masks yet."""
+"""Examines annotations that take the place of masks: which classes there are, and which images have none."""
 
 from __future__ import annotations
 
-import itertools
-import re
-from collections.abc import Iterator
-from pathlib import Path
+import logging
+from collections.abc import Sequence
 
-from unet_ray.data import lists, storage
-from unet_ray.doctor.report import Finding, error
+from unet_ray.config import DataConfig, UserError
+from unet_ray.data import storage
+from unet_ray.data.annotations import sources
+from unet_ray.data.annotations.sources import BACKGROUND, Source
+from unet_ray.data.inputs import ImageFile
+from unet_ray.data.pairs import Matches, Pair
+from unet_ray.doctor.layouts import Found, Way
+from unet_ray.doctor.report import Finding, error, note
+from unet_ray.doctor.words import number
 
-BEGINNING = 2**16
-"""Bytes of a file by which it is recognised."""
-FILES = 50
-"""Files of a folder that are looked at."""
-KINDS = {
-    "COCO's JSON": (".json", re.compile(r'"(images|annotations|categories)"\s*:\s*\[')),
-    "labelme's JSON": (".json", re.compile(r'"shapes"\s*:\s*\[')),
-    "CVAT's XML": (".xml", re.compile(r"<annotations>[\s\S]*<(image|meta|version)\b")),
-    "run lengths in a table": (".csv", re.compile(r"^[^\n]*(EncodedPixels|rle_mask|\brle\b)[^\n]*$", re.I | re.M)),
-    "YOLO's polygons": (".txt", re.compile(r"\A\s*\d+( +[01]?\.\d+){6,}\s*$", re.M)),
-}
-"""Name -> extension, and what its beginning has."""
+log = logging.getLogger("unet_ray")
 
 
-def find_annotations(images_at: str, masks_at: str | None) -> list[Finding]:
-    """Finds annotations where masks were looked for."""
+def find_annotations(images_at: str, masks_at: str | None) -> Source | None:
+    """Returns the annotations where masks were looked for, or beside them."""
     for location in dict.fromkeys((masks_at or images_at, images_at)):
-        for path in _files(location):
-            kind = _kind(path)
-            if kind is not None:
-                text = f"{storage.without_secrets(location)} holds {kind} ({path.name}), and no masks"
-                remedy = (
-                    "annotations are not read as masks yet: draw them as PNG masks of class ids with their own tool"
-                )
-                return error("annotations-instead-of-masks", text, remedy)
-    return []
+        if (source := sources.recognised(location)) is not None:
+            return source
+    return None
 
 
-def _files(location: str) -> Iterator[Path]:
-    path = Path(location)
-    if path.is_file():
-        yield path
-    elif not storage.is_uri(location) and path.is_dir():
-        endings = {extension for extension, _ in KINDS.values()}
-        found = (file for file in sorted(path.rglob("*")) if file.suffix.lower() in endings and file.is_file())
-        yield from itertools.islice(found, FILES)
-
-
-def _kind(path: Path) -> str | None:
+def pair_annotations(images_at: str, source: Source, images: Sequence[ImageFile]) -> tuple[Found, list[Finding]]:
+    """Pairs the images with their annotations, in all classes. Returns the findings, too."""
+    names, _ = sources.class_names(source)
+    names = [name for name in names if name.lower() not in BACKGROUND]
+    classes = ("background", *names) if len(names) > 1 else ()
+    way = Way(images_at, source.location, classes=tuple(names) if len(names) > 1 else ())
     try:
-        with path.open("rb") as stream:
-            text = lists.decoded(stream.read(BEGINNING))
-    except OSError:
-        return None
-    return next((kind for kind, (end, has) in KINDS.items() if path.suffix.lower() == end and has.search(text)), None)
+        paired = sources.paired(source, images, DataConfig(classes=classes))
+    except UserError as problem:
+        return Found(way, [*images], [], Matches([], [], {}, [*images], [])), error(
+            "annotations-cannot-be-read", str(problem), "a training would stop at it"
+        )
+    pairs = [Pair(i.key, i.path, paired.masks[i.path]) for i in images if i.path in paired.masks]
+    missing = [image for image in images if image.path not in paired.masks]
+    lost = [ImageFile(name, name, name, -1, 0) for name in paired.orphans]
+    masks = [ImageFile(each.key, each.mask, f"{each.key}.png", 1, 0) for each in pairs]
+    shown = ", ".join(f"{count} {label}" for label, count in paired.labels.most_common(8)) or "no shape"
+    place = storage.without_secrets(source.location)
+    text = f"{place} is {source.kind}, with {number(pairs, 'annotated image')}: {shown}"
+    remedy = "shapes are drawn as masks; --classes picks and orders the classes" if classes else "drawn as masks"
+    found = Found(way, [*images], masks, Matches(sorted(pairs, key=lambda each: each.key), [], {}, missing, lost))
+    return found, note("annotations", text, remedy)

@@ -43,6 +43,8 @@ class Way:
     masks: str | tuple[str, ...]
     match: str | None = None
     several: str = "refuse"
+    classes: tuple[str, ...] = ()
+    """Of annotations, if there are several."""
 
     def files(self) -> tuple[list[ImageFile], list[ImageFile], bool]:
         """Returns images, masks and whether they are in one folder; no files where there are none."""
@@ -167,7 +169,8 @@ def _of_names(root: str, files: Sequence[ImageFile]) -> Iterator[Way]:
     kinds = [Counter(ext for _, ext in side).most_common(1)[0][0] for side in (images, masks)]
     for image_end, mask_end in suffixes:
         patterns = (f"*{image_end}.{kinds[0]}", f"*{mask_end}.{kinds[1]}")
-        yield Way(*(storage.join(anywhere, pattern) for pattern in patterns))
+        one, other = (storage.join(anywhere, pattern) for pattern in patterns)
+        yield Way(one, other)
 
 
 def _tried(

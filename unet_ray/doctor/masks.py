@@ -91,7 +91,10 @@ def classes(looks: Sequence[Look], way: Way, folders: Sequence[str]) -> tuple[Cl
 
     `folders`: those that are classes, if several masks are (`data.several_masks`).
     """
-    known = class_list([*locations(way.masks)])
+    if way.classes:
+        known = ClassList(by_value=dict(enumerate(("background", *way.classes))))
+    else:
+        known = class_list([*locations(way.masks)])
     coloured = _colours(looks, known)
     if coloured is not None:
         return coloured

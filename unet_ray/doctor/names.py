@@ -10,10 +10,12 @@ from pathlib import Path, PurePosixPath
 
 from unet_ray.config import UserError, shown_locations
 from unet_ray.data import mask_files, pair_lists, storage
+from unet_ray.data.annotations import sources
+from unet_ray.data.annotations.sources import Source
 from unet_ray.data.inputs import EXTENSIONS, ImageFile, find_images
 from unet_ray.data.pair_lists import is_pair_list
 from unet_ray.data.pairs import MASK_SUFFIX, Pair, match_pairs, matches_of
-from unet_ray.doctor.annotations import find_annotations
+from unet_ray.doctor.annotations import find_annotations, pair_annotations
 from unet_ray.doctor.layouts import Found, Way, best_way
 from unet_ray.doctor.pixels import gray_levels
 from unet_ray.doctor.report import Finding, error, note, warning
@@ -43,8 +45,8 @@ class Listing:
 def listing(images_at: str, masks_at: str | None, match: str | None = None) -> Listing:
     """Lists the files and pairs them. `masks_at` None: see `examine`. Raises UserError if there is no such folder."""
     images_at, masks_at = storage.absolute(images_at), None if masks_at is None else storage.absolute(masks_at)
-    if masks_at is not None and not storage.is_folder(masks_at) and (labels := find_annotations(images_at, masks_at)):
-        return Listing(Way(images_at, masks_at), _listed(images_at), [], [], [], labels)
+    if masks_at is not None and not storage.is_folder(masks_at) and (source := sources.recognised(masks_at)):
+        return _annotated(images_at, source, _listed(images_at))
     if masks_at in (None, images_at) and is_pair_list(images_at):
         return _of_list(images_at)
     given = {location: _listed(location) for location in dict.fromkeys((images_at, masks_at or images_at))}
@@ -64,13 +66,21 @@ def listing(images_at: str, masks_at: str | None, match: str | None = None) -> L
         text = "--images and --masks look swapped: one has the photographs, the other the masks"
         findings += warning("folders-swapped", text, "the command below has them the right way round")
         found = best_way(str(masks_at), images_at, match)
+    if (found is None or not found.matches.pairs) and (source := find_annotations(images_at, masks_at)):
+        return _annotated(images_at, source, given[images_at])
     if found is None or (not found.matches.pairs and masks_at is None):
-        findings += find_annotations(images_at, masks_at)
         text = "no masks are among the images: only the images are examined"
         findings += note("no-masks", text, "for training add --masks DIR") if masks_at is None else []
         return Listing(Way(images_at, masks_at or ""), given[images_at], [], [], [], findings)
     findings += [*_of_way(found, images_at, masks_at), *_of_files(found)]
     return Listing(found.way, found.images, found.masks, found.matches.pairs, found.matches.classes, findings)
+
+
+def _annotated(images_at: str, source: Source, images: list[ImageFile]) -> Listing:
+    """Pairs images with annotations."""
+    found, findings = pair_annotations(images_at, source, images)
+    findings += _of_files(found)
+    return Listing(found.way, found.images, found.masks, found.matches.pairs, [], findings)
 
 
 def _of_list(location: str) -> Listing:

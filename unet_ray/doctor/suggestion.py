@@ -50,6 +50,8 @@ ORDER = (
     "data.value_range",
 )
 """Order of the settings in the suggested command."""
+BY_CLASSES = ("model.num_classes", "data.classes", "data.mask_values", "data.mask_colors", "data.ignore_index")
+"""Settings that `--classes` makes."""
 FLAGS = {
     "data.match": "--match",
     "data.split": "--split",
@@ -110,11 +112,13 @@ def suggest(way: Way, pairs: Sequence[Pair], sizes: Sequence[tuple[int, int]], t
     settings["train.epochs"] = max(base.train.epochs, min(40, round(STEPS / steps)))
     known = base.to_dict()
     changed = []
+    if way.classes:  # `--classes` says the rest
+        settings |= {"data.classes": ("background", *way.classes), "data.mask_values": None, "data.ignore_index": None}
     for name, value in settings.items():
         section, key = name.split(".")
         if yaml_text(known[section][key]) != yaml_text(value):
             changed.append((name, yaml_text(value)))
-    command = _command(way, recipe, changed, settings)
+    command = _command(way, recipe, [each for each in changed if not (way.classes and each[0] in BY_CLASSES)], settings)
     return Suggestion(recipe, image_size, tuple(changed), command)
 
 
@@ -159,6 +163,8 @@ def _command(way: Way, recipe: str, changed: Sequence[tuple[str, str]], settings
         if not (masks == images and is_list(images)):
             command += ["--masks", storage.without_secrets(masks)]
     command += ["--out", "RUN", "--recipe", recipe]
+    if way.classes:
+        command += ["--classes", ",".join(way.classes)]
     for name, text in changed:
         plain = isinstance(settings[name], (int, str)) and name in FLAGS
         command += [FLAGS[name], str(settings[name])] if plain else ["--set", f"{name}={text}"]

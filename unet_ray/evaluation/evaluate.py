@@ -12,6 +12,7 @@ import pyarrow as pa
 from unet_ray import metrics
 from unet_ray.config import Cleanup, EvaluateConfig, UserError
 from unet_ray.data import mask_files, pages, storage
+from unet_ray.data.annotations import drawing
 from unet_ray.data.chunks import Chunk, objects, readable, to_parquet
 from unet_ray.data.darkness import SAMPLE, may_be_deep, warn_of_deep
 from unet_ray.data.inputs import evenly
@@ -63,8 +64,8 @@ def measure(
 
     Returns the scores of each of these versions of the masks, and the failures. Raises UserError if all pairs failed.
     """
-    card = _card_for(config, pipeline.card)
     pairs = pairs_of(config) if pairs is None else pairs
+    card = _card_for(config, pipeline.card, pairs)
     _look(pairs, pipeline)
     compare = Compare(card, config.tolerance, tuple(map(Cleanup.parse, cleanups)))
     results = _results(pipeline, compare, pairs, runtime)
@@ -90,11 +91,15 @@ def _look(pairs: list[Pair], pipeline: Pipeline) -> None:
         warn_of_deep(encoded, reader.channels, reader.value_range, where)
 
 
-def _card_for(config: EvaluateConfig, card: ModelCard) -> ModelCard:
-    """Returns the model's card with the config's mask values. Raises UserError if their number does not fit."""
+def _card_for(config: EvaluateConfig, card: ModelCard, pairs: list[Pair]) -> ModelCard:
+    """Returns the model's card with the config's mask values, or, for annotations, with the class ids that drawn masks
+    hold. Raises UserError if their number does not fit."""
+    ids = max(2, card.model.num_classes)
+    if pairs and drawing.split_drawn(pairs[0].mask):
+        of_masks = {**card.of_masks, "mask_values": tuple(range(ids)), "mask_colors": (), "ignore_index": None}
+        return dataclasses.replace(card, of_masks=of_masks)
     if config.mask_values is None:
         return card
-    ids = max(2, card.model.num_classes)
     if len(config.mask_values) != ids:
         raise UserError(f"--mask-values names {len(config.mask_values)}: the model has {ids}")
     of_masks = {**card.of_masks, "mask_values": config.mask_values, "mask_colors": ()}

@@ -17,7 +17,8 @@ def pairs_of(config: EvaluateConfig) -> list[Pair]:
     """Returns the pairs to score: those in the config's folders, or else the run's held-out pairs."""
     if config.images is not None and config.masks is not None:
         card = checkpoint.read_card(checkpoint.model_directory(storage.absolute(config.model)))
-        of_masks = card.of_masks | ({} if config.match is None else {"match": config.match})
+        given = {name: value for name in ("match", "rle_order") if (value := getattr(config, name)) is not None}
+        of_masks = card.of_masks | given
         data = dataclasses.replace(card.data, images=config.images, masks=config.masks, **of_masks)
         return find_pairs(data, card.model.in_channels, say=True)
     return pairs_of_run(config.model, config.part)

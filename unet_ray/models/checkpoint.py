@@ -33,7 +33,10 @@ MOST_HEADER_BYTES = 100 * 2**20
 """As safetensors itself allows."""
 CLEANUP, INT8 = "cleanup.json", "int8.json"
 ALWAYS = ("mask_values", "ignore_index")
-MASK_SETTINGS = (*ALWAYS, "mask_colors", "mask_nearest", "mask_resize", "mask_turn", "several_masks", "match")
+MASK_SETTINGS = (
+    *ALWAYS, "mask_colors", "mask_nearest", "mask_resize", "mask_turn", "several_masks", "match", "overlap_order",
+    "rle_order",
+)  # fmt: skip
 """Settings of `DataConfig` by which a model's masks are found and read; all but the first two only if they are used."""
 
 
@@ -71,6 +74,16 @@ class ModelCard:
         )
 
 
+def _of_masks(data: DataConfig) -> dict[str, Any]:
+    """Returns the settings of `MASK_SETTINGS` that are used."""
+    default = DataConfig()
+    return {
+        name: value
+        for name in MASK_SETTINGS
+        if (value := getattr(data, name)) != getattr(default, name) or name in ALWAYS
+    }
+
+
 def save_model(
     location: str,
     model: nn.Module,
@@ -87,7 +100,7 @@ def save_model(
         "model": dataclasses.asdict(config.model),
         "image_size": list(data.size_hw),
         "tile": data.tile,
-        **{name: getattr(data, name) for name in MASK_SETTINGS if name in ALWAYS or getattr(data, name)},
+        **_of_masks(data),
         "value_range": data.value_range,
         "classes": list(data.classes),
         "flips": "h" * bool(augment.hflip) + "v" * bool(augment.vflip or augment.quarter_turns),
@@ -129,7 +142,7 @@ def _parse_card(data: bytes | str, where: str) -> ModelCard:
             model=from_mapping(ModelConfig, values["model"], "model."),
             image_size=tuple(values["image_size"]),
             tile=values["tile"],
-            of_masks=_of_masks(values),
+            of_masks=_of_card(values),
             value_range=from_mapping(DataConfig, {"value_range": values["value_range"]}).value_range,
             classes=tuple(values["classes"]),
             flips=values["flips"],
@@ -141,7 +154,7 @@ def _parse_card(data: bytes | str, where: str) -> ModelCard:
         raise UserError(f"{where}: not a model card ({error!r})") from None
 
 
-def _of_masks(values: Mapping[str, Any]) -> dict[str, Any]:
+def _of_card(values: Mapping[str, Any]) -> dict[str, Any]:
     """Returns `ModelCard.of_masks` from the values of a model card."""
     given = {name: values[name] for name in MASK_SETTINGS if name in ALWAYS or name in values}
     data = from_mapping(DataConfig, given, "data.")

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from unet_ray.config import DataConfig, TrainConfig, UserError, first_line, locations, shown_locations
 from unet_ray.data import cache, masks, storage
+from unet_ray.data.annotations import drawing, sources
 from unet_ray.data.pairs import Pair
 from unet_ray.data.rows import Decoder, Decodes, Rows, Subset
 from unet_ray.data.splits import SPLIT, divided, read_split, write_split
@@ -85,13 +86,30 @@ def resolved(config: TrainConfig, train_masks: list[str]) -> TrainConfig:
     It looks at the masks to train on only: validation must not tell a training anything.
     """
     data, optimization = config.data, config.train
-    if data.mask_values is None and not data.mask_colors:
+    if any(drawing.split_drawn(mask) for mask in train_masks[:1]):
+        check_classes(data, config.model.num_classes)
+        data = dataclasses.replace(data, mask_values=tuple(range(max(2, config.model.num_classes))), mask_colors=())
+    elif data.mask_values is None and not data.mask_colors:
         data = dataclasses.replace(data, mask_values=masks.infer_values(train_masks, config.model.num_classes, data))
     if optimization.class_weights == "inverse":
         optimization = dataclasses.replace(
             optimization, class_weights=masks.inverse_frequencies(train_masks, max(2, config.model.num_classes), data)
         )
     return dataclasses.replace(config, data=data, train=optimization)
+
+
+def check_classes(data: DataConfig, num_classes: int) -> None:
+    """Raises UserError unless the classes of annotations fit the network's."""
+    wanted = max(2, num_classes)
+    if len(data.classes) == wanted or (num_classes == 1 and not data.classes):
+        return
+    source = sources.recognised(locations(data.masks)[0])
+    names = [] if source is None else sources.class_names(source)[0]
+    names = [name for name in names if name.lower() not in sources.BACKGROUND]
+    raise UserError(
+        f"{shown_locations(data.masks)}: {num_classes} class(es) of the network and {len(data.classes)} names: pick "
+        f"classes with --classes {','.join(names)}"
+    )
 
 
 def check_out(config: TrainConfig, split: Split, out: str, resume: bool) -> None:
