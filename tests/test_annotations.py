@@ -427,13 +427,13 @@ def test_a_drawn_mask_is_drawn_without_its_file_and_named_in_messages(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("c.json", '{"images": [{"id": 1, "file_name": "a.jpg"', "not JSON that can be read"),
-        ("c.json", '{"shapes": [{"label": "x"', "not labelme's JSON"),
-        ("c.xml", "<annotations><version>1.1</version><image name='a.jpg'", "not CVAT's XML"),
+        ("c.json", '{"images": [{"id": 1, "file_name": "a.jpg"', "COCO.s JSON that can.t be read"),
+        ("c.json", '{"shapes": [{"label": "x"', "labelme.s JSON that can.t be read"),
+        ("c.xml", "<annotations><version>1.1</version><image name='a.jpg'", "CVAT.s XML that can.t be read"),
         ("c.xml", "<!DOCTYPE b [<!ENTITY x 'y'>]><annotations><version>1.1</version></annotations>", "DOCTYPE"),
         ("c.csv", "name,EncodedPixels\na.jpg,1 2\n", "no column of images"),
-        ("c.json", '{"shapes": [' + "[" * 100_000, "not labelme's JSON"),
-        ("c.json", '{"images": [], "annotations": [' + "[" * 100_000, "not JSON that can be read|neither|no mask"),
+        ("c.json", '{"shapes": [' + "[" * 100_000, "labelme.s JSON that can.t be read"),
+        ("c.json", '{"images": [], "annotations": [' + "[" * 100_000, "nested too deeply"),
     ],
 )
 def test_a_file_that_cant_be_read_is_one_line(tmp_path, name, text, message):

@@ -10,7 +10,6 @@ from typing import IO, Any
 import ijson
 import numpy as np
 
-from unet_ray.config import UserError
 from unet_ray.data import storage
 from unet_ray.data.annotations.drawing import Annotated, Shape
 
@@ -69,9 +68,9 @@ def _check_depth(stream: IO[bytes]) -> None:
 
 def _items(location: str, name: str) -> Iterator[dict[str, Any]]:
     with storage.reading(location) as stream:
+        _check_depth(stream)
+        stream.seek(0)
         try:
-            _check_depth(stream)
-            stream.seek(0)
             yield from ijson.items(stream, f"{name}.item", use_float=True)
-        except (ijson.JSONError, ValueError) as error:
-            raise UserError(f"{location}: not JSON that can be read: {str(error)[:80]}") from None
+        except ijson.JSONError as error:
+            raise ValueError(str(error)) from None

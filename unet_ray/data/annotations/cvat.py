@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator
 from xml.etree import ElementTree
 
-from unet_ray.config import UserError
 from unet_ray.data import lists, storage
 from unet_ray.data.annotations.drawing import Annotated, Shape, ellipse, rectangle
 
@@ -50,11 +49,11 @@ def _shape(element: ElementTree.Element) -> Shape | None:
 
 
 def _roots(location: str) -> Iterator[ElementTree.Element]:
-    """Yields the root. Raises UserError for XML that is damaged, or that declares entities, which may be a bomb."""
+    """Yields the root. Raises ValueError for XML that is damaged, or that declares entities, which may be a bomb."""
     data = storage.read_bytes(location)
     if b"<!DOCTYPE" in data or b"<!ENTITY" in data:
-        raise UserError(f"{location}: XML with a DOCTYPE or entities is not read")
+        raise ValueError("XML with a DOCTYPE or entities is not read")
     try:
         yield ElementTree.fromstring(lists.decoded(data))
-    except (ElementTree.ParseError, ValueError) as error:
-        raise UserError(f"{location}: not CVAT's XML that can be read: {str(error)[:80]}") from None
+    except ElementTree.ParseError as error:
+        raise ValueError(str(error)) from None

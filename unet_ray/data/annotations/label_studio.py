@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlparse
 
-from unet_ray.config import UserError
 from unet_ray.data import storage
 from unet_ray.data.annotations.drawing import Annotated, Shape, ellipse, rectangle
 
@@ -25,15 +24,12 @@ def classes(location: str) -> None:
 def read(location: str) -> Iterator[Annotated]:
     """Yields the tasks of the export that have an annotation: the last one that was not cancelled, or else the last
     prediction."""
-    try:
-        tasks = json.loads(storage.read_bytes(location))
-        for task in tasks if isinstance(tasks, list) else [tasks]:
-            done = [each for each in task.get("annotations") or [] if not each.get("was_cancelled")]
-            if results := (done or task.get("predictions") or [])[-1:]:
-                shapes, size = _shapes(results[0].get("result") or [])
-                yield Annotated(_name(task["data"]), size, shapes)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise UserError(f"{location}: not Label Studio's JSON that can be read: {str(error)[:80]}") from None
+    tasks = json.loads(storage.read_bytes(location))
+    for task in tasks if isinstance(tasks, list) else [tasks]:
+        done = [each for each in task.get("annotations") or [] if not each.get("was_cancelled")]
+        if results := (done or task.get("predictions") or [])[-1:]:
+            shapes, size = _shapes(results[0].get("result") or [])
+            yield Annotated(_name(task["data"]), size, shapes)
 
 
 def _name(data: dict[str, Any]) -> str:

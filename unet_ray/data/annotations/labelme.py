@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from unet_ray.config import UserError
 from unet_ray.data import storage
 from unet_ray.data.annotations.drawing import Annotated, Shape
 
@@ -21,15 +20,11 @@ def classes(location: str) -> None:
 
 def read(location: str) -> Iterator[Annotated]:
     """Yields the image of one file."""
-    try:
-        found = json.loads(storage.read_bytes(location))
-        # The path is the one of the machine on which it was drawn; the name is also that of the JSON file.
-        name = str(found.get("imagePath") or "").replace("\\", "/").rpartition("/")[2]
-        size = (int(found["imageHeight"]), int(found["imageWidth"])) if found.get("imageHeight") else None
-        shapes = [_shape(each) for each in found["shapes"]]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise UserError(f"{location}: not labelme's JSON that can be read: {str(error)[:80]}") from None
-    yield Annotated(name, size, shapes)
+    found = json.loads(storage.read_bytes(location))
+    # The path is the one of the machine on which it was drawn; the name is also that of the JSON file.
+    name = str(found.get("imagePath") or "").replace("\\", "/").rpartition("/")[2]
+    size = (int(found["imageHeight"]), int(found["imageWidth"])) if found.get("imageHeight") else None
+    yield Annotated(name, size, [_shape(each) for each in found["shapes"]])
 
 
 def _shape(each: dict[str, Any]) -> Shape:

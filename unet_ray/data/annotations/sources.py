@@ -7,6 +7,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -119,7 +120,9 @@ def class_names(source: Source) -> tuple[list[str], bool]:
     if source.kind == MASKS:
         return [], False
     for file in source.files[:1]:
-        if (names := source.reader.classes(file)) is not None:
+        with _as_one_line(source, file):
+            names = source.reader.classes(file)
+        if names is not None:
             return list(dict.fromkeys(names)), True
     found = {shape.label for _, annotated in read(source) for shape in annotated.shapes}
     return sorted(found), False
@@ -133,8 +136,21 @@ def read(source: Source, rle_order: str | None = None) -> Iterator[tuple[str, An
         return
     for file in source.files:
         options = (rle_order,) if source.reader is run_lengths else ()
-        for annotated in source.reader.read(file, *options):
-            yield file, annotated
+        with _as_one_line(source, file):
+            for annotated in source.reader.read(file, *options):
+                yield file, annotated
+
+
+@contextmanager
+def _as_one_line(source: Source, file: str) -> Iterator[None]:
+    """Turns what a reader raises for a file that is damaged, or of another form, into UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise UserError(f"{file}: {source.kind} that can't be read ({reason}): export it again") from None
 
 
 # --- which image each belongs to ---

@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from unet_ray.config import UserError
 from unet_ray.data import storage
 from unet_ray.data.annotations.drawing import Annotated, Shape, ellipse, rectangle
 
@@ -23,16 +22,13 @@ def classes(location: str) -> None:
 
 def read(location: str) -> Iterator[Annotated]:
     """Yields the images of the file. A region's label is the value of its first attribute."""
-    try:
-        found = json.loads(storage.read_bytes(location))
-        for entry in (found.get("_via_img_metadata") or found).values():
-            if isinstance(entry, dict) and "filename" in entry:
-                regions = entry.get("regions") or []
-                regions = regions.values() if isinstance(regions, dict) else regions
-                shapes = [shape for region in regions if (shape := _shape(region)) is not None]
-                yield Annotated(str(entry["filename"]), None, shapes)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise UserError(f"{location}: not VIA's JSON that can be read: {str(error)[:80]}") from None
+    found = json.loads(storage.read_bytes(location))
+    for entry in (found.get("_via_img_metadata") or found).values():
+        if isinstance(entry, dict) and "filename" in entry:
+            regions = entry.get("regions") or []
+            regions = regions.values() if isinstance(regions, dict) else regions
+            shapes = [shape for region in regions if (shape := _shape(region)) is not None]
+            yield Annotated(str(entry["filename"]), None, shapes)
 
 
 def _shape(region: dict[str, Any]) -> Shape | None:
