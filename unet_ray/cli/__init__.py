@@ -20,6 +20,7 @@ from unet_ray.cli import (
     doctor,
     evaluate,
     import_weights,
+    masks,
     predict,
     quantize,
     recipes,
@@ -101,6 +102,7 @@ for command in (
     quantize.quantize,
     recipes.recipes,
     slices.slices,
+    masks.masks,
     import_weights.import_weights,
 ):
     main.add_command(command)

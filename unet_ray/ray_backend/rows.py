@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +20,7 @@ from unet_ray.data.rows import Batch, Decodes
 from unet_ray.keys import Keys
 from unet_ray.ray_backend.data_context import configure
 
+TASKS_AT_ONCE = 1000
 ROWS_PER_BLOCK = 16
 """Decoded rows per block: 16 MB at 512²; small enough to spread over many CPUs, large enough to be worth a task."""
 
@@ -155,16 +156,18 @@ def _error_of_writing(write: cache.Write, pairs: cache.Pairs, _keys: Keys) -> st
     return None
 
 
-def fill_cache(write: cache.Write, shards: list[cache.Pairs]) -> Iterator[None]:
-    """Writes the files of a cache (see `cache.filled`), each in a task anywhere on the cluster. Yields once per file.
+def run_in_tasks(write: cache.Write, shards: list[cache.Pairs]) -> Iterator[None]:
+    """Calls a function with each list of pairs, each in a task anywhere on the cluster: a `cache.Run`.
 
     Raises UserError if a pair can't be used.
     """
     shared = ray.put(write)
-    pending = [_error_of_writing.remote(shared, pairs, Keys()) for pairs in shards]
+    rest = (_error_of_writing.remote(shared, pairs, Keys()) for pairs in shards)
+    pending = list(islice(rest, TASKS_AT_ONCE))
     while pending:
         done, pending = ray.wait(pending)
         for error in ray.get(done):
             if error is not None:
                 raise UserError(error)
+            pending += islice(rest, 1)
             yield

@@ -116,10 +116,10 @@ def _check_nodes(config: TrainConfig, split: Split, out: str, device: str) -> No
 def _rows_and_threads(config: TrainConfig, split: Split, device: str) -> tuple[int, Subset, Subset]:
     """Returns the CPUs of each worker, the rows to train on and the rows to validate on. Raises UserError."""
     from unet_ray.ray_backend import nodes
-    from unet_ray.ray_backend.rows import MaterialisedRows, RayStreamedRows, fill_cache
+    from unet_ray.ray_backend.rows import MaterialisedRows, RayStreamedRows, run_in_tasks
 
     compute = config.compute
-    decoder = decoder_with_filled_cache(config, split.pairs, fill_cache)
+    decoder = decoder_with_filled_cache(config, split.pairs, run_in_tasks)
     # Every node may come to hold every row, so the smallest object store decides.
     fits = len(split.pairs) * decoder.row_bytes() <= compute.memory_fraction * nodes.object_store_of_smallest()
     cpus = int(nodes.total("CPU"))
