@@ -10,6 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from conftest import ROOT, TINY, flags, make_discs, make_model
+from test_annotations import SQUARE, coco_file
 from test_milesial import StandIn
 
 from unet_ray.cli import main
@@ -52,6 +53,7 @@ MORE = {
     "evaluate": ["--local"],
     "doctor": ["--no-timing"],
     "slices": [],
+    "masks": ["--local"],
     "recipes": [],
     "import": [],
     "report": [],
@@ -74,6 +76,9 @@ def test_the_examples_of_the_help_run(command, here):
         run("train", ["--images", "train", "--masks", "train_masks", "--out", "RUN", *SMALL])
     if command == "import":
         torch.save(StandIn(3, 2).state_dict(), "checkpoint_epoch5.pth")
+    if command == "masks":
+        (here / "photos").mkdir(exist_ok=True)
+        coco_file(here / "instances.json", {p.name: [(1, [SQUARE], 0)] for p in (here / "photos").iterdir()})
     if command == "slices":
         patient = here / "BraTS2020_TrainingData/BraTS20_001"
         for number in (1, 2):
@@ -131,6 +136,10 @@ CLAIMS = {
         "test_faults.py::test_a_killed_driver_is_resumed",
     ],
     "`quantize` makes a network in int8": ["test_quantization.py::test_int8_is_kept_used_and_close"],
+    "`masks` draws annotations": ["test_drawn_masks.py::test_killed_three_times_it_ends_with_the_same_bytes"],
+    "and annotations (COCO, labelme, YOLO, CVAT, VIA, Label Studio, run lengths)": [
+        "test_annotations.py::test_cvat_polygons_boxes_ellipses_and_masks",
+    ],
     "`slices` turns NIfTI volumes into images": ["test_volumes.py::test_from_volumes_to_a_score_with_the_recipe"],
     "`recipes` lists settings that work": ["test_cli.py::test_every_recipe_prints_names_its_source_and_trains"],
     "`import` reads milesial's weights": ["test_milesial.py::test_the_output_is_the_same_to_rounding"],
