@@ -47,6 +47,8 @@ FORMATS = {
     "rle": "unet_ray.inference.formats.run_lengths:RunLengths",  # rle.parquet/: COCO run lengths of each class
     "kaggle": "unet_ray.inference.formats.kaggle:KaggleSubmission",  # submission.csv
     "coco": "unet_ray.inference.formats.coco:Coco",  # coco.json
+    "labelme": "unet_ray.inference.formats.labelme:Labelme",  # labelme/: polygons to correct
+    "labelstudio": "unet_ray.inference.formats.label_studio:LabelStudio",  # label_studio.json: the same
     "prob": "unet_ray.inference.formats.probabilities:Probabilities",  # probabilities/ as 8-bit PNG
     "overlay": "unet_ray.inference.formats.overlays:Overlays",  # overlays/: small pictures with the mask drawn on them
 }

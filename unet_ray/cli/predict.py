@@ -141,6 +141,8 @@ def predict(
       OUT/rle.parquet/                      --format rle: COCO's run lengths, area and box of each class
       OUT/submission.csv                    --format kaggle: img,rle_mask as the Carvana challenge took them
       OUT/coco.json                         --format coco: images, annotations, categories
+      OUT/labelme/<path>.json               --format labelme: polygons to correct there (IoU with the mask >= 0.99)
+      OUT/label_studio.json                 --format labelstudio: tasks with the same, as predictions
       OUT/probabilities/<path>.png          --format prob: 8 bits; of several classes <path>.<class id>.png
       OUT/overlays/<path>.jpg               --format overlay: at most 1024 pixels, with the mask drawn in
       OUT/manifest.parquet/                 one row for each image: path, status, error, height, width, output,

@@ -33,6 +33,8 @@ FARTHEST = 4
 LINE_WIDTH, POINT_RADIUS = 10, 5
 """labelme's defaults, in pixels."""
 ELLIPSE_POINTS = 100
+BRUSH_RUNS = (3, 4, 8, 16)
+"""Bits of the lengths of runs in a Label Studio brush that we write."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,6 +276,24 @@ def brush_values(data: Sequence[int], count: int) -> np.ndarray:
                 values[index] = take(word)
         done = end
     return values
+
+
+def packed_brush(inside: np.ndarray) -> list[int]:
+    """Packs the pixels of a shape, bool [H,W], as a Label Studio brush, see `brush_values`."""
+    flat = inside.reshape(-1)
+    edges = np.flatnonzero(flat[1:] != flat[:-1]) + 1
+    starts = np.concatenate([[0], edges])
+    lengths = 4 * np.diff(np.concatenate([starts, [flat.size]]))
+    bits = [f"{4 * flat.size:032b}", f"{7:05b}", *(f"{size - 1:04b}" for size in BRUSH_RUNS)]
+    for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
+        value = f"{255 if flat[start] else 0:08b}"
+        while length:
+            part = min(length, 2 ** BRUSH_RUNS[-1])
+            choice = next(place for place, size in enumerate(BRUSH_RUNS) if part <= 2**size)
+            bits.append(f"1{choice:02b}{part - 1:0{BRUSH_RUNS[choice]}b}{value}")
+            length -= part
+    text = "".join(bits)
+    return np.packbits(np.frombuffer(text.encode(), np.uint8) - ord("0")).tolist()
 
 
 def ellipse(x: float, y: float, radius_x: float, radius_y: float, degrees: float = 0.0) -> list[float]:

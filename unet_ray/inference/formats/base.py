@@ -130,6 +130,14 @@ class OutputFormat(ABC):
         """
 
 
+def class_names(card: ModelCard) -> list[str]:
+    """Returns the name of each class id."""
+    count = card.model.num_classes
+    if count == 1:
+        return ["background", card.classes[1] if len(card.classes) > 1 else "foreground"]
+    return list(card.classes) or [f"class {class_id}" for class_id in range(count)]
+
+
 def output_path(out: str, name: str) -> str:
     """Returns the location of a file of the output folder. `name`: its path below the folder, with slashes."""
     return storage.join(out, *name.split("/"))

@@ -9,7 +9,7 @@ from typing import IO, Any
 from unet_ray.data import storage
 from unet_ray.data.chunks import readable
 from unet_ray.inference.formats import run_lengths
-from unet_ray.inference.formats.base import ImageResult, OutputFormat
+from unet_ray.inference.formats.base import ImageResult, OutputFormat, class_names
 from unet_ray.inference.ledger import WORK, Ledger, SideTable
 from unet_ray.models.checkpoint import ModelCard
 
@@ -81,8 +81,5 @@ def _images(ledger: Ledger) -> Iterator[tuple[str, str, int, int]]:
 
 
 def _categories(card: ModelCard) -> list[dict[str, Any]]:
-    classes = card.model.num_classes
-    if classes == 1:
-        return [{"id": 1, "name": card.classes[1] if len(card.classes) > 1 else "foreground"}]
-    names = card.classes or tuple(f"class {class_id}" for class_id in range(classes))
-    return [{"id": class_id, "name": name} for class_id, name in enumerate(names)]
+    names = [*enumerate(class_names(card))]
+    return [{"id": class_id, "name": name} for class_id, name in names[card.model.num_classes == 1 :]]
