@@ -25,7 +25,7 @@ BACKGROUND = "background"
 
 
 def rows_of(results: pa.Table) -> pa.Table:
-    return results.select(["path", "confidence", "name", "results"])
+    return results.select(["path", "confidence", "image_name", "results"])
 
 
 class LabelStudio(OutputFormat):
@@ -33,14 +33,14 @@ class LabelStudio(OutputFormat):
     more for each class. A class for which none do is a brush."""
 
     owned_names = (TASKS,)
-    table = SideTable(f"{WORK}/tasks", pa.schema([("name", pa.string()), ("results", pa.string())]), rows_of)
+    table = SideTable(f"{WORK}/tasks", pa.schema([("image_name", pa.string()), ("results", pa.string())]), rows_of)
 
     def __init__(self, card: ModelCard, formats: Sequence[str]) -> None:
         super().__init__(card, formats)
         self.model = f"unet-ray {card.weights_sha256[:8]}"
 
     def write(self, result: ImageResult) -> dict[str, Any]:
-        return {"name": result.name, "results": json.dumps(_results(result.mask, self.card))}
+        return {"image_name": result.name, "results": json.dumps(_results(result.mask, self.card))}
 
     def write_final(self, ledger: Ledger) -> None:
         with storage.writing(storage.join(ledger.out, TASKS)) as stream:
@@ -50,7 +50,7 @@ class LabelStudio(OutputFormat):
                 for row in table.to_pylist():
                     prediction = {"model_version": self.model, "score": round(row["confidence"], 4)}
                     prediction["result"] = json.loads(row["results"])
-                    task = {"data": {"image": LOCAL + quote(row["name"])}, "predictions": [prediction]}
+                    task = {"data": {"image": LOCAL + quote(row["image_name"])}, "predictions": [prediction]}
                     stream.write((",\n" * bool(number) + json.dumps(task)).encode())
                     number += 1
             stream.write(b"]\n")
