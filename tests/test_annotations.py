@@ -491,3 +491,20 @@ def test_the_location_of_a_drawn_mask_in_a_bucket_keeps_its_options():
 def test_the_run_lengths_of_rle_parquet_are_pycocotools(tmp_path):
     blob = np.random.default_rng(3).random(SIZE) > 0.5
     assert (region("rle", {"size": [*SIZE], "counts": coco_runs(blob)}, SIZE) == blob).all()
+
+
+def test_what_labelme_calls_ignore_is_left_out(tmp_path):
+    photos(tmp_path / "set", [f"{n}.png" for n in range(6)])
+    for number in range(6):
+        shapes = [
+            {"label": "car", "points": [[5, 5], [30, 30]], "shape_type": "rectangle"},
+            {"label": "__ignore__", "points": [[20, 20], [50, 38]], "shape_type": "rectangle"},
+        ]
+        labelme_file(tmp_path / f"set/{number}.json", shapes)
+    assert set(np.unique(masks_of(tmp_path / "set", tmp_path / "set")["0"])) == {0, 1, 255}
+    assert sources.class_names(sources.recognised(str(tmp_path / "set"))) == (["car"], False)
+    run = tmp_path / "run"
+    unet_ray.train(tmp_path / "set", tmp_path / "set", run, settings=dict(TINY), local=True)
+    valid = HEIGHT * WIDTH - 31 * 19
+    scores = unet_ray.evaluate(run, tmp_path / "set", tmp_path / "set", local=True)
+    assert set(scores.each.pixels.tolist()) == {valid}

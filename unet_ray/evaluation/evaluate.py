@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from unet_ray import metrics
-from unet_ray.config import Cleanup, EvaluateConfig, UserError
+from unet_ray.config import IGNORE, Cleanup, EvaluateConfig, UserError
 from unet_ray.data import mask_files, pages, storage
 from unet_ray.data.annotations import drawing
 from unet_ray.data.chunks import Chunk, objects, readable, to_parquet
@@ -96,7 +96,7 @@ def _card_for(config: EvaluateConfig, card: ModelCard, pairs: list[Pair]) -> Mod
     hold. Raises UserError if their number does not fit."""
     ids = max(2, card.model.num_classes)
     if pairs and drawing.split_drawn(pairs[0].mask):
-        of_masks = {**card.of_masks, "mask_values": tuple(range(ids)), "mask_colors": (), "ignore_index": None}
+        of_masks = {**card.of_masks, "mask_values": tuple(range(ids)), "mask_colors": (), "ignore_index": IGNORE}
         return dataclasses.replace(card, of_masks=of_masks)
     if config.mask_values is None:
         return card

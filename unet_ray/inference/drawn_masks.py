@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from unet_ray.config import MAX_PIXELS, DataConfig, UserError
+from unet_ray.config import IGNORE, MAX_PIXELS, DataConfig, UserError
 from unet_ray.data import cache, imaging, mask_files, pages, pictures, storage
 from unet_ray.data.annotations import sources
 from unet_ray.data.imaging import ImageError
@@ -132,7 +132,7 @@ class _Write:
                 raise UserError(f"{mask_files.shown(pair.mask)}: {error}") from None
 
     def _write(self, pair: Pair, mask: np.ndarray) -> None:
-        count = 1 if self.classes == 2 else self.classes
+        count = 1 if self.classes == 2 and mask.max(initial=0) < IGNORE else max(2, self.classes)
         if self.overlay:
             size = imaging.fitted((mask.shape[0], mask.shape[1]), OVERLAY_SIDE)
             picture, _ = imaging.decode_image(pages.read_file(pair.image, MAX_PIXELS), 3, size, value_range=None)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from unet_ray.config import DataConfig, TrainConfig, UserError, first_line, locations, shown_locations
+from unet_ray.config import IGNORE, DataConfig, TrainConfig, UserError, first_line, locations, shown_locations
 from unet_ray.data import cache, masks, storage
 from unet_ray.data.annotations import drawing, sources
 from unet_ray.data.pairs import Pair
@@ -88,7 +88,8 @@ def resolved(config: TrainConfig, train_masks: list[str]) -> TrainConfig:
     data, optimization = config.data, config.train
     if any(drawing.split_drawn(mask) for mask in train_masks[:1]):
         check_classes(data, config.model.num_classes)
-        data = dataclasses.replace(data, mask_values=tuple(range(max(2, config.model.num_classes))), mask_colors=())
+        ids = tuple(range(max(2, config.model.num_classes)))
+        data = dataclasses.replace(data, mask_values=ids, mask_colors=(), ignore_index=IGNORE)
     elif data.mask_values is None and not data.mask_colors:
         data = dataclasses.replace(data, mask_values=masks.infer_values(train_masks, config.model.num_classes, data))
     if optimization.class_weights == "inverse":

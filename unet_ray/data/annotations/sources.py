@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from unet_ray.config import DataConfig, UserError
+from unet_ray.config import IGNORE, DataConfig, UserError
 from unet_ray.data import lists, storage
 from unet_ray.data.annotations import coco, cvat, label_studio, labelme, masks_table, run_lengths, via, yolo
 from unet_ray.data.annotations.drawing import Annotated, drawn, stored
@@ -34,6 +34,8 @@ FILE_EACH = ("labelme's JSON", "YOLO's polygons")
 """Formats that have a file for each image."""
 TABLE, MASKS = "a table of run lengths", "a table of masks"
 BACKGROUND = frozenset({"background", "_background_"})
+LEFT_OUT = "__ignore__"
+"""labelme's own name for what is to be left out; it is drawn as `IGNORE`."""
 START = 2**16
 """Bytes of a file by which it is recognised."""
 LOOKED_AT = 50
@@ -125,7 +127,7 @@ def class_names(source: Source) -> tuple[list[str], bool]:
         if names is not None:
             return list(dict.fromkeys(names)), True
     found = {shape.label for _, annotated in read(source) for shape in annotated.shapes}
-    return sorted(found), False
+    return sorted(found - {LEFT_OUT}), False
 
 
 def read(source: Source, rle_order: str | None = None) -> Iterator[tuple[str, Annotated]]:
@@ -218,6 +220,7 @@ def paired(source: Source, images: Sequence[ImageFile], data: DataConfig, *, say
         if image.path not in found.masks:  # an export may hold the same file twice
             found.labels.update(shape.label for shape in annotated.shapes)
         of_labels = ids or {s.label: int(s.label.lower() not in BACKGROUND) for s in annotated.shapes}
+        of_labels |= {LEFT_OUT: IGNORE}
         mask = drawn(file, annotated, of_labels, image.path, by_area=data.overlap_order == "area")
         before = found.masks.setdefault(image.path, mask)
         if before.partition("#")[2] != mask.partition("#")[2]:
@@ -262,7 +265,7 @@ def _check_labels(source: Source, labels: Counter[str], ids: dict[str, int]) -> 
 
 
 def _say(source: Source, found: Paired, ids: dict[str, int], data: DataConfig) -> None:
-    kept = {label: count for label, count in found.labels.items() if not ids or label in ids}
+    kept = {label: count for label, count in found.labels.items() if not ids or label in ids or label == LEFT_OUT}
     shown = ", ".join(f"{count} {label}" for label, count in sorted(kept.items(), key=lambda each: -each[1])[:8])
     log.warning("%s: masks are drawn from %s: %s", source.location, source.kind, shown or "no shape")
     if left := {label: count for label, count in found.labels.items() if label not in kept}:
