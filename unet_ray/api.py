@@ -65,11 +65,12 @@ def train(
 ) -> TrainResult:
     """Trains a U-Net on pairs of images and masks and writes the run directory `out`.
 
-    `images`, `masks`: folders; a mask has its image's relative path and stem, with or without `_mask`. Settings are the
-    defaults, or `recipe` (a name of `unet-ray recipes`), or `config` (a YAML file or a TrainConfig). `init` (a run or
-    model directory) gives the first weights and the network's own settings. `settings` (dotted names, such as
-    `train.epochs`) come last and win. `resume` goes on from the last finished epoch in `out`. `verbose` shows Ray's own
-    messages. `watch.on_epoch` receives each line of metrics.jsonl.
+    `images`, `masks`: folders; a mask has its image's relative path and stem, with or without `_mask`; or a list of
+    pairs, or annotations, see `unet-ray train --help`. Settings are the defaults, or `recipe` (a name of `unet-ray
+    recipes`), or `config` (a YAML file or a TrainConfig). `init` (a run or model directory) gives the first weights and
+    the network's own settings. `settings` (dotted names, such as `train.epochs`) come last and win. `resume` goes on
+    from the last finished epoch in `out`. `verbose` shows Ray's own messages. `watch.on_epoch` receives each line of
+    metrics.jsonl.
 
     Raises UserError for what the user must fix.
 
@@ -111,10 +112,10 @@ def predict(
 ) -> PredictSummary:
     """Segments every image of folders, files, globs, lists or buckets and writes the masks into `out`.
 
-    `model`: run or model directory. `formats`: names of `registry.FORMATS` (png, parquet, rle, kaggle, coco, prob,
-    overlay), as a list or with commas. `options`: the other fields of PredictConfig, such as `tile=512`, `tta=True`,
-    `workers=4`, `overwrite=True`. `on_progress` receives (done, failed, all). Called again after a stop, it segments
-    only the missing images. For single images see `Segmenter`.
+    `model`: run or model directory. `formats`: names of `registry.FORMATS` (png, parquet, geotiff, rle, kaggle, coco,
+    labelme, labelstudio, prob, overlay), as a list or with commas. `options`: the other fields of PredictConfig, such
+    as `tile=512`, `tta=True`, `workers=4`, `overwrite=True`. `on_progress` receives (done, failed, all). Called again
+    after a stop, it segments only the missing images. For single images see `Segmenter`.
 
     Raises UserError for what the user must fix. An image that can't be read is counted in the summary.
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import click
 
 from unet_ray.cli.messages import print_places
-from unet_ray.cli.options import DATA, OUTPUT, Command, given, option, rle_order, runtime
-from unet_ray.config import UserError
+from unet_ray.cli.options import DATA, OUTPUT, Command, classes, given, option, overlap_order, rle_order, runtime
 from unet_ray.data import storage
 from unet_ray.ray_backend.session import Runtime
 from unet_ray.report.progress import ImagesDisplay
@@ -15,20 +14,8 @@ from unet_ray.report.progress import ImagesDisplay
 @click.command(cls=Command, short_help="Write annotations (COCO, labelme, …) as masks.")
 @click.argument("annotations")
 @option(DATA, "--images", required=True, metavar="DIR", help="Folder (or glob, or URI) of the images.")
-@option(
-    DATA,
-    "--classes",
-    metavar="A,B,…",
-    help="Classes to draw, in the order of their ids, which begin at 1.",
-    shown="all that there are",
-)
-@option(
-    DATA,
-    "--overlap-order",
-    type=click.Choice(["later", "area"]),
-    help="Of shapes that overlap, the later one is seen, or the smaller one.",
-    shown="later",
-)
+@classes("all that there are")
+@overlap_order
 @rle_order
 @option(OUTPUT, "--out", required=True, metavar="OUT", help="Folder or URI to write into.")
 @option(OUTPUT, "--overlay", is_flag=True, help="Also write pictures with the mask drawn in.")
@@ -36,7 +23,7 @@ from unet_ray.report.progress import ImagesDisplay
 def masks(
     annotations: str,
     images: str,
-    classes: str | None,
+    classes: tuple[str, ...],
     overlap_order: str | None,
     rle_order: str | None,
     out: str,
@@ -62,16 +49,13 @@ def masks(
     """
     from unet_ray.inference.drawn_masks import write_masks
 
-    picked = tuple(name.strip() for name in (classes or "").split(",") if name.strip())
-    if classes is not None and not picked:
-        raise UserError("--classes is empty: names of classes, with commas")
     options = given({"overlap_order": overlap_order, "rle_order": rle_order})
     with ImagesDisplay("drawn") as display:
         found = write_masks(
             images,
             annotations,
             out,
-            classes=picked,
+            classes=classes,
             overlay=overlay,
             runtime=runtime,
             on_progress=display,

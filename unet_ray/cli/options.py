@@ -106,6 +106,29 @@ pairs = options(
         help="What it finds (its first group, or all) is the same in the names of an image and of its mask.",
     ),
 )
+
+
+def _picked(_ctx: click.Context, _param: click.Parameter, names: str | None) -> tuple[str, ...]:
+    """Returns the names of `--classes`; none if it is not given."""
+    picked = tuple(name.strip() for name in (names or "").split(",") if name.strip())
+    if names is not None and not picked:
+        raise UserError("--classes is empty: names of classes, with commas")
+    return picked
+
+
+def classes(shown: str) -> Callable[[Callable], Callable]:
+    """Returns the option `--classes`. `shown`: what is drawn without it."""
+    text = "Classes of annotations, in the order of their ids, which begin at 1; with commas."
+    return option(DATA, "--classes", metavar="A,B,…", callback=_picked, help=text, shown=shown)
+
+
+overlap_order = option(
+    DATA,
+    "--overlap-order",
+    type=click.Choice(["later", "area"]),
+    help="Of annotations that overlap, the later one is seen, or the smaller one.",
+    shown="later",
+)
 rle_order = option(
     DATA,
     "--rle-order",

@@ -17,9 +17,11 @@ from unet_ray.cli.options import (
     PRECISIONS,
     WHERE,
     Command,
+    classes,
     device,
     no_report,
     option,
+    overlap_order,
     pairs,
     rle_order,
     runtime,
@@ -114,20 +116,8 @@ class Workers(click.ParamType):
     help="CSV of (key or path, part: train, val, test), or a folder with train.txt and val.txt; random: nothing else.",
     shown="folders named train, val, test; else random",
 )
-@option(
-    DATA,
-    "--classes",
-    metavar="A,B,…",
-    help="Classes of annotations, in the order of their ids (sets data.classes and model.num_classes).",
-    shown="all are the foreground",
-)
-@option(
-    DATA,
-    "--overlap-order",
-    type=click.Choice(["later", "area"]),
-    help="Of annotations that overlap, the later one is seen, or the smaller one.",
-    shown="later",
-)
+@classes("all are the foreground")
+@overlap_order
 @rle_order
 @option(DATA, "--cache", metavar="DIR", help="Keep the resized images in DIR, so that later runs don't decode them.")
 @option(SETTINGS, "--recipe", metavar="NAME", help="Settings that are known to work: see `unet-ray recipes`.")
@@ -230,6 +220,11 @@ def train(
       RUN/tensorboard/   the same for TensorBoard (for MLflow: --set compute.mlflow=URI and the extra `mlflow`)
       RUN/report.html    curves, scores, pictures
 
+    Instead of folders, --images may be a list of pairs (.csv, .tsv, .txt, .jsonl, .parquet: a column of images and one
+    of masks; Hugging Face's files), and --masks annotations (COCO's JSON, labelme's, VIA's and Label Studio's, CVAT's
+    XML, YOLO's polygons, run lengths in a table, or what `predict` writes). They are drawn as pycocotools draws
+    polygons, and labelme's as labelme draws them.
+
     Mask values: training decides once, from a sample of the masks, which value is which class, and writes that into
     config.yaml and the model. 0 and one other value are background and foreground; with model.num_classes=K, the class
     ids are 0 to K-1. A value that is no class is an error. Masks are resized by nearest neighbour only. Everything else
@@ -309,13 +304,10 @@ def _setting(text: str) -> tuple[str, str]:
     return name.strip(), value
 
 
-def _class_settings(names: str | None) -> list[tuple[str, Any]]:
+def _class_settings(picked: tuple[str, ...]) -> list[tuple[str, Any]]:
     """Returns the settings of `--classes`."""
-    if names is None:
-        return []
-    picked = [name.strip() for name in names.split(",") if name.strip()]
     if not picked:
-        raise UserError("--classes is empty: names of classes, with commas")
+        return []
     number = len(picked) + 1 if len(picked) > 1 else 1
     # None: the recipe's values and ignored value are those of other masks.
     of_masks: list[tuple[str, Any]] = [
