@@ -508,3 +508,20 @@ def test_what_labelme_calls_ignore_is_left_out(tmp_path):
     valid = HEIGHT * WIDTH - 31 * 19
     scores = unet_ray.evaluate(run, tmp_path / "set", tmp_path / "set", local=True)
     assert set(scores.each.pixels.tolist()) == {valid}
+
+
+def test_turned_rectangles_are_turned_about_the_point_that_their_tool_takes(tmp_path):
+    photos(tmp_path / "images")
+    value = {"x": 50, "y": 25, "width": 25, "height": 10, "rotation": 90, "rectanglelabels": ["car"]}
+    label_studio(tmp_path / "ls.json", [{"type": "rectanglelabels", "value": value}])
+    found = masks_of(tmp_path / "images", tmp_path / "ls.json")["a"]
+    wanted = np.zeros(SIZE, np.uint8)
+    wanted[10:24, 24:28] = 1  # 14 wide and 4 high, turned clockwise about its corner at (28, 10)
+    assert (found == wanted).all()
+    cvat(tmp_path / "c.xml", "<box label='car' xtl='10' ytl='10' xbr='30' ybr='14' rotation='90'/>")
+    wanted = np.zeros(SIZE, np.uint8)
+    wanted[2:22, 18:22] = 1  # about its centre, (20, 12)
+    assert (masks_of(tmp_path / "images", tmp_path / "c.xml")["a"] == wanted).all()
+    label_studio(tmp_path / "ls.json", [{"type": "rectanglelabels", "value": value, "image_rotation": 90}])
+    with pytest.raises(UserError, match="turned in Label Studio"):
+        masks_of(tmp_path / "images", tmp_path / "ls.json")

@@ -38,7 +38,9 @@ def _shape(element: ElementTree.Element) -> Shape | None:
         points = [float(each) for point in element.get("points", "").split(";") for each in point.split(",")]
         return Shape(label, "polygons", [points])
     if element.tag == "box":
-        return Shape(label, "polygons", [rectangle(*numbers("xtl", "ytl", "xbr", "ybr"))])
+        left, top, right, bottom, degrees = numbers("xtl", "ytl", "xbr", "ybr", "rotation")
+        centre = ((left + right) / 2, (top + bottom) / 2)
+        return Shape(label, "polygons", [rectangle(left, top, right, bottom, degrees, centre)])
     if element.tag == "ellipse":
         x, y, radius_x, radius_y, degrees = numbers("cx", "cy", "rx", "ry", "rotation")
         return Shape(label, "polygons", [ellipse(x, y, radius_x, radius_y, degrees)])

@@ -306,9 +306,15 @@ def ellipse(x: float, y: float, radius_x: float, radius_y: float, degrees: float
     return np.stack([xs, ys], axis=1).reshape(-1).tolist()
 
 
-def rectangle(left: float, top: float, right: float, bottom: float) -> list[float]:
-    """Returns the polygon [x, y, …] of a rectangle."""
-    return [left, top, right, top, right, bottom, left, bottom]
+def rectangle(
+    left: float, top: float, right: float, bottom: float, degrees: float = 0.0, pivot: tuple[float, float] = (0.0, 0.0)
+) -> list[float]:
+    """Returns the polygon [x, y, …] of a rectangle, turned clockwise about a point of the image."""
+    corners = np.array([[left, top], [right, top], [right, bottom], [left, bottom]], np.float64)
+    if degrees:
+        cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+        corners = (corners - pivot) @ np.array([[cosine, sine], [-sine, cosine]]) + pivot
+    return corners.reshape(-1).tolist()
 
 
 def _placed(small: np.ndarray, left: int, top: int, size_hw: tuple[int, int]) -> np.ndarray:

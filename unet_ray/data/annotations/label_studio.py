@@ -48,6 +48,8 @@ def _shapes(results: list[dict[str, Any]]) -> tuple[list[Shape], tuple[int, int]
         labels = next((each for name, each in value.items() if name.endswith("labels") and each), None)
         if labels is None:
             continue
+        if result.get("image_rotation"):
+            raise ValueError("an image that was turned in Label Studio: turn the file itself")
         width, height = int(result["original_width"]), int(result["original_height"])
         size = (height, width)
         if shape := _shape(str(labels[0]), value, width / 100, height / 100):
@@ -66,5 +68,6 @@ def _shape(label: str, value: dict[str, Any], x: float, y: float) -> Shape | Non
         return Shape(label, "polygons", [ellipse(value["x"] * x, value["y"] * y, *radii, value.get("rotation", 0))])
     if "width" in value:
         left, top = value["x"] * x, value["y"] * y
-        return Shape(label, "polygons", [rectangle(left, top, left + value["width"] * x, top + value["height"] * y)])
+        right, bottom = left + value["width"] * x, top + value["height"] * y
+        return Shape(label, "polygons", [rectangle(left, top, right, bottom, value.get("rotation", 0), (left, top))])
     return None
