@@ -525,3 +525,13 @@ def test_turned_rectangles_are_turned_about_the_point_that_their_tool_takes(tmp_
     label_studio(tmp_path / "ls.json", [{"type": "rectanglelabels", "value": value, "image_rotation": 90}])
     with pytest.raises(UserError, match="turned in Label Studio"):
         masks_of(tmp_path / "images", tmp_path / "ls.json")
+
+
+def test_classes_are_those_of_all_files(tmp_path):
+    photos(tmp_path / "set", ["train/a.jpg", "val/b.jpg"])
+    coco_file(tmp_path / "set/train/c.json", {"a.jpg": [(1, [SQUARE], 0)]})
+    other = json.loads((tmp_path / "set/train/c.json").read_text().replace("car", "bus").replace("a.jpg", "b.jpg"))
+    (tmp_path / "set/val/c.json").write_text(json.dumps(other))
+    assert sources.class_names(sources.recognised(str(tmp_path / "set")))[0] == ["car", "tree", "bus"]
+    found = masks_of(tmp_path / "set", tmp_path / "set", classes=("background", "bus", "car"))
+    assert (found["train/a"].max(), found["val/b"].max()) == (2, 1)

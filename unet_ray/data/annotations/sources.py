@@ -121,11 +121,12 @@ def class_names(source: Source) -> tuple[list[str], bool]:
     """Returns the names of the classes, and whether the format lists them; otherwise they are those that occur."""
     if source.kind == MASKS:
         return [], False
-    for file in source.files[:1]:
+    listed: dict[str, None] = {}
+    for file in source.files[:1] if source.kind in FILE_EACH else source.files:
         with _as_one_line(source, file):
-            names = source.reader.classes(file)
-        if names is not None:
-            return list(dict.fromkeys(names)), True
+            listed |= dict.fromkeys(source.reader.classes(file) or ())
+    if listed:
+        return list(listed), True
     found = {shape.label for _, annotated in read(source) for shape in annotated.shapes}
     return sorted(found - {LEFT_OUT}), False
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 
 import yaml
 
@@ -25,13 +26,16 @@ def classes(location: str) -> list[str] | None:
     for _ in range(LEVELS):
         for name in YAML:
             place = storage.join(folder, name)
-            if storage.exists(place):
-                return _names(place)
+            [(size, mtime_ns)] = storage.sizes_and_times([place])
+            if size >= 0:
+                return _names(place, mtime_ns)
         folder = storage.parent(folder)
     return None
 
 
-def _names(place: str) -> list[str]:
+@lru_cache(maxsize=8)
+def _names(place: str, _mtime_ns: int) -> list[str]:
+    """Returns the names in a data.yaml. They are read once, not for each image."""
     try:
         names = yaml.safe_load(storage.read_bytes(place))["names"]
         return [str(names[key]) for key in sorted(names)] if isinstance(names, dict) else [str(name) for name in names]
