@@ -8,6 +8,7 @@ from PIL import Image
 
 from unet_ray.config import IGNORE, DataConfig, UserError
 from unet_ray.data.imaging import ImageError, decode_mask, problem_of_sizes, stored_values
+from unet_ray.data.masks import check_comparisons
 
 RED, GREEN, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 0)
 
@@ -140,3 +141,15 @@ def test_colours_that_jpeg_or_smoothing_made_are_of_the_nearest_class():
     ]
     with pytest.raises(ImageError, match=r"--set data\.mask_nearest=true"):
         decode_mask(stream.getvalue(), DataConfig(**colours), None)
+
+
+@pytest.mark.parametrize("comparison", [">=300", ">255", "<0"])
+def test_a_comparison_that_no_value_of_8_bits_meets_is_an_error(tmp_path, comparison):
+    for number in range(3):
+        Image.fromarray(np.full((4, 4), 255 * (number % 2), np.uint8)).save(tmp_path / f"{number}.png")
+    paths = [str(tmp_path / f"{number}.png") for number in range(3)]
+    with pytest.raises(UserError, match=r"no value of 8 bits is .*0\.png"):
+        check_comparisons(paths, DataConfig(mask_values=(0, comparison)))
+    check_comparisons(paths, DataConfig(mask_values=(0, ">=255")))
+    Image.fromarray(np.full((4, 4), 400, np.uint16)).save(tmp_path / "1.png")
+    check_comparisons(paths, DataConfig(mask_values=(0, comparison)))

@@ -64,18 +64,22 @@ def _not_negative(stored: np.ndarray, data: DataConfig) -> np.ndarray:
     return np.where(stored < 0, LEFT_OUT, stored) if low < 0 else stored
 
 
+def matches(comparison: str, values: np.ndarray) -> np.ndarray:
+    """Returns which values meet a comparison such as `>=128`, bool [N]."""
+    found = COMPARISON.fullmatch(comparison.strip())
+    assert found is not None, "DataConfig has checked it"
+    return COMPARE[found[1]](values, int(found[2]))
+
+
 @functools.lru_cache(maxsize=8)
 def _table(values: tuple[MaskValue, ...], ignored: tuple[int, ...]) -> np.ndarray:
     """Returns class id by stored value, int16 [LEFT_OUT + 1]. A stored value wins over a comparison, and a later
     comparison over an earlier one."""
     table = np.full(LEFT_OUT + 1, UNKNOWN, np.int16)
     entries = [(class_id, each) for class_id, value in enumerate(values) for each in selectors(value)]
-    comparisons = [
-        (class_id, COMPARISON.fullmatch(each.strip())) for class_id, each in entries if isinstance(each, str)
-    ]
-    for class_id, found in comparisons:
-        assert found is not None, "DataConfig has checked it"
-        table[COMPARE[found[1]](np.arange(len(table)), int(found[2]))] = class_id
+    comparisons = [(class_id, each) for class_id, each in entries if isinstance(each, str)]
+    for class_id, comparison in comparisons:
+        table[matches(comparison, np.arange(len(table)))] = class_id
     for class_id, each in entries:
         if isinstance(each, int):
             table[each] = class_id

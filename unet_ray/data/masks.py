@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from unet_ray.config import IGNORE, Cleanup, DataConfig, MaskValue, UserError
-from unet_ray.data import mask_files
+from unet_ray.config import IGNORE, Cleanup, DataConfig, MaskValue, UserError, selectors
+from unet_ray.data import mask_files, mask_meaning
 from unet_ray.data.imaging import ImageError, decode_mask, read_file, stored_values
 
 SAMPLE = 32
@@ -44,6 +44,25 @@ def infer_values(mask_paths: Sequence[str], num_classes: int, config: DataConfig
         "--set data.mask_values='[0, 255]' (JPEG: \"[0, '>=128']\"; numbered objects: \"[0, '>0']\"), their number "
         "with --set model.num_classes=K, and one to leave out with --set data.ignore_index=V; `unet-ray doctor` prints "
         "what fits"
+    )
+
+
+def check_comparisons(mask_paths: Sequence[str], config: DataConfig) -> None:
+    """Raises UserError for a comparison in `data.mask_values` that no value of 8-bit masks meets, such as `>=300`."""
+    entries = [each for value in config.mask_values or () for each in selectors(value) if isinstance(each, str)]
+    never = [each for each in entries if not mask_meaning.matches(each, np.arange(256)).any()]
+    if not never:
+        return
+    for path in _sample(mask_paths):
+        try:
+            stored = [stored_values(read_file(file)) for file in mask_files.files_of(path)]
+        except (ImageError, OSError):
+            continue  # the training stops at it, and names it
+        if any(values.dtype != np.uint8 for values in stored):
+            return
+    raise UserError(
+        f"data.mask_values: no value of 8 bits is {never[0]}, and the sampled masks have 8 (such as "
+        f"{mask_files.shown(mask_paths[0])}): name a value from 0 to 255; `unet-ray doctor` prints what fits"
     )
 
 

@@ -92,6 +92,7 @@ def resolved(config: TrainConfig, train_masks: list[str]) -> TrainConfig:
         data = dataclasses.replace(data, mask_values=ids, mask_colors=(), ignore_index=IGNORE)
     elif data.mask_values is None and not data.mask_colors:
         data = dataclasses.replace(data, mask_values=masks.infer_values(train_masks, config.model.num_classes, data))
+    masks.check_comparisons(train_masks, data)
     if optimization.class_weights == "inverse":
         optimization = dataclasses.replace(
             optimization, class_weights=masks.inverse_frequencies(train_masks, max(2, config.model.num_classes), data)
