@@ -115,7 +115,8 @@ def evaluate(
     from unet_ray.evaluation.run_pairs import pairs_of, trained_on
 
     scored_pairs = pairs_of(config)
-    for name in filter(None, (model, against)):
+    held_out = config.images is None and config.part != "train"  # by the run itself, so its images are not listed again
+    for name in filter(None, (None if held_out else model, against)):
         known = trained_on(name, scored_pairs)
         if known:
             click.echo(f"warning: {name} was trained on {known} of these {len(scored_pairs)} images", err=True)
