@@ -6,7 +6,7 @@ import logging
 import posixpath
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 
@@ -238,6 +238,11 @@ def _annotated_matches(data: DataConfig, channels: int, *, say: bool) -> Matches
         each = sources.paired(source, images, data, say=say)
         masks |= each.masks
         orphans += each.orphans
+    return annotated_matches(images, masks, orphans)
+
+
+def annotated_matches(images: Sequence[ImageFile], masks: Mapping[str, str], orphans: Iterable[str]) -> Matches:
+    """Returns the pairs of images and annotations. `masks`, `orphans`: see `sources.Paired`."""
     pairs = [Pair(image.key, image.path, masks[image.path]) for image in images if image.path in masks]
     missing = [image for image in images if image.path not in masks]
     lost = [ImageFile(name, name, name, -1, 0) for name in orphans]

@@ -52,26 +52,21 @@ def outlined(mask: np.ndarray, kind: str, read: Read = lambda points: points) ->
         rings = [ring for ring in rings if ring.class_id] + [r for r in _rings(enclosed, 0, kind) if not r.is_hole]
     # A hole is drawn before what lies in it, and after what it is in.
     rings.sort(key=lambda ring: (-abs(_area(ring.points)), ring.class_id))
-    bad = classes
-    simple: list[Ring] = []
-    choices = [dict.fromkeys([0, *classes], 0)]  # place in TOLERANCES
-    while bad and choices:
-        choice = choices.pop()
+    choice = dict.fromkeys([0, *classes], 0)  # class -> place in TOLERANCES
+    while True:
         simple = [Ring(ring.class_id, simplified(ring.points, TOLERANCES[choice[ring.class_id]])) for ring in rings]
         drawn = _drawn([Ring(ring.class_id, read(ring.points)) for ring in simple], mask.shape, kind)
         bad = [class_id for class_id in classes if _iou(drawn == class_id, mask == class_id) < LEAST_IOU]
-        if bad and any(place < EXACT for place in choice.values()):
-            finer = {class_id: min(EXACT, choice[class_id] + 1) for class_id in (0, *bad)}
-            # If they are as fine as can be, it is their neighbours that cover them.
-            choices.append(
-                {**choice, **finer} if any(choice[each] < EXACT for each in bad) else dict.fromkeys(choice, EXACT)
-            )
-    return simple, bad
+        if not bad or min(choice.values()) == EXACT:
+            return simple, bad
+        if all(choice[class_id] == EXACT for class_id in bad):  # it is their neighbours that cover them
+            choice = dict.fromkeys(choice, EXACT)
+        else:
+            choice |= {class_id: min(EXACT, choice[class_id] + 1) for class_id in (0, *bad)}
 
 
 def _rings(inside: np.ndarray, class_id: int, kind: str) -> list[Ring]:
     """Returns the exact outlines of a region, bool [H,W], and of its holes."""
-
     padded = np.pad(inside, 1).astype(np.float64)
     generator = contourpy.contour_generator(z=padded, fill_type=contourpy.FillType.OuterOffset)
     polygons, offsets = generator.filled(LEVELS[kind], 2.0)  # type: ignore[misc]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 
 from unet_ray.config import DataConfig, UserError
@@ -10,12 +9,10 @@ from unet_ray.data import storage
 from unet_ray.data.annotations import sources
 from unet_ray.data.annotations.sources import BACKGROUND, Source
 from unet_ray.data.inputs import ImageFile
-from unet_ray.data.pairs import Matches, Pair
+from unet_ray.data.pairs import Matches, annotated_matches
 from unet_ray.doctor.layouts import Found, Way
 from unet_ray.doctor.report import Finding, error, note
 from unet_ray.doctor.words import number
-
-log = logging.getLogger("unet_ray")
 
 
 def find_annotations(images_at: str, masks_at: str | None) -> Source | None:
@@ -38,13 +35,10 @@ def pair_annotations(images_at: str, source: Source, images: Sequence[ImageFile]
         return Found(way, [*images], [], Matches([], [], {}, [*images], [])), error(
             "annotations-cannot-be-read", str(problem), "a training would stop at it"
         )
-    pairs = [Pair(i.key, i.path, paired.masks[i.path]) for i in images if i.path in paired.masks]
-    missing = [image for image in images if image.path not in paired.masks]
-    lost = [ImageFile(name, name, name, -1, 0) for name in paired.orphans]
-    masks = [ImageFile(each.key, each.mask, f"{each.key}.png", 1, 0) for each in pairs]
+    matches = annotated_matches(images, paired.masks, paired.orphans)
+    masks = [ImageFile(each.key, each.mask, f"{each.key}.png", 1, 0) for each in matches.pairs]
     shown = ", ".join(f"{count} {label}" for label, count in paired.labels.most_common(8)) or "no shape"
     place = storage.without_secrets(source.location)
-    text = f"{place} is {source.kind}, with {number(pairs, 'annotated image')}: {shown}"
+    text = f"{place} is {source.kind}, with {number(matches.pairs, 'annotated image')}: {shown}"
     remedy = "shapes are drawn as masks; --classes picks and orders the classes" if classes else "drawn as masks"
-    found = Found(way, [*images], masks, Matches(sorted(pairs, key=lambda each: each.key), [], {}, missing, lost))
-    return found, note("annotations", text, remedy)
+    return Found(way, [*images], masks, matches), note("annotations", text, remedy)

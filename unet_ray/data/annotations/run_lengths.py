@@ -57,7 +57,7 @@ def _rows(location: str) -> Iterator[tuple[str, str, str]]:
     header = _header(location)
     image, runs = (next((name for name in names if name in header), None) for names in (IMAGES, RUNS))
     label = next((name for name in CLASSES if name in header), None)
-    joined = image is None and "image_label" in header
+    joined = False
     if image is None or runs is None:
         combined = next((name for name in header if "image" in name), None)
         if combined is None or runs is None:

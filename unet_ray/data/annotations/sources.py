@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import re
 from collections import Counter
@@ -67,12 +66,12 @@ def recognised(location: str) -> Source | None:
     if not storage.is_folder(location):
         kind = _kind(location) if storage.exists(location) else None
         return None if kind is None else Source(kind, location, (location,))
-    found = _candidates(location)
-    kind = next((kind for file in itertools.islice(found, LOOKED_AT) if (kind := _kind(file)) is not None), None)
+    found = list(_candidates(location))
+    kind = next((kind for file in found[:LOOKED_AT] if (kind := _kind(file)) is not None), None)
     if kind is None:
         return None
     suffix = READERS[kind].SUFFIX
-    files = [file for file in _candidates(location) if storage.split_options(file)[0].lower().endswith(suffix)]
+    files = [file for file in found if storage.split_options(file)[0].lower().endswith(suffix)]
     if kind in FILE_EACH:
         files = [file for file in files if _stem(file).lower() not in NO_LABELS]
     else:
@@ -220,8 +219,7 @@ def paired(source: Source, images: Sequence[ImageFile], data: DataConfig, *, say
             continue
         if image.path not in found.masks:  # an export may hold the same file twice
             found.labels.update(shape.label for shape in annotated.shapes)
-        of_labels = ids or {s.label: int(s.label.lower() not in BACKGROUND) for s in annotated.shapes}
-        of_labels |= {LEFT_OUT: IGNORE}
+        of_labels = ids or _as_foreground(annotated)
         mask = drawn(file, annotated, of_labels, image.path, by_area=data.overlap_order == "area")
         before = found.masks.setdefault(image.path, mask)
         if before.partition("#")[2] != mask.partition("#")[2]:
@@ -257,7 +255,13 @@ def _ids(source: Source, data: DataConfig) -> dict[str, int]:
     unknown = [name for name in data.classes[1:] if name not in names]
     if unknown and (listed or len(unknown) == len(data.classes) - 1):
         raise UserError(f"{source.location}: no class {listing(unknown, 3)}: there are {', '.join(names) or 'none'}")
-    return {name: class_id for class_id, name in enumerate(data.classes)} | dict.fromkeys(BACKGROUND, 0)
+    return {name: k for k, name in enumerate(data.classes)} | dict.fromkeys(BACKGROUND, 0) | {LEFT_OUT: IGNORE}
+
+
+def _as_foreground(annotated: Annotated) -> dict[str, int]:
+    """Returns the class id of each label of an image if all are the foreground."""
+    labels = {shape.label for shape in annotated.shapes}
+    return {label: int(label.lower() not in BACKGROUND) for label in labels} | {LEFT_OUT: IGNORE}
 
 
 def _check_labels(source: Source, labels: Counter[str], ids: dict[str, int]) -> None:
@@ -266,7 +270,7 @@ def _check_labels(source: Source, labels: Counter[str], ids: dict[str, int]) -> 
 
 
 def _say(source: Source, found: Paired, ids: dict[str, int], data: DataConfig) -> None:
-    kept = {label: count for label, count in found.labels.items() if not ids or label in ids or label == LEFT_OUT}
+    kept = {label: count for label, count in found.labels.items() if not ids or label in ids}
     shown = ", ".join(f"{count} {label}" for label, count in sorted(kept.items(), key=lambda each: -each[1])[:8])
     log.warning("%s: masks are drawn from %s: %s", source.location, source.kind, shown or "no shape")
     if left := {label: count for label, count in found.labels.items() if label not in kept}:
