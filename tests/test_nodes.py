@@ -1,6 +1,7 @@
 """Clusters of several nodes, each a `ray start` on this machine: nodes are lost and added, heads die, clusters grow."""
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -143,7 +144,7 @@ def test_where_one_node_has_no_openvino_all_use_torch(machines, model, tmp_path)
         output, code = answer("--backend", "openvino")
         assert code == 2 and "has no OpenVINO: pip install 'unet_ray[cpu]'" in output and "Traceback" not in output
         output, code = answer()
-        assert code == 0 and "torch in fp32 on CPUs is used instead" in output, output
+        assert code == 0 and re.search(r"torch in (fp32|bf16) on CPUs is used instead", output), output
     [used] = json.loads((out / "settings.json").read_text())["arithmetic"]
     assert used["backend"] == "torch"
 
@@ -183,7 +184,7 @@ def test_a_folder_that_only_one_node_sees_is_refused(machines, model, tmp_path):
 @pytest.mark.cluster
 def test_a_prediction_loses_a_node_gains_one_and_outlives_its_cluster(machines, model, tmp_path):
     machines.complete()
-    folder, out = make_photos(tmp_path / "images", 700), tmp_path / "out"
+    folder, out = make_photos(tmp_path / "images", (count := 1500)), tmp_path / "out"  # a node joins before they end
     arguments = ("predict", model, folder, "--out", out, "--precision", "fp32")
     process = machines.command(*arguments)
     until(lambda: len(recorded(out)) > 60, process)
@@ -197,15 +198,15 @@ def test_a_prediction_loses_a_node_gains_one_and_outlives_its_cluster(machines, 
     process.communicate()
     machines.kill_all()
     before = recorded(out)
-    assert 60 < len(before) < 700
+    assert 60 < len(before) < count
     machines.complete()  # another cluster
     process = machines.command(*arguments, "--json")
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 0, output[-3000:]
     summary = json.loads(output[output.index("{") :])
-    assert (summary["images"], summary["ok"], summary["already_done"]) == (700, 700, len(before))
+    assert (summary["images"], summary["ok"], summary["already_done"]) == (count, count, len(before))
     rows = pq.read_table(out / "manifest.parquet").to_pylist()
-    assert len({row["path"] for row in rows}) == len(rows) == 700
+    assert len({row["path"] for row in rows}) == len(rows) == count
     assert before.items() <= recorded(out).items(), "finished masks are not written again"
 
 

@@ -16,7 +16,7 @@ from ray.exceptions import RayError
 
 from unet_ray.config import UserError
 from unet_ray.ray_backend.data_context import configure
-from unet_ray.ray_backend.inference import pool_of_replicas, run_on_cluster
+from unet_ray.ray_backend.inference import Pool, pool_of_replicas, run_on_cluster
 from unet_ray.ray_backend.replicas import LOAD, MOST_DEATHS, WAIT, Roll
 
 # --- the roll, without Ray ---
@@ -88,8 +88,8 @@ def dying(folder: Path, times: int, how: str = "killed"):
     return model
 
 
-def found(model, count: int = 12) -> list[int]:
-    pool = pool_of_replicas(1, "cpu")
+def found(model, count: int = 12, pool: Pool | None = None) -> list[int]:
+    pool = pool or pool_of_replicas(1, "cpu")
     chunks = run_on_cluster(
         range(count), lambda number: {"number": np.array([number])}, model, lambda chunk: chunk, pool=pool
     )
@@ -121,6 +121,7 @@ def test_a_cluster_that_has_no_room_for_long_is_waited_for(ray_cluster):
         def ready(self) -> None: ...
 
     def wait_for_room(timeout: float | None) -> list[int]:
+        pool = pool_of_replicas(1, "cpu")  # waits for room itself, so the others come after it
         others = Others.remote()
         ray.get(others.ready.remote())
         release = threading.Timer(12, ray.kill, [others])
@@ -129,7 +130,7 @@ def test_a_cluster_that_has_no_room_for_long_is_waited_for(ray_cluster):
             configure()
             if timeout is not None:
                 DataContext.get_current().execution_no_progress_timeout_s = timeout
-            return found(lambda _threads: lambda chunk: chunk, 3)
+            return found(lambda _threads: lambda chunk: chunk, 3, pool)
         finally:
             release.cancel()
             ray.kill(others)
