@@ -55,6 +55,7 @@ def do(ledger: Ledger, number: int, failed=()) -> int:
         "output": [p.decode() for p in chunk["output"]],
         "pixels": [[5, 1]] * rows,
         "confidence": [0.5] * rows,
+        "uncertainty": [0.1] * rows,
         "milliseconds": [1.0] * rows,
         "size": chunk["size"],
         "mtime_ns": chunk["mtime_ns"],

@@ -191,7 +191,7 @@ def test_masks_are_read_from_parquet_too_and_without_masks_there_is_still_a_page
 def test_a_folder_that_is_no_run_is_one_line(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         write(str(tmp_path / "nowhere"))
-    with pytest.raises(UserError, match="neither a finished training"):
+    with pytest.raises(UserError, match="no finished training"):
         write(str(tmp_path))
 
 

@@ -192,6 +192,8 @@ class SegmentedImage:
     """Class ids, uint8 [H,W], at the image's own size."""
     confidence: float
     """Probability of the decided class: the mean over the pixels, 0 to 1."""
+    uncertainty: float
+    """Entropy of what was found, 0 to 1, as in the manifest; see `Certainty.uncertainty`."""
     classes: tuple[str, ...]
     """Name of each class id."""
     probabilities: np.ndarray | None
@@ -320,7 +322,13 @@ class Segmenter:
             raise UserError(f"{storage.without_secrets(path) or 'the image'}: {prediction.error}")
         draw = functools.partial(_drawn, reader, path, found.mask, card.model.num_classes)
         return SegmentedImage(
-            found.mask, found.confidence, self.classes, found.probabilities, card.model.num_classes, draw
+            found.mask,
+            found.confidence,
+            found.uncertainty,
+            self.classes,
+            found.probabilities,
+            card.model.num_classes,
+            draw,
         )
 
 

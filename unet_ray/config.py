@@ -616,7 +616,7 @@ class PredictConfig(MaskOptions):
     """Column of a list or of Parquet files that names the images, or holds them; None: the first one with a known name
     (`lists.PATH_COLUMNS`, `parquet_images.BYTES_COLUMNS`)."""
     formats: tuple[str, ...] = ("png",)
-    """Some of `registry.FORMATS`, which explains each."""
+    """Some of `registry.FORMATS`, which explains each; none: only the manifest is written."""
     name: str = "{relpath}/{stem}.png"
     """Path of a mask below OUT/masks, from {relpath} (the folder below the input), {stem}, {name} and {ext}."""
     overwrite: bool = False
@@ -639,8 +639,6 @@ class PredictConfig(MaskOptions):
         for name in self.formats:
             if name not in FORMATS:
                 raise UserError(f"--format {name!r} is not one{nearest(name, FORMATS)}")
-        if not self.formats:
-            raise UserError(f"--format is empty: one or more of {', '.join(FORMATS)}")
         if self.part is not None and self.overwrite:
             raise UserError("--part and --overwrite: it would remove the other parts, too: choose another --out")
         fields = {"relpath", "stem", "name", "ext"}

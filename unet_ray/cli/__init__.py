@@ -25,6 +25,7 @@ from unet_ray.cli import (
     quantize,
     recipes,
     report,
+    select,
     slices,
     train,
 )
@@ -97,6 +98,7 @@ for command in (
     doctor.doctor,
     train.train,
     predict.predict,
+    select.select,
     evaluate.evaluate,
     report.report,
     quantize.quantize,

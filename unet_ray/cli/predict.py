@@ -146,7 +146,8 @@ def predict(
       OUT/probabilities/<path>.png          --format prob: 8 bits; of several classes <path>.<class id>.png
       OUT/overlays/<path>.jpg               --format overlay: at most 1024 pixels, with the mask drawn in
       OUT/manifest.parquet/                 one row for each image: path, status, error, height, width, output,
-                                            pixels of each class, mean confidence, milliseconds
+                                            pixels of each class, mean confidence, uncertainty (0 to 1),
+                                            milliseconds
       OUT/summary.json                      counts, failures by reason, images/s, seconds by stage
       OUT/report.html                       failures and their reasons, sample masks, distributions
 
@@ -173,6 +174,8 @@ def predict(
     local.
     """
     names = [name.strip() for name in formats.split(",") if name.strip()] + ["overlay"] * overlay
+    if not names:
+        raise UserError(f"--format is empty: one or more of {', '.join(FORMATS)}")
     config = PredictConfig(model=model, inputs=inputs, out=out, formats=tuple(dict.fromkeys(names)), **given(options))
     allowed = _allowance(allow_failures)
     from unet_ray.inference.predict import predict as run

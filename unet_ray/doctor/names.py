@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from unet_ray.config import UserError, shown_locations
 from unet_ray.data import mask_files, pair_lists, storage
 from unet_ray.data.annotations import sources
+from unet_ray.data.annotations.drawing import split_drawn
 from unet_ray.data.annotations.sources import Source
 from unet_ray.data.inputs import EXTENSIONS, ImageFile, find_images
 from unet_ray.data.pair_lists import is_pair_list
@@ -151,7 +152,9 @@ def _of_files(found: Found) -> Iterator[Finding]:
     yield from error("two-masks-for-one-image", text, remedy, [m.name for m in found.masks if m.path in ambiguous])
     level = note if matches.pairs else error
     text = f"{number(matches.missing, 'image')} of {len(found.images)} without a mask"
-    remedy = f"left out in training; if it has one: the image's path and stem, with or without {MASK_SUFFIX}"
+    remedy = "left out in training"
+    if not any(split_drawn(mask.path) for mask in found.masks[:1]):
+        remedy += f"; if it has one: the image's path and stem, with or without {MASK_SUFFIX}"
     yield from level("image-without-mask", text, remedy, [image.name for image in matches.missing])
     text = f"{number(matches.orphans, 'mask')} of {len(found.masks)} without an image"
     yield from level("mask-without-image", text, "left out in training", [mask.name for mask in matches.orphans])

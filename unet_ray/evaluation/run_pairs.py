@@ -56,12 +56,18 @@ def _trained(location: str) -> tuple[DataConfig, int, dict[str, str]] | None:
 
 def trained_on(model: str, pairs: list[Pair]) -> int:
     """Returns how many of the pairs a run was trained on; 0 if `model` is no run directory."""
+    sides = images_of_run(model)
+    return sum(sides.get(pair.image) == "train" for pair in pairs)
+
+
+def images_of_run(model: str) -> dict[str, str]:
+    """Returns location -> side (`train`, `val`, `test`) of the images that a run has masks of; nothing if `model` is no
+    run directory, or if its folders are gone."""
     trained = _trained(storage.absolute(model))
     if trained is None:
-        return 0
+        return {}
     data, channels, sides = trained
     try:
-        used = {pair.image for pair in find_pairs(data, channels) if sides.get(pair.key) == "train"}
-    except UserError:  # its folders are gone
-        return 0
-    return sum(pair.image in used for pair in pairs)
+        return {pair.image: sides[pair.key] for pair in find_pairs(data, channels) if pair.key in sides}
+    except UserError:
+        return {}

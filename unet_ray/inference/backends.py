@@ -80,7 +80,7 @@ class Torch:
     """Runs a network with torch, compiled or not."""
 
     def __init__(self, model: SegmentationModel, arithmetic: Arithmetic) -> None:
-        self.device, self.precision = torch.device(arithmetic.device), arithmetic.precision
+        self.device, self.precision, self.model = torch.device(arithmetic.device), arithmetic.precision, model
         self.run: Callable[[Tensor], Tensor] = model
         if arithmetic.backend == "compiled":
             # With frozen weights, the compiler can arrange them in memory for the processor.
@@ -90,6 +90,11 @@ class Torch:
     def __call__(self, image_NCHW: Tensor) -> Tensor:
         with autocast(self.device, self.precision):
             return self.run(image_NCHW).float()
+
+    def embed(self, image_NCHW: Tensor) -> Tensor:
+        """Returns the network's view of images, float32 [N,D], see `SegmentationModel.embedding`."""
+        with autocast(self.device, self.precision):
+            return self.model.embedding(image_NCHW).float()
 
 
 def fold_batch_norm(model: nn.Module) -> None:

@@ -50,6 +50,7 @@ MANIFEST_SCHEMA = pa.schema(
         ("output", pa.string()),
         ("pixels", pa.list_(pa.int64())),
         ("confidence", pa.float32()),
+        ("uncertainty", pa.float32()),
         ("milliseconds", pa.float32()),
         ("size", pa.int64()),
         ("mtime_ns", pa.int64()),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 
@@ -16,7 +16,7 @@ from unet_ray.config import PredictConfig, UserError
 from unet_ray.data import storage
 from unet_ray.data.chunks import Chunk
 from unet_ray.data.darkness import SAMPLE, may_be_deep, warn_of_deep
-from unet_ray.data.inputs import Choice
+from unet_ray.data.inputs import Choice, ImageFile
 from unet_ray.data.output_lock import LOOK_SECONDS, OutputLock
 from unet_ray.data.progress import OnProgress
 from unet_ray.inference import output_folder
@@ -42,13 +42,15 @@ log = logging.getLogger("unet_ray")
 def predict(
     config: PredictConfig,
     *,
+    images: Iterable[ImageFile] | None = None,
     runtime: Runtime = Runtime(),
     on_progress: OnProgress = lambda _done, _failed, _all: None,
 ) -> PredictSummary:
     """Segments every image of `config.inputs` into `config.out`, through Ray Data or in this process (`runtime`).
 
-    It starts Ray only after all checks that need no Ray. Raises UserError for what the user must fix. An image that
-    can't be read becomes a failed row of the manifest.
+    `images`: those of the inputs that are to be segmented; None: all that a listing finds. It starts Ray only after all
+    checks that need no Ray. Raises UserError for what the user must fix. An image that can't be read becomes a failed
+    row of the manifest.
     """
     started = time.perf_counter()
     out = storage.absolute(config.out)
@@ -68,7 +70,7 @@ def predict(
         ledger = Ledger(out, _tables(formats), config.retry_failed, lock.holder, part)
         rename(ledger, output_folder.moves(out, config))
         begun = output_folder.begin(out, settings, part)
-        listed = _survey(config, ledger, pipeline, begun, on_progress)
+        listed = _survey(config, images, ledger, pipeline, begun, on_progress)
         run = _Run(ledger, on_progress, allow_mixed=config.allow_mixed)
         run.segment(pipeline, Write(ledger, formats, pipeline.card, pipeline.reader()), runtime, lock)
         outcome = Outcome(listed, run.done - run.already_done, started, run.seconds_by_stage(started))
@@ -80,15 +82,22 @@ def _tables(formats: tuple[OutputFormat, ...]) -> tuple[SideTable, ...]:
     return tuple({format.table.folder: format.table for format in formats if format.table is not None}.values())
 
 
-def _survey(config: PredictConfig, ledger: Ledger, pipeline: Pipeline, begun: bool, on_progress: OnProgress) -> int:
-    """Writes the images of the inputs into the ledger. Returns their number.
+def _survey(
+    config: PredictConfig,
+    given: Iterable[ImageFile] | None,
+    ledger: Ledger,
+    pipeline: Pipeline,
+    begun: bool,
+    on_progress: OnProgress,
+) -> int:
+    """Writes the images of the inputs, or those given, into the ledger. Returns their number.
 
     `begun`: whether an earlier run had begun in this folder. Raises UserError if an input does not exist.
     """
     choice = Choice(strict=config.strict)
-    images, naming = ledger.part.share(
-        images_of(config.inputs, config.column, choice, pipeline.card.model.in_channels), Naming(config.name)
-    )
+    if given is None:
+        given = images_of(config.inputs, config.column, choice, pipeline.card.model.in_channels)
+    images, naming = ledger.part.share(iter(given), Naming(config.name))
     try:
         listed = survey(
             ledger,

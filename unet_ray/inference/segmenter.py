@@ -18,6 +18,7 @@ from unet_ray.data import imaging
 from unet_ray.data.imaging import Pixels
 from unet_ray.inference import backends
 from unet_ray.inference.arithmetic import Arithmetic
+from unet_ray.inference.certainty import Certainty
 from unet_ray.inference.tiles import Band, Grid
 from unet_ray.models.checkpoint import ModelCard
 from unet_ray.models.device import check_gpu, keep_freed_memory, run_network
@@ -34,6 +35,8 @@ class Segmentation:
     """float16 [N,K,H,W]: half the bytes of float32 on the way to the stage that writes. Signs are kept exactly."""
     confidence: np.ndarray
     """float32 [N]: probability of the decided class, averaged over the pixels; NaN where a score is not finite."""
+    uncertainty: np.ndarray
+    """float32 [N], 0 to 1: see `Certainty.uncertainty`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +47,8 @@ class SegmentedMask:
     """Class ids, uint8 [H,W]."""
     confidence: float
     """Probability of the decided class, averaged over the pixels; NaN where a score is not finite."""
+    uncertainty: float
+    """From 0 to 1, see `Certainty.uncertainty`."""
     probabilities: np.ndarray | None
     """uint8 [K,H,W], 255 for certainty; None unless they were asked for."""
 
@@ -84,12 +89,22 @@ class BatchSegmenter:
 
     @torch.inference_mode()
     def __call__(self, image_NHWC: np.ndarray) -> Segmentation:
-        logits, confidence = [], []
+        logits, confidence, uncertainty = [], [], []
         for output in self._with_room(self._logits, image_NHWC):
             logits.append(output.half().cpu().numpy())
-            certainty = _certainty(output).mean(dim=(1, 2))
-            confidence.append(torch.where(_finite(output), certainty, torch.nan).cpu().numpy())
-        return Segmentation(np.concatenate(logits), np.concatenate(confidence))
+            certainty = Certainty.of(output)
+            confidence.append(torch.where(_finite(output), certainty.confidence(), torch.nan).float().cpu().numpy())
+            uncertainty.append(certainty.uncertainty().float().cpu().numpy())
+        return Segmentation(*map(np.concatenate, (logits, confidence, uncertainty)))
+
+    @torch.inference_mode()
+    def embed(self, image_NHWC: np.ndarray) -> np.ndarray:
+        """Returns what the first network's deepest layer sees in images, float32 [N,D], see
+        `SegmentationModel.embedding`. Its arithmetic must be torch's."""
+        network = self.models[0][0]
+        assert isinstance(network, backends.Torch), "OpenVINO gives no inner layers"
+        images = torch.from_numpy(np.require(image_NHWC, requirements=["C", "W"])).to(self.device)
+        return torch.cat([network.embed(image[None]) for image in images.permute(0, 3, 1, 2)]).cpu().numpy()
 
     def _with_room(self, logits_of: Callable[[np.ndarray], Tensor], image_NHWC: np.ndarray) -> Iterator[Tensor]:
         """Yields logits [n,K,h,w] for at most `at_once` images at a time. If the GPU's memory runs out, it halves
@@ -141,15 +156,20 @@ class BatchSegmenter:
         classes, threshold = self.card.model.num_classes, self.card.threshold
         mask = np.empty((height, width), np.uint8)
         maps = np.empty((classes, height, width), np.uint8) if probabilities else None
-        certain = 0.0
+        certainty: Certainty | None = None
+        finite = True
         for top, logits in self._bands(pixels, tile, overlap):
             bottom = top + logits.shape[1]
             planes = logits.cpu().numpy()
             mask[top:bottom] = imaging.decide(planes, classes, threshold)
-            certain += float(_certainty(logits[None]).double().sum()) if _finite(logits[None]) else np.nan
+            here = Certainty.of(logits[None])
+            certainty = here if certainty is None else certainty + here
+            finite = finite and bool(_finite(logits[None]))
             if maps is not None:
                 maps[:, top:bottom] = imaging.to_probabilities(planes)
-        return SegmentedMask(mask, certain / (height * width), maps)
+        assert certainty is not None, "an image has a row"
+        confidence = float(certainty.confidence()) if finite else np.nan
+        return SegmentedMask(mask, confidence, float(certainty.uncertainty()), maps)
 
     def _bands(self, pixels: Pixels, tile: int, overlap: float) -> Iterator[tuple[int, Tensor]]:
         """Yields (first row, logits float32 [K,h,W]) of bands of the image from top to bottom."""
@@ -182,14 +202,6 @@ def _finite(logits_NKHW: Tensor) -> Tensor:
     planes = logits_NKHW.flatten(1)
     finite = planes.sum(dim=1).isfinite()  # a seventh of the time that `isfinite` of each score takes
     return finite if finite.all() else planes.isfinite().all(dim=1)  # a sum of finite scores may overflow, too
-
-
-def _certainty(logits_NKHW: Tensor) -> Tensor:
-    """Returns the probability of the decided class, float32 [N,H,W]."""
-    if logits_NKHW.shape[1] == 1:
-        probability = logits_NKHW[:, 0].sigmoid()
-        return torch.maximum(probability, 1 - probability)
-    return logits_NKHW.softmax(dim=1).amax(dim=1)
 
 
 def check_ensemble(cards: Sequence[ModelCard], names: Sequence[str]) -> None:

@@ -150,7 +150,8 @@ class DecodeImages:
 
 
 class Segment:
-    """Replaces the column `image` with `logits` float16 [N,K,H,W], `confidence` float32 [N] and `model_ms`."""
+    """Replaces the column `image` with `logits` float16 [N,K,H,W], `confidence` and `uncertainty` float32 [N], and
+    `model_ms`."""
 
     def __init__(self, segmenter: BatchSegmenter) -> None:
         self.segmenter = segmenter
@@ -161,14 +162,15 @@ class Segment:
         card = self.segmenter.card
         good = np.flatnonzero(chunk["error"] == "")
         logits = np.zeros((len(image), card.model.num_classes, *card.image_size), np.float16)
-        confidence = np.zeros(len(image), np.float32)
+        confidence, uncertainty = np.zeros((2, len(image)), np.float32)
         started = time.perf_counter()
         if len(good):
             result = self.segmenter(image[good])
-            logits[good], confidence[good] = result.logits, result.confidence
+            logits[good], confidence[good], uncertainty[good] = result.logits, result.confidence, result.uncertainty
         each = _milliseconds_since(started) / max(1, len(good))
         milliseconds = np.where(chunk["error"] == "", each, 0).astype(np.float32)
-        return {**chunk, "logits": logits, "confidence": confidence, "model_ms": milliseconds}
+        sure = {"confidence": confidence, "uncertainty": uncertainty}
+        return {**chunk, "logits": logits, **sure, "model_ms": milliseconds}
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +196,8 @@ class ToOwnSize:
         size_hw = (int(chunk["height"][row]), int(chunk["width"][row]))
         mask = imaging.to_own_size(logits, size_hw, self.card.threshold)
         maps = imaging.probabilities(logits, size_hw) if self.probabilities else None
-        return SegmentedMask(_cleaned(mask, self.cleanup), float(chunk["confidence"][row]), maps)
+        confidence, uncertainty = (float(chunk[name][row]) for name in ("confidence", "uncertainty"))
+        return SegmentedMask(_cleaned(mask, self.cleanup), confidence, uncertainty, maps)
 
 
 # --- tiles ---
@@ -256,6 +259,6 @@ class SegmentByTiles:
         raw = self.segmenter.by_tiles(pixels, self.tile, self.overlap, probabilities=self.probabilities)
         model_ms, started = _milliseconds_since(started), time.perf_counter()
         finite = np.isfinite(raw.confidence)
-        cleaned = SegmentedMask(_cleaned(raw.mask, self.cleanup), raw.confidence, raw.probabilities) if finite else None
+        cleaned = dataclasses.replace(raw, mask=_cleaned(raw.mask, self.cleanup)) if finite else None
         milliseconds = {"decode_ms": decode_ms, "model_ms": model_ms, "postprocess_ms": _milliseconds_since(started)}
         return Prediction(cleaned, "" if finite else NOT_FINITE, milliseconds)

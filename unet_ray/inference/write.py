@@ -91,7 +91,7 @@ class Write:
         result = ImageResult(self.ledger.out, segmented, output, chunk, row, classes, self.reader, touched)
         height, width = segmented.mask.shape
         columns = {"status": "ok", "error": "", "height": height, "width": width, "output": ""}
-        columns |= {"pixels": result.pixels, "confidence": segmented.confidence}
+        columns |= {"pixels": result.pixels, "confidence": segmented.confidence, "uncertainty": segmented.uncertainty}
         for format in self.formats:
             columns |= format.write(result)
         return columns
@@ -110,5 +110,5 @@ class Write:
                         raise
                 else:
                     touched.append(location)
-        nothing = {"height": 0, "width": 0, "output": "", "pixels": None, "confidence": 0}
+        nothing = {"height": 0, "width": 0, "output": "", "pixels": None, "confidence": 0, "uncertainty": 0}
         return {"status": "failed", "error": error, **nothing}

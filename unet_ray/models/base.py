@@ -23,7 +23,8 @@ class SegmentationModel(nn.Module, ABC):
     With padding `same` they are float [N, num_classes, H, W], for any H and W. With `valid` they are
     [N, num_classes, H - 2 * margin, W - 2 * margin], for sizes that `ModelConfig.check_size` accepts.
 
-    A subclass defines `body`, from normalised pixels to logits, and `head`, its last convolution.
+    A subclass defines `body`, from normalised pixels to logits, `bottleneck`, the deepest layer on that way, and
+    `head`, its last convolution.
     """
 
     pixel_scale: Tensor
@@ -56,17 +57,31 @@ class SegmentationModel(nn.Module, ABC):
     def body(self, x: Tensor) -> Tensor:
         """Computes logits from normalised pixels, float [N,C,H,W]."""
 
+    @abstractmethod
+    def bottleneck(self, x: Tensor) -> Tensor:
+        """Computes the deepest layer, float [N,D,h,w], from normalised pixels."""
+
     def forward(self, image_NCHW: Tensor) -> Tensor:
+        height, width = image_NCHW.shape[-2:]
+        logits = self.body(self._normalised(image_NCHW))
+        if self.config.patch > 1:
+            logits = F.pixel_shuffle(logits, self.config.patch)
+        return logits[..., :height, :width] if self.config.padding == "same" else logits
+
+    def embedding(self, image_NCHW: Tensor) -> Tensor:
+        """Computes a vector for each image, float [N,D]: its deepest layer, averaged over the image. Images that look
+        alike to the network have vectors of similar directions."""
+        return self.bottleneck(self._normalised(image_NCHW)).mean(dim=(2, 3))
+
+    def _normalised(self, image_NCHW: Tensor) -> Tensor:
+        """Returns pixels as `body` takes them, with sides that it can halve, in patches."""
         height, width = image_NCHW.shape[-2:]
         same, patch = self.config.padding == "same", self.config.patch
         x = continue_edge(image_NCHW, -height % self.step, -width % self.step) if same else image_NCHW
         if patch > 1:
             # Pixels are still uint8 here, so moving them is cheap.
             x = F.pixel_unshuffle(x, patch).contiguous(memory_format=torch.channels_last)
-        logits = self.body(x.float() * self.pixel_scale + self.pixel_shift)
-        if patch > 1:
-            logits = F.pixel_shuffle(logits, patch)
-        return logits[..., :height, :width] if same else logits
+        return x.float() * self.pixel_scale + self.pixel_shift
 
     def contract(self, blocks: nn.ModuleList, x: Tensor) -> list[Tensor]:
         """Runs the blocks one after the other with 2x2 max pooling between them; returns each block's output."""

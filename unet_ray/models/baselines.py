@@ -34,6 +34,9 @@ class Torchvision(SegmentationModel):
     def head(self) -> nn.Module:  # type: ignore[override]
         return self.network.classifier[-1]
 
+    def bottleneck(self, x: Tensor) -> Tensor:
+        return self.network.backbone(x)["out"]
+
     def body(self, x: Tensor) -> Tensor:
         return self.network(x)["out"]
 
@@ -61,6 +64,9 @@ class Smp(SegmentationModel):
     def head(self) -> nn.Module:  # type: ignore[override]
         return self.network.segmentation_head[0]
 
+    def bottleneck(self, x: Tensor) -> Tensor:
+        return self.network.encoder(x)[-1]
+
     def body(self, x: Tensor) -> Tensor:
         return self.network(x)
 
@@ -77,6 +83,10 @@ class Otsu(SegmentationModel):
         self.head = nn.Conv2d(config.patch**2, self.out_channels, 1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)  # type: ignore[arg-type]
+
+    def bottleneck(self, x: Tensor) -> Tensor:
+        """Returns the pixels and their squares: an image's brightness and contrast stand for its content."""
+        return torch.cat([x, x**2], dim=1)
 
     def body(self, x: Tensor) -> Tensor:
         x = x.unflatten(1, (self.config.in_channels, -1)).mean(dim=1)

@@ -32,6 +32,9 @@ class UNet(SegmentationModel):
         self.head = nn.Conv2d(widths[0], self.out_channels, 1)
         initialise(self)
 
+    def bottleneck(self, x: Tensor) -> Tensor:
+        return self.contract(self.down, x)[-1]
+
     def body(self, x: Tensor) -> Tensor:
         skips = self.contract(self.down, x)
         x = self.dropout(skips[-1])
@@ -62,6 +65,9 @@ class UNetPlusPlus(SegmentationModel):
         self.dropout = nn.Dropout(config.dropout)
         self.head = nn.Conv2d(widths[0], self.out_channels, 1)
         initialise(self)
+
+    def bottleneck(self, x: Tensor) -> Tensor:
+        return self.contract(self.down, x)[-1]
 
     def body(self, x: Tensor) -> Tensor:
         levels = [[x] for x in self.contract(self.down, x)]

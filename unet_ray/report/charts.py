@@ -104,17 +104,17 @@ def dice_histogram(dice: np.ndarray) -> Chart:
     return Chart(svg("histogram", histogram, "Dice"), "Images by their Dice.")
 
 
-def mask_histograms(foreground: np.ndarray, confidence: np.ndarray) -> list[Chart]:
-    """Returns histograms of the images' share of foreground (0 to 1) and of their mean confidence."""
+def mask_histograms(foreground: np.ndarray, uncertainty: np.ndarray) -> list[Chart]:
+    """Returns histograms of the images' share of foreground and of their uncertainty, both 0 to 1; NaN: not known."""
+    known = uncertainty[np.isfinite(uncertainty)]
 
     def areas(axes: Axes) -> None:
         axes.hist(100 * foreground, bins=np.linspace(0, 100, 41).tolist(), color=VALIDATED)
 
-    def confidences(axes: Axes) -> None:
-        low = min(0.95, float(confidence.min()))
-        axes.hist(confidence, bins=np.linspace(low, 1, 41).tolist(), color=VALIDATED)
+    def uncertainties(axes: Axes) -> None:
+        axes.hist(known, bins=np.linspace(0, max(0.05, float(known.max())), 41).tolist(), color=VALIDATED)
 
-    return [
-        Chart(svg("areas", areas, "% of the pixels"), "Images by how much of them is not background."),
-        Chart(svg("sure", confidences, "confidence"), "Images by their mean confidence."),
-    ]
+    charts = [Chart(svg("areas", areas, "% of the pixels"), "Images by how much of them is not background.")]
+    if len(known):
+        charts.append(Chart(svg("sure", uncertainties, "uncertainty"), "Images by their uncertainty."))
+    return charts

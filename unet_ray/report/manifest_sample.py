@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-COLUMNS = ["path", "status", "error", "height", "width", "output", "pixels", "confidence", "milliseconds"]
+COLUMNS = ["path", "status", "error", "height", "width", "output", "pixels", "uncertainty", "milliseconds"]
 GALLERY = 12
 """Images in each gallery."""
 NAMES = 5
@@ -29,8 +29,8 @@ class ManifestSample:
         self.pixels: np.ndarray = np.zeros(0, np.int64)
         """Pixels of each class, int64 [K]."""
         self._foreground: list[np.ndarray] = []
-        self._confidence: list[np.ndarray] = []
-        self._least_confident: list[tuple[float, str, dict[str, Any]]] = []
+        self._uncertainty: list[np.ndarray] = []
+        self._least_sure: list[tuple[float, str, dict[str, Any]]] = []
         self._random: list[tuple[str, str, dict[str, Any]]] = []
 
     def add(self, table: pa.Table) -> None:
@@ -48,12 +48,13 @@ class ManifestSample:
         pixels = np.stack(ok["pixels"].to_pylist())
         self.pixels = pixels.sum(axis=0) + (self.pixels if len(self.pixels) else 0)
         self._foreground.append(1 - pixels[:, 0] / np.maximum(1, pixels.sum(axis=1)))
-        confidence = ok["confidence"].to_numpy()
-        self._confidence.append(confidence)
-        for i in np.argsort(confidence, kind="stable")[:GALLERY].tolist():
+        uncertainty = ok["uncertainty"].to_numpy()
+        self._uncertainty.append(uncertainty)
+        for i in np.argsort(-uncertainty, kind="stable")[:GALLERY].tolist():
             row = ok.slice(i, 1).to_pylist()[0]
-            self._least_confident.append((row["confidence"], row["path"], row))
-        self._least_confident = sorted(self._least_confident, key=lambda entry: entry[:2])[:GALLERY]
+            if row["uncertainty"] is not None:
+                self._least_sure.append((-row["uncertainty"], row["path"], row))
+        self._least_sure = sorted(self._least_sure, key=lambda entry: entry[:2])[:GALLERY]
         # A hash of the path chooses the same dozen on every machine and in every run.
         hashes = [hashlib.sha256(path.encode()).hexdigest() for path in ok["path"].to_pylist()]
         for i in np.argsort(hashes)[:GALLERY].tolist():
@@ -65,13 +66,13 @@ class ManifestSample:
         """Returns the share of pixels that are not background, float64 [N]."""
         return np.concatenate(self._foreground)
 
-    def confidence(self) -> np.ndarray:
-        """Returns the mean confidence of each image, float32 [N]."""
-        return np.concatenate(self._confidence)
+    def uncertainty(self) -> np.ndarray:
+        """Returns the uncertainty of each image, float32 [N]; NaN if version 0.1 has segmented it."""
+        return np.concatenate(self._uncertainty)
 
-    def least_confident(self) -> list[dict[str, Any]]:
-        """Returns the rows with the lowest confidence, the lowest first."""
-        return [row for _, _, row in self._least_confident]
+    def least_sure(self) -> list[dict[str, Any]]:
+        """Returns the rows with the highest uncertainty, the highest first."""
+        return [row for _, _, row in self._least_sure]
 
     def random(self) -> list[dict[str, Any]]:
         """Returns rows chosen by a hash of the path."""

@@ -103,9 +103,10 @@ def _galleries(out: str, sample: ManifestSample) -> list[Section]:
     sections = []
     for title, text, rows in (
         (
-            "Least confident",
-            "Where the network was least sure, pixel by pixel on average: worth a look.",
-            sample.least_confident(),
+            "Least sure",
+            "Where the network was least sure of what it found: worth a look, and worth a label (unet-ray select). The "
+            "uncertainty is the entropy of the pixels' classes, from 0 to 1, in the mean over the foreground.",
+            sample.least_sure(),
         ),
         ("A random dozen", "", sample.random()),
     ):
@@ -116,10 +117,10 @@ def _galleries(out: str, sample: ManifestSample) -> list[Section]:
 
 
 def _masks(sample: ManifestSample) -> list[Section]:
-    """Returns the distributions of areas and confidences."""
+    """Returns the distributions of areas and uncertainties."""
     if not sample.ok:
         return []
-    foreground, confidence = sample.foreground(), sample.confidence()
+    foreground, uncertainty = sample.foreground(), sample.uncertainty()
     empty = int((foreground == 0).sum())
     text = f"{plural(empty, 'mask is', 'masks are')} empty." if empty else ""
     table = None
@@ -127,7 +128,7 @@ def _masks(sample: ManifestSample) -> list[Section]:
         total = sample.pixels.sum()
         rows = [[str(class_id), f"{count / total:.2%}"] for class_id, count in enumerate(sample.pixels)]
         table = Table(rows, ["class", "pixels"])
-    return [Section(title="Masks", text=text, charts=mask_histograms(foreground, confidence), table=table, keep=True)]
+    return [Section(title="Masks", text=text, charts=mask_histograms(foreground, uncertainty), table=table, keep=True)]
 
 
 def _times(summary: dict[str, Any]) -> Section:

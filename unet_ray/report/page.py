@@ -1,4 +1,4 @@
-"""Writes report.html: one self-contained page that shows a training run or a prediction.
+"""Writes report.html: one self-contained page that shows a training run, a prediction or a selection.
 
 Charts are SVG in the page's own text colour, so that they suit light and dark themes. Pictures are small JPEGs, a
 bounded number of them, so that the page stays small however large the run is.
@@ -14,6 +14,8 @@ from unet_ray.models import run_files
 from unet_ray.ray_backend.session import LOCAL, Runtime
 from unet_ray.report.of_prediction import of_prediction
 from unet_ray.report.of_run import of_run
+from unet_ray.report.of_selection import of_selection
+from unet_ray.selection.select import PICKS
 
 
 def write(
@@ -22,7 +24,7 @@ def write(
     runtime: Runtime = LOCAL,
     on_progress: OnProgress = lambda _done, _failed, _all: None,
 ) -> str:
-    """Writes report.html into a run directory or a prediction's output folder. Returns its location.
+    """Writes report.html into a run directory, or the output folder of a prediction or selection. Returns its location.
 
     For a run, it scores up to 128 validation images at their own size: in this process, or through Ray Data with
     `runtime=Runtime(local=False)`. `on_progress` receives (done, failed, all). Raises UserError if `location` is
@@ -33,9 +35,11 @@ def write(
         page = of_run(location, runtime, on_progress)
     elif storage.exists(storage.join(location, SUMMARY)):
         page = of_prediction(location)
+    elif storage.exists(storage.join(location, PICKS)):
+        page = of_selection(location)
     elif storage.exists(location):
         raise UserError(
-            f"{location}: neither a finished training (--out of `train`) nor prediction (--out of `predict`)"
+            f"{location}: no finished training, prediction or selection (--out of `train`, `predict`, `select`)"
         )
     else:
         raise UserError(f"{location}: no such folder")

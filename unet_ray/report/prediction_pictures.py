@@ -37,9 +37,10 @@ class PredictionPictures:
             if ids is None:
                 continue
             share = 1 - row["pixels"][0] / max(1, sum(row["pixels"]))
-            caption = f"{short(row['path'])}: confidence {row['confidence']:.3f}, {share:.1%} foreground"
+            sure = "" if row["uncertainty"] is None else f"uncertainty {row['uncertainty']:.3f}, "
+            caption = f"{short(row['path'])}: {sure}{share:.1%} foreground"
             num_classes = 1 if self.classes == 2 else self.classes
-            yield data_uri(pictures.overlay(self._picture(row), ids, num_classes)), caption
+            yield data_uri(pictures.overlay(self.picture(row), ids, num_classes)), caption
 
     def _mask(self, row: dict[str, Any], in_parquet: dict[str, bytes]) -> np.ndarray | None:
         try:
@@ -49,7 +50,7 @@ class PredictionPictures:
         except (OSError, ImageError):
             return None
 
-    def _picture(self, row: dict[str, Any]) -> np.ndarray:
+    def picture(self, row: dict[str, Any]) -> np.ndarray:
         """Returns the picture, or plain gray if the image was moved, is inside a Parquet file, or has many channels."""
         size_hw = row["height"], row["width"]
         try:

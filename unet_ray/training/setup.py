@@ -89,7 +89,8 @@ def resolved(config: TrainConfig, train_masks: list[str]) -> TrainConfig:
     if any(drawing.split_drawn(mask) for mask in train_masks[:1]):
         check_classes(data, config.model.num_classes)
         ids = tuple(range(max(2, config.model.num_classes)))
-        data = dataclasses.replace(data, mask_values=ids, mask_colors=(), ignore_index=IGNORE)
+        classes = data.classes or sources.only_class(data)
+        data = dataclasses.replace(data, mask_values=ids, mask_colors=(), ignore_index=IGNORE, classes=classes)
     elif data.mask_values is None and not data.mask_colors:
         data = dataclasses.replace(data, mask_values=masks.infer_values(train_masks, config.model.num_classes, data))
     masks.check_comparisons(train_masks, data)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from unet_ray.config import IGNORE, DataConfig, UserError
+from unet_ray.config import IGNORE, DataConfig, UserError, locations
 from unet_ray.data import lists, storage
 from unet_ray.data.annotations import coco, cvat, label_studio, labelme, masks_table, run_lengths, via, yolo
 from unet_ray.data.annotations.drawing import Annotated, drawn, stored
@@ -128,6 +128,15 @@ def class_names(source: Source) -> tuple[list[str], bool]:
         return list(listed), True
     found = {shape.label for _, annotated in read(source) for shape in annotated.shapes}
     return sorted(found - {LEFT_OUT}), False
+
+
+def only_class(data: DataConfig) -> tuple[str, ...]:
+    """Returns the names for `DataConfig.classes` if all annotations are of one class, and so name the foreground;
+    otherwise none."""
+    found = (recognised(location) for location in locations(data.masks))
+    names = {name for source in found if source is not None for name in class_names(source)[0]}
+    names = {name for name in names if name.lower() not in BACKGROUND}
+    return ("background", *names) if len(names) == 1 else ()
 
 
 def read(source: Source, rle_order: str | None = None) -> Iterator[tuple[str, Annotated]]:

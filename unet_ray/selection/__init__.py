@@ -1,0 +1,1 @@
+"""Chooses which images to label next."""

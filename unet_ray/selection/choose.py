@@ -1,0 +1,112 @@
+"""Chooses images by the network's uncertainty, divided over what they show, and spread out among lookalikes.
+
+Legend: N images, K classes with the background, D numbers of an embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+NOTHING = 0
+"""Stratum of the images in which nothing was found; the others have the class id after which they are named."""
+CANDIDATES = 8
+"""So many of the most uncertain images are compared with each other for each image that is chosen."""
+DIGITS = 4
+"""Uncertainties are rounded to so many digits: sums in another order, with other threads, must not change a choice."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stratum:
+    """Holds the candidates among images that show the same."""
+
+    shows: int
+    """The class that fewest images show of those that these show; or `NOTHING`."""
+    seats: int
+    """How many of them are to be chosen."""
+    rows: np.ndarray
+    """Places of the candidates among all images, int64; the most uncertain first."""
+
+
+def classes_shown(pixels_NK: np.ndarray) -> np.ndarray:
+    """Returns which classes each image shows, bool [N,K]. `pixels_NK`: number of pixels of each class."""
+    shown = pixels_NK > 0
+    shown[:, 0] = False  # the background is everywhere
+    return shown
+
+
+def shown_classes(presence_NK: np.ndarray, images_of_class: np.ndarray) -> np.ndarray:
+    """Returns the stratum of each image, int64 [N]. `images_of_class`: how many images show each class, int [K]."""
+    rarest_first = np.argsort(images_of_class, kind="stable")
+    first = presence_NK[:, rarest_first].argmax(axis=1)
+    return np.where(presence_NK.any(axis=1), rarest_first[first], NOTHING)
+
+
+def divided(uncertainty: np.ndarray, shows: np.ndarray, count: int) -> list[Stratum]:
+    """Divides `count` seats over the strata, and returns the candidates for them.
+
+    A stratum has seats in proportion to the sum of its images' uncertainties: a rare class of which the network is
+    unsure has more than its share of the images, and images in which it surely finds nothing have few.
+    `uncertainty`: float [N]; `shows`: the stratum of each image, int [N].
+    """
+    uncertainty = np.round(uncertainty.astype(np.float64), DIGITS)
+    strata = np.unique(shows)
+    sizes = np.array([(shows == stratum).sum() for stratum in strata])
+    weights = np.array([uncertainty[shows == stratum].sum() for stratum in strata])
+    found = []
+    for stratum, seats in zip(strata.tolist(), _seats(weights, sizes, count), strict=True):
+        if seats:
+            rows = np.flatnonzero(shows == stratum)
+            order = np.argsort(-uncertainty[rows], kind="stable")  # of equal ones the first in the listing
+            found.append(Stratum(stratum, seats, rows[order[: seats * CANDIDATES]]))
+    return found
+
+
+def _seats(weights: np.ndarray, sizes: np.ndarray, count: int) -> list[int]:
+    """Divides seats in proportion to the weights by largest remainders, no more than `sizes`. Without any weight, in
+    proportion to the sizes."""
+    seats = np.zeros(len(sizes), np.int64)
+    count = min(count, int(sizes.sum()))
+    while (left := count - int(seats.sum())) > 0:
+        open_to = seats < sizes
+        share = np.where(open_to, weights, 0.0)
+        share = np.where(open_to, sizes - seats, 0.0) if not share.sum() else share
+        exact = left * share / share.sum()
+        given = np.minimum(np.floor(exact).astype(np.int64), sizes - seats)
+        if not given.sum():
+            given[np.argsort(-(exact - np.floor(exact)), kind="stable")[:1]] = 1
+        seats += given
+    return seats.tolist()
+
+
+def spread(uncertainty: np.ndarray, embedding_ND: np.ndarray, seats: int) -> list[int]:
+    """Chooses candidates one after the other: the most uncertain one, then always the one with the largest product of
+    its uncertainty and its distance from all chosen so far. Returns their places, in this order.
+
+    Distance is one minus the cosine between embeddings, from which the candidates' mean is taken: a copy of a chosen
+    image has none, and comes last.
+    """
+    sure = np.round(uncertainty.astype(np.float64), DIGITS)
+    centred = embedding_ND.astype(np.float64) - embedding_ND.mean(axis=0)
+    unit = centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-12)
+    distance = np.full(len(sure), 2.0)
+    chosen: list[int] = []
+    for _ in range(min(seats, len(sure))):
+        value = np.round(sure * distance, DIGITS + 2)
+        value[chosen] = -1
+        best = int(np.lexsort((np.arange(len(sure)), -sure, -value))[0])
+        chosen.append(best)
+        distance = np.minimum(distance, np.maximum(0, 1 - unit @ unit[best]))
+    return chosen
+
+
+def merged(orders: Sequence[Sequence[int]]) -> list[int]:
+    """Merges the orders of several strata so that any beginning of the list is divided as the whole is."""
+    places = [
+        ((step + 0.5) / len(order), number, row)
+        for number, order in enumerate(orders)
+        for step, row in enumerate(order)
+    ]
+    return [row for _, _, row in sorted(places)]
