@@ -285,7 +285,14 @@ def test_a_run_that_lost_its_lock_records_nothing(tmp_path, monkeypatch):
     chunk = {**ledger.load(0), "redone": np.array([True])}
     (tmp_path / "a.png").write_bytes(b"a mask")
     result = {"path": ["a.jpg"], "status": ["ok"], "error": [""], "height": [1], "width": [1], "output": ["a.png"]}
-    result |= {"pixels": [[1]], "confidence": [1.0], "uncertainty": [0.0], "milliseconds": [1.0], "size": [1], "mtime_ns": [1]}
+    result |= {
+        "pixels": [[1]],
+        "confidence": [1.0],
+        "uncertainty": [0.0],
+        "milliseconds": [1.0],
+        "size": [1],
+        "mtime_ns": [1],
+    }
     result["checksum"] = ["c0ffee"]
     ledger.record(0, np.array([0]), result)
     other = '{"id": "other", "host": "b", "pid": 7, "since": "later"}'

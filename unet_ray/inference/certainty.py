@@ -15,6 +15,10 @@ from torch import Tensor
 SIDE = 128
 """Entropies are those of about so many rows and columns, or of all that there are: of 512 x 512 pixels all would take a
 tenth of the time of a small network in int8, and a sixteenth has nearly the same mean."""
+LEAST = 0.3
+"""A pixel may be foreground if the probability that it is no background is at least this. Of the bounds 0.02 to 0.3, of
+weights by this probability and of the soft Dice, it went best with the true Dice of unlabelled images, in the mean over
+three seeds each of dsb2018 (rank correlation 0.69; all pixels: 0.46) and carvana512 (0.51; 0.53)."""
 FLOOR = 1e-3
 """Share of an image's pixels that counts as certain foreground, so that images in which surely nothing is found are not
 uncertain."""
@@ -29,16 +33,17 @@ class Certainty:
     decided: Tensor
     """Sum of the probability of the decided class, float64 [N]."""
     foreground: Tensor
-    """Sum of the probability that a pixel is no background, float64 [N]."""
+    """Number of pixels that may be foreground, see `LEAST`, float64 [N]."""
     entropy: Tensor
-    """Sum of each pixel's entropy, from 0 to 1, times that probability, float64 [N]."""
+    """Sum of these pixels' entropies, each from 0 to 1, float64 [N]."""
 
     @classmethod
     def of(cls, logits_NKHW: Tensor) -> Certainty:
         step = min(logits_NKHW.shape[2:]) // SIDE | 1  # odd, so that it meets all places of a network's patches
         some = logits_NKHW[..., ::step, ::step]
         share = logits_NKHW[0, 0].numel() / some[0, 0].numel()
-        foreground, entropy = _binary(some.flatten(1)) if some.shape[1] == 1 else _of_classes(some.flatten(2))
+        probability, entropy = _binary(some.flatten(1)) if some.shape[1] == 1 else _of_classes(some.flatten(2))
+        foreground = (probability >= LEAST).float()
         return cls(
             logits_NKHW[0, 0].numel(),
             _decided(logits_NKHW).sum(dim=1).double(),
@@ -59,8 +64,7 @@ class Certainty:
         return self.decided / self.pixels
 
     def uncertainty(self) -> Tensor:
-        """Returns the entropy of the pixels' classes, float64 [N]: the mean over an image, weighted by the probability
-        that a pixel is foreground.
+        """Returns the entropy of the pixels' classes, float64 [N]: the mean over the pixels that may be foreground.
 
         0: the network is certain of all that it finds; 1: it knows nothing. A mean over all pixels would rank images by
         how much background they have, of which a network is certain. For several classes, class 0 is background.

@@ -105,7 +105,8 @@ def _galleries(out: str, sample: ManifestSample) -> list[Section]:
         (
             "Least sure",
             "Where the network was least sure of what it found: worth a look, and worth a label (unet-ray select). The "
-            "uncertainty is the entropy of the pixels' classes, from 0 to 1, in the mean over the foreground.",
+            "uncertainty is the entropy of the pixels' classes, from 0 to 1, in the mean over what may be "
+            "foreground.",
             sample.least_sure(),
         ),
         ("A random dozen", "", sample.random()),

@@ -119,9 +119,9 @@ def _why(picks: list[dict[str, Any]]) -> Section:
         counts.setdefault(pick["shows"], []).append(float(pick["uncertainty"]))
     rows = [[name, str(len(values)), f"{np.mean(values):.3f}"] for name, values in counts.items()]
     text = (
-        "The uncertainty is the entropy of the pixels' classes, from 0 to 1, in the mean over the foreground. Images "
-        "are divided by the rarest class found in them, in proportion to the uncertainty of each group; in a group the "
-        "most uncertain are chosen that look different to the network."
+        "The uncertainty is the entropy of the pixels' classes, from 0 to 1, in the mean over what may be foreground. "
+        "Images are divided by the rarest class found in them, in proportion to the uncertainty of each group; in a "
+        "group the most uncertain are chosen that look different to the network."
     )
     return Section(
         title="How they were chosen", text=text, table=Table(rows, ["the network finds", "images", "mean uncertainty"])

@@ -69,15 +69,15 @@ def _seats(weights: np.ndarray, sizes: np.ndarray, count: int) -> list[int]:
     proportion to the sizes."""
     seats = np.zeros(len(sizes), np.int64)
     count = min(count, int(sizes.sum()))
-    while (left := count - int(seats.sum())) > 0:
-        open_to = seats < sizes
-        share = np.where(open_to, weights, 0.0)
-        share = np.where(open_to, sizes - seats, 0.0) if not share.sum() else share
-        exact = left * share / share.sum()
-        given = np.minimum(np.floor(exact).astype(np.int64), sizes - seats)
-        if not given.sum():
-            given[np.argsort(-(exact - np.floor(exact)), kind="stable")[:1]] = 1
-        seats += given
+    while (left := count - int(seats.sum())) > 0:  # again, if a stratum had less room than its share
+        room = sizes - seats
+        share = np.where(room > 0, weights, 0.0)
+        share = share if share.sum() else room.astype(np.float64)
+        exact = np.round(left * share / share.sum(), 9)
+        given = np.floor(exact).astype(np.int64)
+        most = np.argsort(given - exact, kind="stable")[: left - int(given.sum())]
+        given[most] += share[most] > 0
+        seats += np.minimum(given, room)
     return seats.tolist()
 
 
