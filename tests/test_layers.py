@@ -19,6 +19,7 @@ ORDER = [
     "doctor",
     "report",
     "api",
+    "selection",
     "evaluation",
     "training",
     "inference",

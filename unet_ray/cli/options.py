@@ -14,6 +14,7 @@ from unet_ray.ray_backend.session import Runtime
 
 F = TypeVar("F", bound=Callable[..., Any])
 DATA, MASKS, WHERE, OUTPUT = "Data", "How masks are made", "Where it runs", "Output"
+RUNS = "Starting again, and failures"
 """Headings that several commands share."""
 
 
@@ -161,6 +162,30 @@ machine = options(
         help="auto: int8 if `quantize` made it, else bf16 if the device computes in it. fp16: CUDA only; int8: CPUs "
         "only.",
         shown="auto",
+    ),
+)
+again = options(
+    option(RUNS, "--overwrite", is_flag=True, help="Remove what an earlier run has written into the folder first."),
+    option(RUNS, "--retry-failed", is_flag=True, help="Try images again that failed in an earlier run."),
+    option(RUNS, "--strict", is_flag=True, help="Files in folders that are no images are rows that fail."),
+    option(
+        RUNS,
+        "--moved",
+        multiple=True,
+        metavar="OLD=NEW",
+        help="Go on with inputs whose folder has another name now; may be repeated.",
+    ),
+    option(
+        RUNS,
+        "--same-content",
+        is_flag=True,
+        help="Keep masks of images that have another time but the same bytes, such as copies.",
+    ),
+    option(
+        RUNS,
+        "--allow-mixed",
+        is_flag=True,
+        help="Go on with another library or precision than the earlier run used.",
     ),
 )
 no_report = option(OUTPUT, "--no-report", is_flag=True, help="Don't write report.html.")

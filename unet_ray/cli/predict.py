@@ -12,8 +12,10 @@ import click
 from unet_ray.cli.messages import print_next, print_places, written_report
 from unet_ray.cli.options import (
     OUTPUT,
+    RUNS,
     WHERE,
     Command,
+    again,
     as_json,
     default_of,
     given,
@@ -33,7 +35,6 @@ from unet_ray.report.progress import ImagesDisplay, duration, say, speed
 if TYPE_CHECKING:
     from unet_ray.inference.summary import PredictSummary
 
-RUNS = "Starting again, and failures"
 REASONS = 5
 """The most reasons of failure that are printed; summary.json has all."""
 
@@ -67,28 +68,7 @@ REASONS = 5
 )
 @no_report
 @as_json
-@option(RUNS, "--overwrite", is_flag=True, help="Remove an earlier prediction in OUT first.")
-@option(RUNS, "--retry-failed", is_flag=True, help="Try images again that failed in an earlier run.")
-@option(RUNS, "--strict", is_flag=True, help="Files in folders that are no images are rows that fail.")
-@option(
-    RUNS,
-    "--moved",
-    multiple=True,
-    metavar="OLD=NEW",
-    help="Go on with inputs whose folder has another name now; may be repeated.",
-)
-@option(
-    RUNS,
-    "--same-content",
-    is_flag=True,
-    help="Keep masks of images that have another time but the same bytes, such as copies.",
-)
-@option(
-    RUNS,
-    "--allow-mixed",
-    is_flag=True,
-    help="Go on with another library or precision than the earlier run used.",
-)
+@again
 @option(
     RUNS,
     "--allow-failures",

@@ -7,7 +7,18 @@ from typing import Any
 import click
 
 from unet_ray.cli.messages import print_next, print_places, written_report
-from unet_ray.cli.options import OUTPUT, Command, given, machine, mask_options, no_report, option, runtime, workers
+from unet_ray.cli.options import (
+    OUTPUT,
+    Command,
+    again,
+    given,
+    machine,
+    mask_options,
+    no_report,
+    option,
+    runtime,
+    workers,
+)
 from unet_ray.config import PredictConfig
 from unet_ray.data import storage
 from unet_ray.ray_backend.session import Runtime
@@ -32,6 +43,7 @@ FORMS = ("labelme", "labelstudio", "coco", "png")
 )
 @option(OUTPUT, "--column", metavar="NAME", help="Column of a list with paths, as in `predict`.")
 @no_report
+@again
 @mask_options
 @workers
 @machine
@@ -53,7 +65,7 @@ def select(
 
     \b
     Example:
-      unet-ray select RUN photos --count 20 --out PICKS
+      unet-ray select RUN photos --count 20 --out PICKS --cleanup area=0.1%+holes
 
     \b
     Writes:
@@ -69,7 +81,8 @@ def select(
     uncertain are chosen that look different to the network (its deepest layer), so that lookalikes don't fill the list.
 
     The choice is the same for any number of workers. The same command goes on after a stop. Annotations are never
-    written twice: your corrections stay. When they are done, train on with them:
+    written twice: your corrections stay, unless --overwrite is given. --cleanup keeps specks and holes out of them,
+    which take long to correct. When they are done, train on with them:
 
     \b
       unet-ray train --init RUN --images photos --masks labels --masks PICKS/annotations/labelme --out RUN2

@@ -25,8 +25,9 @@ from unet_ray.evaluation.run_pairs import images_of_run
 from unet_ray.inference.formats import formats_of
 from unet_ray.inference.formats.base import class_names
 from unet_ray.inference.ledger import Ledger
-from unet_ray.inference.naming import images_of
-from unet_ray.inference.output_folder import REPORT
+from unet_ray.inference.moved import Move, renamed
+from unet_ray.inference.naming import images_of, shown
+from unet_ray.inference.output_folder import REPORT, SETTINGS
 from unet_ray.inference.predict import predict
 from unet_ray.inference.resolve import pipeline_of
 from unet_ray.models.checkpoint import ModelCard
@@ -83,7 +84,7 @@ def select(
     `config.formats`.
 
     The choice depends on the model and the images alone, not on the number of workers. It goes on after a stop, and
-    never replaces annotations. Raises UserError for what the user must fix.
+    never replaces annotations, unless `config.overwrite`. Raises UserError for what the user must fix.
     """
     if count < 1:
         raise UserError(f"--count {count}: 1 or more")
@@ -105,9 +106,14 @@ def select(
         with progress("compared") as on_progress:
             rows, strata = _chosen(config, pool, count, runtime, on_progress)
         picks = _picks(pool, rows, strata, card)
-        _write(storage.join(out, PICKS), picks)
-        wanted = tuple(dict.fromkeys((*config.formats, *FOR_THE_PAGE)))
-        annotations = dataclasses.replace(config, out=storage.join(out, ANNOTATIONS), formats=wanted)
+        _write(storage.join(out, PICKS), picks, config)
+        place = storage.join(out, ANNOTATIONS)
+        annotations = dataclasses.replace(
+            config,
+            out=place,
+            formats=tuple(dict.fromkeys((*config.formats, *FOR_THE_PAGE))),
+            moved=config.moved if storage.exists(storage.join(place, SETTINGS)) else (),
+        )
         with progress("annotated") as on_progress:
             predict(annotations, images=pool.image_files(rows), runtime=runtime, on_progress=on_progress)
     return Selection(out, len(pool.places), pool.labelled, summary.failed, picks)
@@ -148,17 +154,21 @@ def _picks(pool: Pool, rows: Sequence[int], strata: Sequence[int], card: ModelCa
     )
 
 
-def _write(location: str, picks: Sequence[Pick]) -> None:
+def _write(location: str, picks: Sequence[Pick], config: PredictConfig) -> None:
     """Writes the picks. Raises UserError if there are others: their annotations may have been corrected."""
+    if storage.exists(location) and not config.overwrite:
+        moves = [Move.parse(text, shown(config.inputs)) for text in config.moved]
+        if [renamed(row["path"], moves) for row in read_picks(location)] != [pick.path for pick in picks]:
+            raise UserError(
+                f"{location} has other picks, perhaps of another model or pool: choose another --out, or --overwrite "
+                "removes them, with their annotations"
+            )
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(["path", "rank", "uncertainty", "shows", "foreground"])
     for rank, pick in enumerate(picks, 1):
         writer.writerow([pick.path, rank, pick.uncertainty, pick.shows, pick.foreground])
-    data = stream.getvalue().encode()
-    if storage.exists(location) and [row["path"] for row in read_picks(location)] != [pick.path for pick in picks]:
-        raise UserError(f"{location} has other picks, perhaps of another model or pool: choose another --out")
-    storage.write_bytes(location, data, durable=True)
+    storage.write_bytes(location, stream.getvalue().encode(), durable=True)
 
 
 def read_picks(location: str) -> list[dict[str, Any]]:
