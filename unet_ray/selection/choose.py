@@ -13,7 +13,10 @@ import numpy as np
 NOTHING = 0
 """Stratum of the images in which nothing was found; the others have the class id after which they are named."""
 CANDIDATES = 8
-"""So many of the most uncertain images are compared with each other for each image that is chosen."""
+"""So many of the most uncertain images are compared with each other for each image that is chosen; of a small pool the
+more uncertain half."""
+MOST = 2048
+"""The most candidates, unless more are to be chosen: each is compared with each."""
 DIGITS = 4
 """Uncertainties are rounded to so many digits: sums in another order, with other threads, must not change a choice."""
 
@@ -60,7 +63,8 @@ def divided(uncertainty: np.ndarray, shows: np.ndarray, count: int) -> list[Stra
         if seats:
             rows = np.flatnonzero(shows == stratum)
             order = np.argsort(-uncertainty[rows], kind="stable")  # of equal ones the first in the listing
-            found.append(Stratum(stratum, seats, rows[order[: seats * CANDIDATES]]))
+            most = max(seats, min(seats * CANDIDATES, MOST, -(-len(rows) // 2)))
+            found.append(Stratum(stratum, seats, rows[order[:most]]))
     return found
 
 
@@ -82,23 +86,25 @@ def _seats(weights: np.ndarray, sizes: np.ndarray, count: int) -> list[int]:
 
 
 def spread(uncertainty: np.ndarray, embedding_ND: np.ndarray, seats: int) -> list[int]:
-    """Chooses candidates one after the other: the most uncertain one, then always the one with the largest product of
-    its uncertainty and its distance from all chosen so far. Returns their places, in this order.
+    """Chooses candidates one after the other, so that they stand for all of them. Returns their places, in this order.
 
-    Distance is one minus the cosine between embeddings, from which the candidates' mean is taken: a copy of a chosen
-    image has none, and comes last.
+    Each image is covered as far as a chosen one looks like it: by the cosine between their embeddings, from which the
+    candidates' mean is taken. Next comes always the image with the largest product of its own uncertainty and of the
+    uncertainty that it would cover anew (the greedy way to a facility location's optimum; Nemhauser, Wolsey and Fisher
+    1978). So copies of a chosen image come last, and an odd image that stands for no other does not come first.
     """
-    sure = np.round(uncertainty.astype(np.float64), DIGITS)
+    weight = np.round(uncertainty.astype(np.float64), DIGITS).astype(np.float32)
     centred = embedding_ND.astype(np.float64) - embedding_ND.mean(axis=0)
     unit = centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-12)
-    distance = np.full(len(sure), 2.0)
+    likeness = np.round(np.maximum(0, unit @ unit.T), DIGITS).astype(np.float32)
+    covered = np.zeros(len(weight), np.float32)
     chosen: list[int] = []
-    for _ in range(min(seats, len(sure))):
-        value = np.round(sure * distance, DIGITS + 2)
+    for _ in range(min(seats, len(weight))):
+        value = np.round(weight * (np.maximum(0, likeness - covered) @ weight), DIGITS)
         value[chosen] = -1
-        best = int(np.lexsort((np.arange(len(sure)), -sure, -value))[0])
+        best = int(np.lexsort((-weight, -value))[0])  # of equal ones the most uncertain, then the first in the listing
         chosen.append(best)
-        distance = np.minimum(distance, np.maximum(0, 1 - unit @ unit[best]))
+        covered = np.maximum(covered, likeness[best])
     return chosen
 
 
