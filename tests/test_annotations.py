@@ -1,6 +1,7 @@
 """Annotations as masks: each format against an independent reader, or against masks drawn by hand."""
 
 import base64
+import dataclasses
 import io
 import json
 import math
@@ -535,3 +536,24 @@ def test_classes_are_those_of_all_files(tmp_path):
     assert sources.class_names(sources.recognised(str(tmp_path / "set")))[0] == ["car", "tree", "bus"]
     found = masks_of(tmp_path / "set", tmp_path / "set", classes=("background", "bus", "car"))
     assert (found["train/a"].max(), found["val/b"].max()) == (2, 1)
+
+
+def test_shapes_under_later_ones_are_counted_and_doctor_shows_the_smaller(tmp_path, caplog):
+    photos(tmp_path / "images")
+    beside, u = [32.0, 2, 38, 2, 38, 8, 32, 8], [0.0, 0, 4, 0, 4, 30, 36, 30, 36, 0, 40, 0, 40, 34, 0, 34]
+    coco_file(
+        tmp_path / "c.json", {"a.jpg": [(1, [INNER], 0), (1, [beside], 0), (3, [SQUARE], 0), (3, [u], 0)], "b.jpg": []}
+    )
+    classes = ("background", "car", "tree")
+    hidden = masks_of(tmp_path / "images", tmp_path / "c.json", classes=classes)["a"]
+    assert hidden[15, 15] == 2 and hidden[5, 35] == 1
+    data = DataConfig(images=str(tmp_path / "images"), masks=str(tmp_path / "c.json"), classes=classes)
+    find_pairs(data, say=True)
+    assert "1 shapes lie under later ones of another class: --overlap-order area" in caplog.text, "not the one in the u"
+    caplog.clear()
+    shown = dataclasses.replace(data, overlap_order="area")
+    find_pairs(shown, say=True)
+    assert "lie under" not in caplog.text
+    assert masks_of(tmp_path / "images", tmp_path / "c.json", classes=classes, overlap_order="area")["a"][15, 15] == 1
+    result = CliRunner().invoke(main, ["doctor", "--images", data.images, "--masks", data.masks, "--no-timing"])
+    assert "[covered-shapes]" in result.output and "--overlap-order area" in result.output.partition("suggested")[2]

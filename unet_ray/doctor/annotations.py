@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from unet_ray.config import DataConfig, UserError
@@ -11,7 +12,7 @@ from unet_ray.data.annotations.sources import BACKGROUND, Source
 from unet_ray.data.inputs import ImageFile
 from unet_ray.data.pairs import Matches, annotated_matches
 from unet_ray.doctor.layouts import Found, Way
-from unet_ray.doctor.report import Finding, error, note
+from unet_ray.doctor.report import Finding, error, note, warning
 from unet_ray.doctor.words import number
 
 
@@ -29,8 +30,14 @@ def pair_annotations(images_at: str, source: Source, images: Sequence[ImageFile]
     names = [name for name in names if name.lower() not in BACKGROUND]
     classes = ("background", *names) if len(names) > 1 else ()
     way = Way(images_at, source.location, classes=tuple(names) if len(names) > 1 else ())
+    findings: list[Finding] = []
     try:
         paired = sources.paired(source, images, DataConfig(classes=classes))
+        if paired.covered:
+            text = f"{paired.covered} shapes lie under later ones of another class"
+            findings += warning("covered-shapes", text, "--overlap-order area shows the smaller of two")
+            way = dataclasses.replace(way, by_area=True)
+            paired = sources.paired(source, images, DataConfig(classes=classes, overlap_order="area"))
     except UserError as problem:
         return Found(way, [*images], [], Matches([], [], {}, [*images], [])), error(
             "annotations-cannot-be-read", str(problem), "a training would stop at it"
@@ -41,4 +48,4 @@ def pair_annotations(images_at: str, source: Source, images: Sequence[ImageFile]
     place = storage.without_secrets(source.location)
     text = f"{place} is {source.kind}, with {number(matches.pairs, 'annotated image')}: {shown}"
     remedy = "shapes are drawn as masks; --classes picks and orders the classes" if classes else "drawn as masks"
-    return Found(way, [*images], masks, matches), note("annotations", text, remedy)
+    return Found(way, [*images], masks, matches), [*note("annotations", text, remedy), *findings]

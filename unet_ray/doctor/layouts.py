@@ -45,6 +45,8 @@ class Way:
     several: str = "refuse"
     classes: tuple[str, ...] = ()
     """Of annotations, if there are several."""
+    by_area: bool = False
+    """Of annotations that overlap, the smaller one is seen."""
 
     def files(self) -> tuple[list[ImageFile], list[ImageFile], bool]:
         """Returns images, masks and whether they are in one folder; no files where there are none."""

@@ -152,11 +152,13 @@ def _of_files(found: Found) -> Iterator[Finding]:
     yield from error("two-masks-for-one-image", text, remedy, [m.name for m in found.masks if m.path in ambiguous])
     level = note if matches.pairs else error
     text = f"{number(matches.missing, 'image')} of {len(found.images)} without a mask"
+    drawn = bool(found.masks) and split_drawn(found.masks[0].path) is not None
     remedy = "left out in training"
-    if not any(split_drawn(mask.path) for mask in found.masks[:1]):
+    if not drawn:
         remedy += f"; if it has one: the image's path and stem, with or without {MASK_SUFFIX}"
     yield from level("image-without-mask", text, remedy, [image.name for image in matches.missing])
-    text = f"{number(matches.orphans, 'mask')} of {len(found.masks)} without an image"
+    count = len(found.masks) + len(matches.orphans) * drawn  # annotations without an image are no masks
+    text = f"{number(matches.orphans, 'mask')} of {count} without an image"
     yield from level("mask-without-image", text, "left out in training", [mask.name for mask in matches.orphans])
 
 

@@ -165,6 +165,8 @@ def _command(way: Way, recipe: str, changed: Sequence[tuple[str, str]], settings
     command += ["--out", "RUN", "--recipe", recipe]
     if way.classes:
         command += ["--classes", ",".join(way.classes)]
+    if way.by_area:
+        command += ["--overlap-order", "area"]
     for name, text in changed:
         plain = isinstance(settings[name], (int, str)) and name in FLAGS
         command += [FLAGS[name], str(settings[name])] if plain else ["--set", f"{name}={text}"]

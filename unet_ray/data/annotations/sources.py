@@ -14,6 +14,7 @@ from typing import Any
 from unet_ray.config import IGNORE, DataConfig, UserError, locations
 from unet_ray.data import lists, storage
 from unet_ray.data.annotations import coco, cvat, label_studio, labelme, masks_table, run_lengths, via, yolo
+from unet_ray.data.annotations.covered import covered
 from unet_ray.data.annotations.drawing import Annotated, drawn, stored
 from unet_ray.data.inputs import ImageFile, listing
 
@@ -201,7 +202,7 @@ def _names_of(source: Source, file: str, annotated: Annotated) -> list[str]:
     return [f"{folder}/{own}".lstrip("/"), own]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Paired:
     """Annotations and their images."""
 
@@ -211,6 +212,8 @@ class Paired:
     """Names of annotated images that are not there."""
     labels: Counter[str]
     """Label -> shapes."""
+    covered: int = 0
+    """Shapes that later ones of another class cover; not counted if the smaller shape is seen."""
 
 
 def paired(source: Source, images: Sequence[ImageFile], data: DataConfig, *, say: bool = False) -> Paired:
@@ -229,6 +232,8 @@ def paired(source: Source, images: Sequence[ImageFile], data: DataConfig, *, say
         if image.path not in found.masks:  # an export may hold the same file twice
             found.labels.update(shape.label for shape in annotated.shapes)
         of_labels = ids or _as_foreground(annotated)
+        if data.overlap_order == "later" and image.path not in found.masks:
+            found.covered += covered(annotated.shapes, of_labels)
         mask = drawn(file, annotated, of_labels, image.path, by_area=data.overlap_order == "area")
         before = found.masks.setdefault(image.path, mask)
         if before.partition("#")[2] != mask.partition("#")[2]:
@@ -285,6 +290,9 @@ def _say(source: Source, found: Paired, ids: dict[str, int], data: DataConfig) -
     if left := {label: count for label, count in found.labels.items() if label not in kept}:
         shown = ", ".join(f"{count} {label}" for label, count in left.items())
         log.warning("%s: shapes of other classes are left out: %s", source.location, shown)
+    if found.covered:
+        text = "%s: %d shapes lie under later ones of another class: --overlap-order area shows the smaller of two"
+        log.warning(text, source.location, found.covered)
     if source.reader is run_lengths:
         order = run_lengths.order_of(source.files[0], data.rle_order)
         log.warning("%s: run lengths go along the %s (--rle-order says otherwise)", source.location, order)
