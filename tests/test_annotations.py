@@ -20,7 +20,7 @@ import unet_ray
 from unet_ray.cli import main
 from unet_ray.config import DataConfig, UserError
 from unet_ray.data import imaging, mask_files, pages
-from unet_ray.data.annotations import drawing, sources
+from unet_ray.data.annotations import coco, drawing, json_items, sources
 from unet_ray.data.annotations.drawing import brush_values, draw, region
 from unet_ray.data.headers import ImageError
 from unet_ray.data.pairs import find_pairs
@@ -486,7 +486,7 @@ def test_the_location_of_a_drawn_mask_in_a_bucket_keeps_its_options():
     assert location.endswith("?endpoint_override=h")
     file, packed = drawing.split_drawn(location)
     assert file == "s3://b/c.json?endpoint_override=h"
-    assert Image.open(io.BytesIO(drawing.draw_png(packed, 10**6, lambda _: SIZE))).size == (WIDTH, HEIGHT)
+    assert Image.open(io.BytesIO(drawing.draw_png(file, packed, 10**6, lambda _: SIZE))).size == (WIDTH, HEIGHT)
 
 
 def test_the_run_lengths_of_rle_parquet_are_pycocotools(tmp_path):
@@ -557,3 +557,54 @@ def test_shapes_under_later_ones_are_counted_and_doctor_shows_the_smaller(tmp_pa
     assert masks_of(tmp_path / "images", tmp_path / "c.json", classes=classes, overlap_order="area")["a"][15, 15] == 1
     result = CliRunner().invoke(main, ["doctor", "--images", data.images, "--masks", data.masks, "--no-timing"])
     assert "[covered-shapes]" in result.output and "--overlap-order area" in result.output.partition("suggested")[2]
+
+
+def test_of_a_large_coco_file_only_places_are_kept_and_the_masks_are_the_same(tmp_path, monkeypatch):
+    photos(tmp_path / "images")
+    mask = np.zeros(SIZE, np.uint8)
+    mask[3:9, 4:20] = 1
+    coco_file(
+        tmp_path / "c.json", {"a.jpg": [(1, [SQUARE], 0), (3, [INNER], 0)], "b.jpg": [(1, uncompressed(mask), 1)]}
+    )
+    classes = ("background", "car", "tree")
+    small = masks_of(tmp_path / "images", tmp_path / "c.json", classes=classes)
+    monkeypatch.setattr(coco, "LARGE", 0)
+    large = masks_of(tmp_path / "images", tmp_path / "c.json", classes=classes)
+    assert small.keys() == large.keys() and all((small[key] == large[key]).all() for key in small)
+    data = DataConfig(images=str(tmp_path / "images"), masks=str(tmp_path / "c.json"), classes=classes)
+    [pair, _] = find_pairs(data)
+    text = (tmp_path / "c.json").read_text()
+    (tmp_path / "c.json").write_text(" " + text)
+    with pytest.raises(ImageError, match="have changed since"):
+        mask_files.read(pair.mask)
+
+
+def test_elements_of_an_array_are_found_with_their_places_whatever_the_blocks_are():
+    generator = random.Random(0)
+
+    def value(depth: int = 0):
+        kind = generator.randrange(6 if depth < 4 else 3)
+        if kind < 3:
+            return [generator.choice(["", 'a"b', "\\", "[{", "}]", 'x\\"', "é\n", "annotations"]), 0.5, None][kind]
+        if kind == 3:
+            return [value(depth + 1) for _ in range(generator.randrange(4))]
+        return {generator.choice('ab"\\[{'): value(depth + 1) for _ in range(generator.randrange(4))}
+
+    for _ in range(300):
+        names = ["info", "images", "annotations", 'x"y']
+        generator.shuffle(names)
+        lists = {
+            name: [{"id": n, "v": value()} for n in range(generator.randrange(5))] for name in ("images", "annotations")
+        }
+        document = {name: lists.get(name) or value() for name in names} | lists
+        text = json.dumps(document, indent=generator.choice([None, 2]), ensure_ascii=generator.random() < 0.5).encode()
+        for name in ("images", "annotations", "missing"):
+            found = list(json_items.items(io.BytesIO(text), name, generator.choice([1, 2, 7, 50, 10**6])))
+            assert [json.loads(each) for _, each in found] == document.get(name, [])
+            assert all(text[place : place + len(each)] == each for place, each in found)
+
+
+def test_a_json_file_that_ends_early_or_is_nested_without_end_is_an_error():
+    for text, message in ((b'{"a": [{"b": "x', "ends early"), (b"[" * 20_000, "nested"), (b'{"a": 1', "ends early")):
+        with pytest.raises(ValueError, match=message):
+            list(json_items.items(io.BytesIO(text), "a"))

@@ -89,7 +89,7 @@ def _read_page(path: str, number: int, max_pixels: int) -> bytes:
 def read_file(location: str, max_pixels: int) -> bytes:
     """Reads an encoded image or mask, a whole file or a part, see `headers.read_file`. Raises OSError, ImageError."""
     if shapes := drawing.split_drawn(location):
-        return drawing.draw_png(shapes[1], max_pixels, lambda image: headers.size_hw(read_file(image, max_pixels)))
+        return drawing.draw_png(*shapes, max_pixels, lambda image: headers.size_hw(read_file(image, max_pixels)))
     if cell := parquet_images.split_cell(location):
         return parquet_images.read_cell(*cell)
     path, page = _split(location)

@@ -1,26 +1,26 @@
-"""Reads COCO's JSON (instances): polygons, run lengths, crowds. The file is streamed."""
+"""Reads COCO's JSON (instances): polygons, run lengths, crowds. A block of the file at a time is in memory.
+
+A mask drawn from a large file keeps only the places of its annotations: the worker that draws it reads them again.
+"""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from typing import IO, Any
-
-import ijson
-import numpy as np
+from array import array
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from unet_ray.data import storage
-from unet_ray.data.annotations.drawing import Annotated, Shape
+from unet_ray.data.annotations import json_items
+from unet_ray.data.annotations.drawing import Annotated, Shape, of_coco
 
 SUFFIX = ".json"
 BEGINNING = re.compile(r'"(images|annotations|categories)"\s*:\s*\[')
 
 
-BLOCK, DEEPEST = 2**22, 10_000
-STEPS = np.zeros(256, np.int8)
-STEPS[[*b"[{"]], STEPS[[*b"]}"]] = 1, -1
-"""Change of the depth by a character. (A bracket in a text counts, too: names with many would be needed to matter.)"""
+LARGE = 2**26
+"""Bytes of a file whose shapes are not kept in memory."""
 
 
 def classes(location: str) -> list[str]:
@@ -32,45 +32,48 @@ def classes(location: str) -> list[str]:
 def read(location: str) -> Iterator[Annotated]:
     """Yields the images of the file. Those without an annotation are empty. Crowds are drawn as their class is."""
     names = {each["id"]: str(each["name"]) for each in _items(location, "categories")}
-    shapes: dict[Any, list[bytes]] = {}
-    for each in _items(location, "annotations"):
-        if (shape := _shape(each)) is not None:
-            # As text, a shape takes a tenth of the memory of its lists of numbers.
-            label = names.get(each.get("category_id"), f"category {each.get('category_id')}")
-            shapes.setdefault(each.get("image_id"), []).append(json.dumps((label, *shape)).encode())
+    shapes = _places(location, names) if storage.sizes_and_times([location])[0][0] > LARGE else _texts(location, names)
     for each in _items(location, "images"):
-        found = [Shape(*json.loads(text)) for text in shapes.pop(each["id"], [])]
         size = (int(each["height"]), int(each["width"])) if each.get("height") and each.get("width") else None
-        yield Annotated(str(each["file_name"]), size, found)
+        yield Annotated(str(each["file_name"]), size, shapes(each["id"]))
 
 
-def _shape(annotation: dict[str, Any]) -> tuple[str, Any] | None:
-    """Returns kind and data of an annotation; None if it is a box alone."""
-    segmentation = annotation.get("segmentation")
-    if isinstance(segmentation, dict):
-        counts = segmentation.get("counts")
-        return ("rle", {"size": segmentation["size"], "counts": counts}) if counts else None
-    if isinstance(segmentation, list) and segmentation:
-        return "polygons", segmentation if isinstance(segmentation[0], list) else [segmentation]
-    return None
+def _texts(location: str, names: dict[Any, str]) -> Callable[[Any], list[Shape]]:
+    """Reads all annotations. Returns a function that gives those of an image."""
+    found: dict[Any, list[bytes]] = {}
+    for each in _items(location, "annotations"):
+        if (shape := of_coco(each)) is not None:
+            # As text, a shape takes a tenth of the memory of its lists of numbers.
+            text = json.dumps((_label(each.get("category_id"), names), *shape)).encode()
+            found.setdefault(each.get("image_id"), []).append(text)
+    return lambda image_id: [Shape(*json.loads(text)) for text in found.pop(image_id, [])]
 
 
-def _check_depth(stream: IO[bytes]) -> None:
-    """Raises ValueError for nested brackets without end, whose parsing would take for ever."""
-    depth = 0
-    while block := stream.read(BLOCK):
-        letters = np.frombuffer(block, np.uint8)
-        steps = STEPS[letters]
-        if depth + int(np.cumsum(steps, dtype=np.int32).max()) > DEEPEST:
-            raise ValueError("brackets nested too deeply")
-        depth = max(0, depth + int(steps.sum()))
+def _places(location: str, names: dict[Any, str]) -> Callable[[Any], list[Shape]]:
+    """Finds all annotations. Returns a function that gives those of an image: 24 bytes in memory for each."""
+    found: dict[Any, array] = {}
+    labels: dict[str, int] = {}
+    with storage.reading(location) as stream:
+        for place, text in json_items.items(stream, "annotations"):
+            each = json.loads(text)
+            if of_coco(each) is not None:
+                label = labels.setdefault(_label(each.get("category_id"), names), len(labels))
+                found.setdefault(each.get("image_id"), array("q")).extend((label, place, len(text)))
+    known = list(labels)
+
+    def of(image_id: Any) -> list[Shape]:
+        numbers = iter(found.pop(image_id, ()))
+        triples = zip(numbers, numbers, numbers, strict=True)
+        return [Shape(known[label], "at", [place, length]) for label, place, length in triples]
+
+    return of
+
+
+def _label(category_id: Any, names: dict[Any, str]) -> str:
+    return names.get(category_id, f"category {category_id}")
 
 
 def _items(location: str, name: str) -> Iterator[dict[str, Any]]:
     with storage.reading(location) as stream:
-        _check_depth(stream)
-        stream.seek(0)
-        try:
-            yield from ijson.items(stream, f"{name}.item", use_float=True)
-        except ijson.JSONError as error:
-            raise ValueError(str(error)) from None
+        for _, text in json_items.items(stream, name):
+            yield json.loads(text)

@@ -1,10 +1,16 @@
 """Draws the shapes of an annotated image as a mask of class ids.
 
-The location of a drawn mask is `FILE#drawn:…`, before the options of a bucket; the rest is the shapes themselves. So a
-worker on another machine draws a mask without the file, and a pair of an image and a drawn mask is like any other.
+The location of a drawn mask is `FILE#drawn:…`, before the options of a bucket; the rest is the shapes themselves, or
+their places in a large file. So a pair of an image and a drawn mask is like any other.
 
 Polygons are drawn as pycocotools draws them (`COCO.annToMask`), of every format but labelme, which is drawn as its own
 `shape_to_mask` does, with Pillow: the outline's pixels belong to the shape there.
+
+Other tools differ at the outline, by a pixel. Of seven polygons of 100 x 80 pixels (stars, crossing, thin, partly
+outside): datumaro's masks of CVAT are ours, but for 12 pixels of one, since it rounds coordinates to float32;
+supervision draws YOLO's with OpenCV, whose outlines belong to the shape (a square of 40 x 30 has 1,271 pixels there,
+1,200 here); skimage.draw.polygon, with which Mask R-CNN's examples draw VIA's, takes the pixels whose centres lie
+inside, and some of the outline's.
 """
 
 from __future__ import annotations
@@ -43,7 +49,7 @@ class Shape:
 
     label: str
     kind: str
-    """One of `DRAW`."""
+    """One of `DRAW`; or `at`, a COCO annotation that is read when it is drawn."""
     data: Any
     """What the kind needs; plain JSON."""
 
@@ -87,10 +93,11 @@ def split_drawn(location: str) -> tuple[str, str] | None:
     return None if found is None else (found[1] + options, found[2])
 
 
-def draw_png(packed: str, max_pixels: int, size_of: Callable[[str], tuple[int, int]]) -> bytes:
+def draw_png(file: str, packed: str, max_pixels: int, size_of: Callable[[str], tuple[int, int]]) -> bytes:
     """Draws the packed shapes of an image: class ids, as a gray PNG. Raises ImageError, OSError.
 
-    `size_of`: returns (height, width) of an image at a location, which some annotations don't say.
+    `file`: the annotations, in which shapes may lie that are not packed. `size_of`: returns (height, width) of an image
+    at a location, which some annotations don't say.
     """
     spec = _unpacked(packed)
     if "cell" in spec:
@@ -98,9 +105,38 @@ def draw_png(packed: str, max_pixels: int, size_of: Callable[[str], tuple[int, i
     height, width = spec["size"] or size_of(spec["image"])
     check_pixels(height * width, max_pixels)
     stream = io.BytesIO()
-    mask = draw([tuple(shape) for shape in spec["shapes"]], (height, width), by_area=spec["area"])
+    mask = draw(_with_those_in_the_file(spec["shapes"], file), (height, width), by_area=spec["area"])
     Image.fromarray(mask).save(stream, "PNG", compress_level=1)
     return stream.getvalue()
+
+
+def _with_those_in_the_file(shapes: list[Any], file: str) -> list[tuple[int, str, Any]]:
+    """Reads the shapes of the kind `at`, whose data is (first byte, bytes) of a COCO annotation. Raises ImageError."""
+    if not any(kind == "at" for _, kind, _ in shapes):
+        return [tuple(shape) for shape in shapes]
+    found: list[tuple[int, str, Any]] = []
+    with storage.reading(file) as stream:
+        for class_id, _, (place, length) in shapes:
+            stream.seek(place)
+            try:
+                shape = of_coco(json.loads(stream.read(length)))
+            except (ValueError, AttributeError, KeyError):
+                shape = None
+            if shape is None:
+                raise ImageError("the annotations have changed since they were paired with the images: start again")
+            found.append((class_id, *shape))
+    return found
+
+
+def of_coco(annotation: dict[str, Any]) -> tuple[str, Any] | None:
+    """Returns kind and data of a COCO annotation; None if it is a box alone."""
+    segmentation = annotation.get("segmentation")
+    if isinstance(segmentation, dict):
+        counts = segmentation.get("counts")
+        return ("rle", {"size": segmentation["size"], "counts": counts}) if counts else None
+    if isinstance(segmentation, list) and segmentation:
+        return "polygons", segmentation if isinstance(segmentation[0], list) else [segmentation]
+    return None
 
 
 def name_of(packed: str) -> str:
