@@ -1,10 +1,11 @@
 """Bulk image segmentation on Ray: train a U-Net, segment whole folders or buckets, score the result.
 
-Each of three verbs is a function with a typed result and a command of the same name; a Segmenter is for single images:
+Each of four verbs is a function with a typed result and a command of the same name; a Segmenter is for single images:
 
     unet_ray.train("photos", "photo_masks", "RUN", recipe="carvana-fast")     # unet-ray train
     unet_ray.predict("RUN", "other_photos", "MASKS")                          # unet-ray predict
     unet_ray.evaluate("RUN")                                                  # unet-ray evaluate
+    unet_ray.select("RUN", "other_photos", "PICKS", count=20)                 # unet-ray select
     unet_ray.Segmenter("RUN")(image).mask
 
 Importing this package loads neither torch nor Ray. The first use of one of these names loads torch.
@@ -20,10 +21,12 @@ if TYPE_CHECKING:
         Scores,
         SegmentedImage,
         Segmenter,
+        Selection,
         TrainResult,
         Watch,
         evaluate,
         predict,
+        select,
         train,
     )
     from unet_ray.config import UserError
@@ -38,12 +41,14 @@ __all__ = [
     "Scores",
     "SegmentedImage",
     "Segmenter",
+    "Selection",
     "TrainResult",
     "UserError",
     "Watch",
     "evaluate",
     "import_milesial",
     "predict",
+    "select",
     "train",
     "write_report",
 ]

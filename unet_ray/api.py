@@ -1,4 +1,5 @@
-"""Defines the Python interface, for notebooks and other programs: `unet_ray.train`, `predict`, `evaluate`, `Segmenter`.
+"""Defines the Python interface, for notebooks and other programs: `unet_ray.train`, `predict`, `select`,
+`evaluate`, `Segmenter`.
 
 The functions take plain values, build the settings of `config.py` and call what the commands call. They use the Ray of
 this process (`ray.init()`) and leave it running. Without one, each call starts a Ray, which takes seconds, and ends it.
@@ -37,6 +38,8 @@ from unet_ray.inference.summary import PredictSummary
 from unet_ray.metrics import Scores
 from unet_ray.models import checkpoint
 from unet_ray.ray_backend.session import Runtime
+from unet_ray.selection import select as selection
+from unet_ray.selection.select import Selection
 from unet_ray.settings import from_mapping, load_train_config
 from unet_ray.training import run as training
 from unet_ray.training.results import TrainResult
@@ -124,19 +127,52 @@ def predict(
     >>> summary.ok, summary.failed
     (12, 0)
     """
-    inputs = [inputs] if isinstance(inputs, (str, os.PathLike)) else inputs
     names = formats.split(",") if isinstance(formats, str) else formats
-    config = from_mapping(
-        PredictConfig,
-        {
-            **options,
-            "model": os.fspath(model),
-            "inputs": [os.fspath(location) for location in inputs],
-            "out": os.fspath(out),
-            "formats": [*dict.fromkeys(name.strip() for name in names)],
-        },
-    )
+    config = _predict_config(model, inputs, out, names, options)
     return prediction.predict(config, runtime=Runtime(local, verbose), on_progress=on_progress)
+
+
+def _predict_config(
+    model: Location,
+    inputs: Location | Iterable[Location],
+    out: Location,
+    formats: Iterable[str],
+    options: Mapping[str, Any],
+) -> PredictConfig:
+    inputs = [inputs] if isinstance(inputs, (str, os.PathLike)) else inputs
+    values = {
+        **options,
+        "model": os.fspath(model),
+        "inputs": [os.fspath(location) for location in inputs],
+        "out": os.fspath(out),
+        "formats": [*dict.fromkeys(name.strip() for name in formats)],
+    }
+    return from_mapping(PredictConfig, values)
+
+
+def select(
+    model: Location,
+    inputs: Location | Iterable[Location],
+    out: Location,
+    *,
+    count: int = 50,
+    format: str = "labelme",
+    local: bool = False,
+    verbose: bool = False,
+    **options: Any,
+) -> Selection:
+    """Chooses the images of a pool that are worth a label next, and writes them into `out` with a first annotation.
+
+    `model`, `inputs`, `options`: as for `predict`. `format`: one of its formats, `labelme`, `labelstudio`, `coco` or
+    `png`. Images that the run has masks of are left out. See `unet-ray select --help`. Raises UserError.
+
+    >>> import unet_ray
+    >>> chosen = unet_ray.select("RUN", "more/images", "PICKS", count=3, local=True)
+    >>> len(chosen.picks), chosen.pool, 0 <= chosen.picks[0].uncertainty <= 1
+    (3, 5, True)
+    """
+    config = _predict_config(model, inputs, out, [format], options)
+    return selection.select(config, count, runtime=Runtime(local, verbose))
 
 
 def evaluate(

@@ -9,7 +9,7 @@ from unet_ray.data import storage
 from unet_ray.data.pairs import Pair, find_pairs
 from unet_ray.data.splits import SPLIT, read_split
 from unet_ray.models import checkpoint
-from unet_ray.models.run_files import CONFIG
+from unet_ray.models.run_files import CONFIG, MODEL
 from unet_ray.settings import load_train_config
 
 
@@ -46,7 +46,9 @@ def pairs_of_run(model: str, side: str) -> list[Pair]:
 
 def _trained(location: str) -> tuple[DataConfig, int, dict[str, str]] | None:
     """Returns a run's data settings, the channels of its network, and the side (`train`, `val`, `test`) of each image
-    key; None if `location` is no run directory."""
+    key; None if `location` is neither a run directory nor the model in one."""
+    if not storage.exists(storage.join(location, CONFIG)) and location.rstrip("/").endswith(f"/{MODEL}"):
+        location = storage.parent(location)
     path = storage.join(location, CONFIG)
     if not storage.exists(path):
         return None

@@ -103,6 +103,8 @@ def draw_png(file: str, packed: str, max_pixels: int, size_of: Callable[[str], t
     if "cell" in spec:
         return parquet_images.read_cell(*spec["cell"])
     height, width = spec["size"] or size_of(spec["image"])
+    if min(height, width) < 1:
+        raise ImageError(f"the annotations say that the image has {width}x{height} pixels")
     check_pixels(height * width, max_pixels)
     stream = io.BytesIO()
     mask = draw(_with_those_in_the_file(spec["shapes"], file), (height, width), by_area=spec["area"])
