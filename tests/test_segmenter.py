@@ -66,7 +66,7 @@ def test_tiles_put_every_pixel_back_where_it_was(folder, size, overlap):
     # This network returns each pixel.
     segmenter._logits = lambda image: torch.from_numpy(image).permute(0, 3, 1, 2).float() - 100
     image = noise(*size)
-    segmented = segmenter.by_tiles(pixels_of(image), 64, overlap, probabilities=True)
+    segmented = segmenter.by_tiles(pixels_of(image), 64, overlap, 0.5, probabilities=True)
     assert (segmented.mask == (image > 100)).all()
     expected = torch.sigmoid(torch.from_numpy(image).float() - 100)
     assert np.abs(segmented.probabilities[0] - 255 * expected.numpy()).max() <= 1
@@ -94,7 +94,7 @@ def test_an_unpadded_network_by_tiles_is_exactly_the_whole(folder):
     image = noise(100, 100, 1)
     whole = segmenter._logits(image[None].copy())[0, 0].numpy() > 0
     assert 0 < whole.mean() < 1
-    assert (segmenter.by_tiles(pixels_of(image), 36, 0.5, probabilities=False).mask == whole).all()
+    assert (segmenter.by_tiles(pixels_of(image), 36, 0.5, 0.5, probabilities=False).mask == whole).all()
 
 
 @torch.inference_mode()
@@ -137,7 +137,7 @@ def test_models_that_do_not_go_together_are_refused(folder):
 def test_a_gpu_that_is_too_small_for_a_batch_gets_smaller_ones(folder, monkeypatch, fits):
     segmenter = BatchSegmenter(str(folder / "one"), FP32)
     batch, large = noise(13, 32, 32, 3), pixels_of(noise(65, 200, 3))
-    whole = segmenter(batch), segmenter.by_tiles(large, 32, 0.5, probabilities=False)
+    whole = segmenter(batch), segmenter.by_tiles(large, 32, 0.5, 0.5, probabilities=False)
     given = []
 
     def logits(image_NHWC, kept=segmenter._logits):
@@ -153,7 +153,7 @@ def test_a_gpu_that_is_too_small_for_a_batch_gets_smaller_ones(folder, monkeypat
     assert max(given[given.index(segmenter.at_once) :]) <= fits  # tried once
     assert np.allclose(in_pieces.logits, whole[0].logits, atol=0.01)
     segmenter.at_once = 8
-    assert np.array_equal(segmenter.by_tiles(large, 32, 0.5, probabilities=False).mask, whole[1].mask)
+    assert np.array_equal(segmenter.by_tiles(large, 32, 0.5, 0.5, probabilities=False).mask, whole[1].mask)
 
 
 def test_a_gpu_that_is_too_small_for_one_image_is_one_line(folder, monkeypatch):

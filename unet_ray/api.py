@@ -275,9 +275,9 @@ class SegmentedImage:
 class Segmenter:
     """Segments single images without Ray, as `predict` does for folders; the model is loaded once.
 
-    `model`: run or model directory. `tile`, `overlap`, `tta`, `ensemble`, `cleanup`, `max_pixels`, `device`,
-    `precision`, `backend`: see MaskOptions. Raises UserError for what the user must fix, also for an image that is
-    unusable.
+    `model`: run or model directory. `tile`, `overlap`, `tta`, `ensemble`, `cleanup`, `threshold`, `max_pixels`,
+    `device`, `precision`, `backend`: see MaskOptions. Raises UserError for what the user must fix, also for an image
+    that is unusable.
 
     >>> import numpy as np
     >>> import unet_ray
@@ -299,6 +299,7 @@ class Segmenter:
         tta: bool = False,
         ensemble: Sequence[Location] = (),
         cleanup: str | None = None,
+        threshold: float | None = None,
         max_pixels: int = MAX_PIXELS,
         device: str = "auto",
         precision: str = "auto",
@@ -312,6 +313,7 @@ class Segmenter:
                 "tta": tta,
                 "ensemble": [os.fspath(other) for other in ensemble],
                 "cleanup": cleanup,
+                "threshold": threshold,
                 "max_pixels": max_pixels,
                 "device": device,
                 "precision": precision,

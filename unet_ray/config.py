@@ -579,6 +579,9 @@ class MaskOptions:
     """Further models, whose probabilities are averaged with those of the first."""
     cleanup: str | None = None
     """See `Cleanup.parse`. None: the one that `evaluate --choose-cleanup` chose for this model, or none."""
+    threshold: float | None = None
+    """A pixel is foreground where its probability is above this (one class). None: what `evaluate --choose-threshold`
+    chose for this model, or 0.5."""
     max_pixels: int = MAX_PIXELS
     """Larger images are not decoded, because a file of a few kilobytes can claim gigabytes."""
     workers: int = 0
@@ -598,6 +601,8 @@ class MaskOptions:
         _at_least(self, "predict", workers=0, tile=0, max_pixels=1)
         if not 0 <= self.overlap <= 0.9:
             raise UserError(f"--overlap {self.overlap}: from 0 to 0.9")
+        if self.threshold is not None and not 0 < self.threshold < 1:
+            raise UserError(f"--threshold {self.threshold}: between 0 and 1")
         if self.cleanup is not None:
             Cleanup.parse(self.cleanup)
 

@@ -74,6 +74,12 @@ REASONS = 5
     help="Score OTHER on the same images too, and test the difference (Wilcoxon's signed-rank test).",
 )
 @option(SCORING, "--choose-cleanup", is_flag=True, help="Find the clean-up with the best Dice; predict then uses it.")
+@option(
+    SCORING,
+    "--choose-threshold",
+    is_flag=True,
+    help="Find the threshold with the best Dice (one class); predict then uses it.",
+)
 @option(OUTPUT, "--table", metavar="FILE", help="Also write the scores of each image and class, as Parquet.")
 @as_json
 @mask_options
@@ -86,6 +92,7 @@ def evaluate(
     table: str | None,
     against: str | None,
     choose_cleanup: bool,
+    choose_threshold: bool,
     as_json: bool,
     runtime: Runtime,
     **options: Any,
@@ -109,8 +116,8 @@ def evaluate(
     The distances leave out images where a region is empty. An image whose mask is empty and predicted empty has Dice 1.
     Exit code 1: some images could not be scored.
     """
-    if choose_cleanup and (against is not None or table is not None):
-        raise UserError("--choose-cleanup goes without --against and --table")
+    if (choose_cleanup or choose_threshold) and (against is not None or table is not None):
+        raise UserError("--choose-cleanup and --choose-threshold go without --against and --table")
     config = EvaluateConfig(model=model, mask_values=_mask_values(mask_values), **given(options))
     from unet_ray.evaluation.run_pairs import pairs_of, trained_on
 
@@ -120,8 +127,11 @@ def evaluate(
         known = trained_on(name, scored_pairs)
         if known:
             click.echo(f"warning: {name} was trained on {known} of these {len(scored_pairs)} images", err=True)
-    if choose_cleanup:
-        _choose_cleanup(config, scored_pairs, runtime, as_json)
+    if choose_cleanup or choose_threshold:
+        if choose_threshold:  # first, since a clean-up is chosen for masks at the threshold
+            _choose_threshold(config, scored_pairs, runtime, as_json)
+        if choose_cleanup:
+            _choose_cleanup(config, scored_pairs, runtime, as_json)
         return
     scores, other = _scores(config, against, scored_pairs, runtime)
     from unet_ray import metrics
@@ -158,6 +168,24 @@ def _scores(
         with ImagesDisplay("scored") as display:
             other_config = dataclasses.replace(config, model=against)
             return scores, run(other_config, pairs=scored_pairs, runtime=runtime, on_progress=display)
+
+
+def _choose_threshold(config: EvaluateConfig, scored_pairs: list[Pair], runtime: Runtime, as_json: bool) -> None:
+    from unet_ray.evaluation.choose_threshold import USUAL, choose_threshold
+
+    with ImagesDisplay("scored") as display:
+        choice = choose_threshold(config, pairs=scored_pairs, runtime=runtime, on_progress=display)
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(choice)))
+        return
+    click.echo(f"{choice.images} images       mean Dice  precision  recall")
+    for place, threshold in enumerate(choice.thresholds):
+        if round(100 * threshold) % 10 == 0 or threshold == choice.chosen:
+            values = choice.dice[place], choice.precision[place], choice.recall[place]
+            kept = "  <- kept for predict" if threshold == choice.chosen else ""
+            click.echo(f"threshold {threshold:<10.2f} {values[0]:.4f}     {values[1]:.4f}  {values[2]:.4f}{kept}")
+    if choice.chosen == USUAL:
+        click.echo("no other threshold is better by more than chance")
 
 
 def _choose_cleanup(config: EvaluateConfig, scored_pairs: list[Pair], runtime: Runtime, as_json: bool) -> None:

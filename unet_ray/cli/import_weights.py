@@ -46,7 +46,9 @@ def import_weights(checkpoint: str, out: str, image_size: str, mask_values: str 
       train.py --validation 10     --set data.val_fraction=0.1, with --group-by where images belong together
       train.py --load FILE.pth     unet-ray import FILE.pth --out MODEL …, then unet-ray train --init MODEL …
       predict.py -i a.jpg -o a.png unet-ray predict RUN a.jpg --out MASKS
-      --mask-threshold, --scale    are in the model: no flag is repeated
+      predict.py --mask-threshold 0.3
+                                   unet-ray predict … --threshold 0.3; evaluate RUN --choose-threshold finds the best
+      predict.py --scale           is in the model: no flag is repeated
       wandb                        RUN/tensorboard, MLflow (--set compute.mlflow=URI), report.html
 
     \b

@@ -234,6 +234,14 @@ mask_options = options(
     ),
     option(
         MASKS,
+        "--threshold",
+        type=float,
+        metavar="X",
+        help="Probability above which a pixel is foreground (one class).",
+        shown="what `evaluate --choose-threshold` chose, or 0.5",
+    ),
+    option(
+        MASKS,
         "--backend",
         type=click.Choice(["auto", "torch", "compiled", "openvino"]),
         help="Library that runs the network. auto: OpenVINO on CPUs if it is installed (the extra `cpu`).",

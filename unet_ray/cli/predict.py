@@ -189,6 +189,8 @@ def _print_summary(summary: PredictSummary, others: str) -> None:
     click.echo(f"computed by {', then '.join(summary.arithmetic)}")
     if summary.cleanup != "none":
         click.echo(f"masks were cleaned up: {summary.cleanup}")
+    if summary.threshold != 0.5:
+        click.echo(f"foreground is what has a probability above {summary.threshold:g}")
 
 
 def _allowance(text: str) -> Callable[[int], float]:

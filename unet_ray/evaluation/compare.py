@@ -42,23 +42,28 @@ class Compare:
                 errors[row] = prediction.error
                 continue
             mask = prediction.segmented.mask
-            image, path = (os.fsdecode(chunk[name][row]) for name in ("path", "mask_path"))
             try:
-                ground_truth = self._ground_truth(path, image, (mask.shape[0], mask.shape[1]))
+                ground_truth = self.ground_truth(chunk, row, (mask.shape[0], mask.shape[1]))
                 mask = imaging.resized_ids(mask, ground_truth.shape)
             except (ImageError, OSError) as error:
-                errors[row] = f"mask {mask_files.shown(path)}: {error}"
+                errors[row] = f"mask {mask_files.shown(self.mask_path(chunk, row))}: {error}"
                 continue
             counts[row] = self._counts(mask, ground_truth)
             valid[row] = (ground_truth != IGNORE).sum()
             surface[row] = metrics.surface_scores(mask, ground_truth, classes, self.tolerance).reshape(-1)
         return {"path": chunk["path"], "error": objects(errors), "counts": counts, "valid": valid, "surface": surface}
 
-    def _ground_truth(self, path: str, image: str, size_hw: tuple[int, int]) -> np.ndarray:
-        """Returns the ground truth, uint8 [H,W]. Raises ImageError if its size does not fit the image's, or OSError."""
+    def mask_path(self, chunk: Chunk, row: int) -> str:
+        """Returns the location of the ground truth of a row."""
+        return os.fsdecode(chunk["mask_path"][row])
+
+    def ground_truth(self, chunk: Chunk, row: int, size_hw: tuple[int, int]) -> np.ndarray:
+        """Returns the ground truth of a row, uint8 [H,W]. Raises ImageError if its size does not fit the image's
+        (`size_hw`), or OSError."""
         data = self.card.data
-        encoded = imaging.read_file(image) if data.mask_turn else None
-        ground_truth, own_size = imaging.decode_mask(mask_files.read(path), data, None, encoded)
+        encoded = imaging.read_file(os.fsdecode(chunk["path"][row])) if data.mask_turn else None
+        mask = mask_files.read(self.mask_path(chunk, row))
+        ground_truth, own_size = imaging.decode_mask(mask, data, None, encoded)
         if problem := imaging.problem_of_sizes(size_hw, own_size, data):
             raise ImageError(problem)
         return ground_truth

@@ -23,7 +23,7 @@ from unet_ray.evaluation.run_pairs import pairs_of
 from unet_ray.inference.chunk_size import chunk_rows
 from unet_ray.inference.pipeline import Pipeline
 from unet_ray.inference.resolve import pipeline_of
-from unet_ray.inference.stages import Chunks
+from unet_ray.inference.stages import Chunks, MaskSink
 from unet_ray.metrics import ImageScores, Scores
 from unet_ray.models.checkpoint import ModelCard
 from unet_ray.ray_backend.session import Runtime
@@ -65,11 +65,11 @@ def measure(
     Returns the scores of each of these versions of the masks, and the failures. Raises UserError if all pairs failed.
     """
     pairs = pairs_of(config) if pairs is None else pairs
-    card = _card_for(config, pipeline.card, pairs)
+    card = card_for(config, pipeline.card, pairs)
     _look(pairs, pipeline)
     compare = Compare(card, config.tolerance, tuple(map(Cleanup.parse, cleanups)))
-    results = _results(pipeline, compare, pairs, runtime)
-    scored, failures = _collected(results, card.model.num_classes, len(pairs), on_progress)
+    compared = results(pipeline, compare, pairs, runtime)
+    scored, failures = _collected(compared, card.model.num_classes, len(pairs), on_progress)
     if not scored:
         raise UserError(f"none of {len(pairs)} pairs could be scored; the first: {failures[0][0]}: {failures[0][1]}")
     paths, counts, pixels, surfaces = zip(*scored, strict=True)
@@ -91,7 +91,7 @@ def _look(pairs: list[Pair], pipeline: Pipeline) -> None:
         warn_of_deep(encoded, reader.channels, reader.value_range, where)
 
 
-def _card_for(config: EvaluateConfig, card: ModelCard, pairs: list[Pair]) -> ModelCard:
+def card_for(config: EvaluateConfig, card: ModelCard, pairs: list[Pair]) -> ModelCard:
     """Returns the model's card with the config's mask values, or, for annotations, with the class ids that drawn masks
     hold. Raises UserError if their number does not fit."""
     ids = max(2, card.model.num_classes)
@@ -111,8 +111,10 @@ def _class_names(card: ModelCard) -> tuple[str, ...]:
     return card.classes[-classes:] or tuple(f"class {k}" if classes > 1 else "foreground" for k in range(classes))
 
 
-def _results(pipeline: Pipeline, compare: Compare, pairs: list[Pair], runtime: Runtime) -> Iterator[Chunk]:
-    """Yields what `compare` returns of each chunk of pairs."""
+def results(
+    pipeline: Pipeline, sink: MaskSink, pairs: list[Pair], runtime: Runtime, *, probabilities: bool = False
+) -> Iterator[Chunk]:
+    """Yields what `sink` returns of each chunk of pairs. `probabilities`: it needs them."""
     columns = {
         "path": [os.fsencode(pair.image) for pair in pairs],
         "mask_path": [os.fsencode(pair.mask) for pair in pairs],
@@ -120,7 +122,15 @@ def _results(pipeline: Pipeline, compare: Compare, pairs: list[Pair], runtime: R
     chunks = Chunks(columns, chunk_rows(len(pairs), pipeline.row_cost()))
     one_mask = mask_files.first_file(pairs[0].mask)
     shared = {"--images": pages.file_of(pairs[0].image), "--masks": pages.file_of(one_mask)}
-    yield from pipeline.run(range(len(chunks)), chunks, compare, images=len(pairs), shared=shared, runtime=runtime)
+    yield from pipeline.run(
+        range(len(chunks)),
+        chunks,
+        sink,
+        images=len(pairs),
+        probabilities=probabilities,
+        shared=shared,
+        runtime=runtime,
+    )
 
 
 def _collected(

@@ -52,6 +52,7 @@ def settings_of(config: PredictConfig, pipeline: Pipeline, part: Part) -> dict[s
         "overlap": config.overlap if config.tile else None,
         "tta": config.tta,
         "cleanup": pipeline.cleanup_text,
+        "threshold": None if pipeline.card.threshold == 0.5 else pipeline.card.threshold,
         "parts": part.of if part != WHOLE else None,
     }
 

@@ -211,5 +211,6 @@ class TilePipeline(Pipeline):
             cleanup=self.cleanup,
             tile=self.options.tile,
             overlap=self.options.overlap,
+            threshold=self.card.threshold,
             probabilities=probabilities,
         )

@@ -25,6 +25,10 @@ def pipeline_of(model: str, options: MaskOptions) -> Pipeline:
         raise UserError(f"--tta: {model} was trained without flips, so it does not know mirrored images")
     text = checkpoint.read_cleanup(model, card) if options.cleanup is None else options.cleanup
     _check_int8(model, card, options)
+    if options.threshold is not None and card.model.num_classes > 1:
+        raise UserError(f"--threshold is for one class: {model} has {card.model.num_classes}")
+    chosen = checkpoint.read_threshold(model, card) if options.threshold is None else options.threshold
+    card = dataclasses.replace(card, threshold=chosen)
     pipeline = TilePipeline if options.tile else WholeImagePipeline
     return pipeline(model, card, Cleanup.parse(text), text, options)
 

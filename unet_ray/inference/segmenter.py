@@ -145,15 +145,17 @@ class BatchSegmenter:
         return torch.stack([output.softmax(dim=1) for output in outputs]).mean(dim=0).clamp_min(1e-6).log()
 
     @torch.inference_mode()
-    def by_tiles(self, pixels: Pixels, tile: int, overlap: float, *, probabilities: bool) -> SegmentedMask:
+    def by_tiles(
+        self, pixels: Pixels, tile: int, overlap: float, threshold: float, *, probabilities: bool
+    ) -> SegmentedMask:
         """Segments one image at its own size, in tiles of `tile` pixels a side.
 
-        `overlap`: the share of a tile's side that the next tile covers, too. The logits of overlapping tiles are
-        averaged with Gaussian weights (as nnU-Net does). An unpadded network needs no overlap: its tiles are exact. The
-        image is mirrored at its edges. Memory holds the image, its mask and one row of tiles.
+        `threshold`: see `ModelCard`. `overlap`: the share of a tile's side that the next tile covers, too. The logits
+        of overlapping tiles are averaged with Gaussian weights (as nnU-Net does). An unpadded network needs no overlap:
+        its tiles are exact. The image is mirrored at its edges. Memory holds the image, its mask and one row of tiles.
         """
         height, width = pixels.size_hw
-        classes, threshold = self.card.model.num_classes, self.card.threshold
+        classes = self.card.model.num_classes
         mask = np.empty((height, width), np.uint8)
         maps = np.empty((classes, height, width), np.uint8) if probabilities else None
         certainty: Certainty | None = None

@@ -218,6 +218,8 @@ class SegmentByTiles:
     """Pixels of a tile's side."""
     overlap: float
     """Share of a tile's side that the next tile covers, too."""
+    threshold: float
+    """See `ModelCard`."""
     probabilities: bool
 
     def __call__(self, chunk: Chunk) -> Iterator[Prediction]:
@@ -256,7 +258,7 @@ class SegmentByTiles:
 
     def _prediction(self, pixels: Pixels, decode_ms: float) -> Prediction:
         started = time.perf_counter()
-        raw = self.segmenter.by_tiles(pixels, self.tile, self.overlap, probabilities=self.probabilities)
+        raw = self.segmenter.by_tiles(pixels, self.tile, self.overlap, self.threshold, probabilities=self.probabilities)
         model_ms, started = _milliseconds_since(started), time.perf_counter()
         finite = np.isfinite(raw.confidence)
         cleaned = dataclasses.replace(raw, mask=_cleaned(raw.mask, self.cleanup)) if finite else None

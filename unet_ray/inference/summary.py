@@ -47,6 +47,8 @@ class PredictSummary:
     """Images of earlier runs that the inputs no longer contain; their rows and masks stay."""
     cleanup: str
     """Clean-up of the masks, such as `holes`, or `none`."""
+    threshold: float
+    """Probability above which a pixel is foreground (one class)."""
     arithmetic: list[str]
     """With what the network computed, such as `torch in bf16 on CPUs`; several with --allow-mixed."""
     seconds: float
@@ -157,6 +159,7 @@ def _summary(ledger: Ledger, pipeline: Pipeline, outcome: Outcome) -> PredictSum
         already_done=counts.images - outcome.new,
         gone=counts.images - outcome.listed,
         cleanup=pipeline.cleanup_text,
+        threshold=pipeline.card.threshold,
         arithmetic=[*dict.fromkeys(map(str, output_folder.arithmetics(ledger.out)))],
         seconds=round(seconds, 3),
         images_per_second=round(outcome.new / seconds, 3),

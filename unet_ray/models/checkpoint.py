@@ -3,6 +3,7 @@
 model/model.safetensors  the weights; the card is in its header too, so one file holds a whole model
 model/model.json         the card, for people and other programs
 model/cleanup.json       the clean-up of masks that `evaluate --choose-cleanup` has chosen
+model/threshold.json     the threshold that `evaluate --choose-threshold` has chosen
 model/int8-*.xml, .bin   the network in int8 for OpenVINO, made by `unet-ray quantize`
 model/int8.json          which int8 network to use, its score and the network's own; absent if the score was too low
 """
@@ -31,7 +32,7 @@ FORMAT = 1
 WEIGHTS, CARD = "model.safetensors", "model.json"
 MOST_HEADER_BYTES = 100 * 2**20
 """As safetensors itself allows."""
-CLEANUP, INT8 = "cleanup.json", "int8.json"
+CLEANUP, THRESHOLD, INT8 = "cleanup.json", "threshold.json", "int8.json"
 ALWAYS = ("mask_values", "ignore_index")
 MASK_SETTINGS = (
     *ALWAYS, "mask_colors", "mask_nearest", "mask_resize", "mask_turn", "several_masks", "match", "overlap_order",
@@ -234,6 +235,12 @@ def read_cleanup(location: str, card: ModelCard) -> str:
     """Returns the clean-up chosen for the model in this directory; `none` if none was chosen for these weights."""
     chosen = read_choice(location, CLEANUP, card)
     return "none" if chosen is None else chosen["cleanup"]
+
+
+def read_threshold(location: str, card: ModelCard) -> float:
+    """Returns the threshold chosen for the model in this directory; its card's if none was chosen for these weights."""
+    chosen = read_choice(location, THRESHOLD, card)
+    return card.threshold if chosen is None else chosen["threshold"]
 
 
 def read_choice(location: str, name: str, card: ModelCard) -> dict[str, Any] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -89,6 +89,19 @@ def curves(history: Sequence[dict[str, Any]], best_epoch: int) -> list[Chart]:
         text = f"Validation scores at the network's size; best at epoch {best_epoch}."
         charts.insert(1, Chart(svg("dice", dice, "epoch"), text))
     return charts
+
+
+def threshold_curves(choice: Mapping[str, Any]) -> Chart:
+    """Returns a chart of Dice, precision and recall against the threshold; `choice`: what threshold.json holds."""
+
+    def draw(axes: Axes) -> None:
+        for name, color in (("dice", VALIDATED), ("precision", SECOND), ("recall", TRAINED)):
+            axes.plot(choice["thresholds"], choice[name], color=color, label=name.capitalize())
+        axes.axvline(choice["threshold"], color=INK, linewidth=0.8, linestyle=":")
+        axes.legend(frameon=False)
+
+    text = f"Means over {choice['images']} images; {choice['threshold']:g} is used."
+    return Chart(svg("threshold", draw, "threshold"), text)
 
 
 def dice_histogram(dice: np.ndarray) -> Chart:

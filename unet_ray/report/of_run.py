@@ -20,7 +20,7 @@ from unet_ray.metrics import Scores
 from unet_ray.models import checkpoint, run_files
 from unet_ray.ray_backend.session import Runtime
 from unet_ray.report import run_pictures, run_tables
-from unet_ray.report.charts import curves
+from unet_ray.report.charts import curves, threshold_curves
 from unet_ray.report.progress import duration
 from unet_ray.report.sections import Page, Section, name_of, plural, short
 from unet_ray.settings import load_train_config
@@ -59,6 +59,9 @@ def of_run(run: str, runtime: Runtime, on_progress: OnProgress) -> str:
         sections += [run_tables.scores(scored.scores), *run_tables.classes(scored.scores)]
         pairs = {pair.image: pair for pair in scored.pairs}
         sections.append(run_pictures.compared(run, scored.scores, pairs, card, BACKEND))
+    threshold = checkpoint.read_choice(checkpoint.model_directory(run), checkpoint.THRESHOLD, card)
+    if threshold is not None:
+        sections.append(Section(title="Threshold", charts=[threshold_curves(threshold)], keep=True))
     settings = run_tables.settings(config, card, sides)
     sections += [
         Section(title="What was trained on what", table=settings, keep=True),

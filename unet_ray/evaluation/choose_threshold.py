@@ -1,0 +1,134 @@
+"""Chooses the threshold of one class's probability with the best Dice.
+
+Legend: N images, T thresholds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from unet_ray import metrics
+from unet_ray.config import IGNORE, EvaluateConfig, UserError
+from unet_ray.data import imaging, mask_files
+from unet_ray.data.chunks import Chunk, objects
+from unet_ray.data.imaging import ImageError
+from unet_ray.data.pairs import Pair
+from unet_ray.data.progress import OnProgress
+from unet_ray.evaluation.compare import Compare
+from unet_ray.evaluation.evaluate import card_for, results
+from unet_ray.evaluation.run_pairs import pairs_of
+from unet_ray.inference.resolve import pipeline_of
+from unet_ray.inference.stages import Prediction
+from unet_ray.models import checkpoint
+from unet_ray.ray_backend.session import Runtime
+
+THRESHOLDS = np.round(np.arange(0.05, 0.951, 0.01), 2)
+"""Thresholds that are tried."""
+USUAL = 0.5
+WORTH = 1e-4
+"""Mean Dice that another threshold than `USUAL` must gain to be chosen. A smaller gain may be chance."""
+LEVELS = 256
+"""Values of a stored probability."""
+
+
+@dataclass(frozen=True, slots=True)
+class ThresholdChoice:
+    """Names the chosen threshold, with the scores behind the choice: means over the images at each of `thresholds`."""
+
+    chosen: float
+    images: int
+    thresholds: list[float]
+    dice: list[float]
+    precision: list[float]
+    recall: list[float]
+
+    def dice_at(self, threshold: float) -> float:
+        return self.dice[self.thresholds.index(threshold)]
+
+
+def choose_threshold(
+    config: EvaluateConfig,
+    *,
+    pairs: list[Pair] | None = None,
+    runtime: Runtime = Runtime(),
+    on_progress: OnProgress = lambda _done, _failed, _all: None,
+) -> ThresholdChoice:
+    """Scores masks at each of `THRESHOLDS`, and writes the best one into the model directory for `predict`.
+
+    Arguments and errors are those of `evaluate`; `config.threshold` and `config.cleanup` are ignored.
+    """
+    pipeline = pipeline_of(config.model, dataclasses.replace(config, cleanup="none", threshold=None))
+    if pipeline.card.model.num_classes > 1:
+        raise UserError(f"--choose-threshold is for one class: {config.model} has {pipeline.card.model.num_classes}")
+    pairs = pairs_of(config) if pairs is None else pairs
+    sink = _Histogram(Compare(card_for(config, pipeline.card, pairs), config.tolerance))
+    histograms, failed = [], 0
+    for chunk in results(pipeline, sink, pairs, runtime, probabilities=True):
+        good = chunk["error"] == ""
+        histograms.append(chunk["histogram"][good])
+        failed += int((~good).sum())
+        on_progress(sum(map(len, histograms)) + failed, failed, len(pairs))
+    together = np.concatenate(histograms) if histograms else np.zeros((0, 2 * LEVELS), np.int64)
+    if not len(together):
+        raise UserError(f"none of {len(pairs)} pairs could be scored: `unet-ray evaluate` says why")
+    choice = _choice(together.reshape(-1, 2, LEVELS))
+    checkpoint.save_choice(
+        pipeline.model, checkpoint.THRESHOLD, pipeline.card, {"threshold": choice.chosen, **dataclasses.asdict(choice)}
+    )
+    return choice
+
+
+def _choice(histogram_N2L: np.ndarray) -> ThresholdChoice:
+    """`histogram_N2L`: pixels by true class and stored probability, int64 [N,2,256]."""
+    counts = _counts(histogram_N2L)
+    scores = {
+        name: metrics.image_mean(ratio(counts)).mean(axis=0)
+        for name, ratio in metrics.RATIOS.items()
+        if name in ("dice", "precision", "recall")
+    }
+    best, usual = int(scores["dice"].argmax()), int(np.flatnonzero(THRESHOLDS == USUAL)[0])
+    best = best if scores["dice"][best] >= scores["dice"][usual] + WORTH else usual
+    lists: dict[str, Any] = {name: np.round(values, 6).tolist() for name, values in scores.items()}
+    return ThresholdChoice(float(THRESHOLDS[best]), len(counts), THRESHOLDS.tolist(), **lists)
+
+
+def _counts(histogram_N2L: np.ndarray) -> np.ndarray:
+    """Returns true positives, false positives and false negatives at each threshold, int64 [N,T,1,3]."""
+    above = np.flip(np.flip(histogram_N2L, -1).cumsum(axis=-1), -1)  # pixels of at least this probability
+    first = np.floor(THRESHOLDS * (LEVELS - 1)).astype(int) + 1
+    negative, positive = above[:, 0][:, first], above[:, 1][:, first]
+    return np.stack([positive, negative, histogram_N2L[:, 1].sum(axis=-1)[:, None] - positive], axis=-1)[:, :, None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Histogram:
+    """Counts the pixels of each mask by true class and probability. It is a `stages.MaskSink`.
+
+    Returns the columns `path`, `error` and `histogram`, int64 [N,2*256].
+    """
+
+    compare: Compare
+
+    def __call__(self, chunk: Chunk, predictions: Iterator[Prediction]) -> Chunk:
+        errors, found = [], np.zeros((len(chunk["path"]), 2 * LEVELS), np.int64)
+        for row, prediction in enumerate(predictions):
+            errors.append(prediction.error)
+            if prediction.segmented is None:
+                continue
+            assert prediction.segmented.probabilities is not None
+            [probability] = prediction.segmented.probabilities
+            try:
+                truth = self.compare.ground_truth(chunk, row, (probability.shape[0], probability.shape[1]))
+                probability = imaging.resized_ids(probability, truth.shape)
+            except (ImageError, OSError) as error:
+                errors[row] = f"mask {mask_files.shown(self.compare.mask_path(chunk, row))}: {error}"
+                continue
+            valid = truth != IGNORE
+            joint = truth[valid].astype(np.int64) * LEVELS + probability[valid]
+            found[row] = np.bincount(joint, minlength=2 * LEVELS)
+        return {"path": chunk["path"], "error": objects(errors), "histogram": found}
