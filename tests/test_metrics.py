@@ -1,5 +1,7 @@
 """Scores against values worked by hand and against a plain re-count."""
 
+import dataclasses
+import json
 import math
 
 import numpy as np
@@ -201,3 +203,24 @@ def test_the_table_has_a_row_for_each_image_and_class():
     assert table["dice"][3:] == [1, None, 1]
     assert table["true_positives"] == [5, 2, None, 8, 0, None]
     assert len({len(column) for column in table.values()}) == 1
+
+
+def test_precision_and_recall_are_blank_where_they_are_not_defined_and_an_empty_image_is_right_everywhere():
+    # nothing there, nothing predicted; nothing there; nothing predicted; both
+    counts = np.array([[[0, 0, 0]], [[0, 5, 0]], [[0, 0, 5]], [[4, 1, 1]]])
+    each = metrics.ImageScores(
+        ("a", "b", "c", "d"), counts, np.full(4, 100), np.full((4, 1, 3), np.nan), ("foreground",)
+    )
+    table = each.columns()
+    assert table["dice"] == [1, 0, 0, 0.8] and table["surface_dice"][0] == 1
+    assert table["precision"] == [None, 0, None, 0.8] and table["recall"] == [None, None, 0, 0.8]
+    scores = metrics.score(each, 2)
+    assert scores.dice.mean == pytest.approx(0.45)
+    assert (scores.means["precision"].mean, scores.means["precision"].undefined) == (pytest.approx(0.4), 2)
+    assert "(2 images in which nothing is predicted left out)" in scores.table()
+    assert scores.to_json()["recall"]["undefined"] == 2
+    nothing = metrics.score(
+        dataclasses.replace(each, counts=counts[:1], paths=("a",), pixels=each.pixels[:1], surface=each.surface[:1]), 2
+    )
+    assert nothing.means["precision"].mean is None and nothing.means["precision"].total is None
+    json.dumps(nothing.to_json(), allow_nan=False)

@@ -1,5 +1,6 @@
 """The threshold: --threshold, `evaluate --choose-threshold`, and what predict does with it."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -34,8 +35,10 @@ def test_a_threshold_that_gains_nothing_is_not_chosen():
     histogram = np.zeros((3, 2, LEVELS), np.int64)
     histogram[:, 0, 0], histogram[:, 1, 255] = 50, 50
     assert _choice(histogram).chosen == USUAL
+    json.dumps(dataclasses.asdict(_choice(histogram)), allow_nan=False)
     histogram[:, 1, 255], histogram[:, 1, 80] = 0, 50  # all foreground has a probability of 0.31
     assert 0.05 <= _choice(histogram).chosen <= 0.31
+    assert _choice(histogram).precision[-1] is None, "nothing is predicted there"
 
 
 @pytest.fixture(scope="module")
@@ -105,10 +108,10 @@ def test_ray_and_one_process_choose_the_same(shy, ray_cluster):
 
 
 def test_thresholds_that_cant_be_are_one_line(shy, tmp_path):
-    several = make_model(tmp_path / "three", ("model.num_classes", 3), ("data.mask_values", [0, 1, 2]))
+    several = make_model(tmp_path / "three", ("model.num_classes", 3), ("data.mask_values", [0, 127, 255]))
+    pairs = ["--images", str(shy / "discs/images"), "--masks", str(shy / "discs/masks")]
     for options in (["--threshold", "0.3"], ["--choose-threshold"]):
-        command = ["evaluate", str(several), "--images", "a", "--masks", "b", *options]
-        result = CliRunner().invoke(main, command)
-        assert result.exit_code == 2 and "Traceback" not in result.output
+        result = CliRunner().invoke(main, ["evaluate", str(several), *pairs, *options, "--local"])
+        assert result.exit_code == 2 and "is for one class" in result.output and "Traceback" not in result.output
     with pytest.raises(UserError, match="between 0 and 1"):
         EvaluateConfig(model="RUN", threshold=1.5)

@@ -113,7 +113,8 @@ def evaluate(
       hd95          Hausdorff distance: the larger of both directions' 95th percentiles (MONAI, DeepMind)
       hd95_pooled   --json and --table: the percentile of both directions together (medpy)
 
-    The distances leave out images where a region is empty. An image whose mask is empty and predicted empty has Dice 1.
+    An image whose mask is empty and predicted empty has Dice 1. Not defined, blank in tables and left out of means, are
+    precision where nothing is predicted, recall where nothing is there, and distances where a region is empty.
     Exit code 1: some images could not be scored.
     """
     if (choose_cleanup or choose_threshold) and (against is not None or table is not None):
@@ -182,8 +183,9 @@ def _choose_threshold(config: EvaluateConfig, scored_pairs: list[Pair], runtime:
     for place, threshold in enumerate(choice.thresholds):
         if round(100 * threshold) % 10 == 0 or threshold == choice.chosen:
             values = choice.dice[place], choice.precision[place], choice.recall[place]
+            dice, precision, recall = ("–" if value is None else f"{value:.4f}" for value in values)
             kept = "  <- kept for predict" if threshold == choice.chosen else ""
-            click.echo(f"threshold {threshold:<10.2f} {values[0]:.4f}     {values[1]:.4f}  {values[2]:.4f}{kept}")
+            click.echo(f"threshold {threshold:<10.2f} {dice:<10} {precision:<7} {recall:<6}{kept}".rstrip())
     if choice.chosen == USUAL:
         click.echo("no other threshold is better by more than chance")
 

@@ -44,11 +44,10 @@ class ThresholdChoice:
     images: int
     thresholds: list[float]
     dice: list[float]
-    precision: list[float]
-    recall: list[float]
-
-    def dice_at(self, threshold: float) -> float:
-        return self.dice[self.thresholds.index(threshold)]
+    precision: list[float | None]
+    """None where nothing is predicted in any image."""
+    recall: list[float | None]
+    """None where nothing is there in any image."""
 
 
 def choose_threshold(
@@ -87,14 +86,23 @@ def _choice(histogram_N2L: np.ndarray) -> ThresholdChoice:
     """`histogram_N2L`: pixels by true class and stored probability, int64 [N,2,256]."""
     counts = _counts(histogram_N2L)
     scores = {
-        name: metrics.image_mean(ratio(counts)).mean(axis=0)
+        name: _mean_of_defined(metrics.image_mean(ratio(counts), nothing=metrics.NOTHING[name]))
         for name, ratio in metrics.RATIOS.items()
         if name in ("dice", "precision", "recall")
     }
     best, usual = int(scores["dice"].argmax()), int(np.flatnonzero(THRESHOLDS == USUAL)[0])
     best = best if scores["dice"][best] >= scores["dice"][usual] + WORTH else usual
-    lists: dict[str, Any] = {name: np.round(values, 6).tolist() for name, values in scores.items()}
+    lists: dict[str, Any] = {
+        name: [None if np.isnan(value) else round(value, 6) for value in values.tolist()]
+        for name, values in scores.items()
+    }
     return ThresholdChoice(float(THRESHOLDS[best]), len(counts), THRESHOLDS.tolist(), **lists)
+
+
+def _mean_of_defined(scores_NT: np.ndarray) -> np.ndarray:
+    """Returns the mean over the images in which a score is defined, float64 [T]; NaN where it is in none."""
+    defined = ~np.isnan(scores_NT)
+    return np.where(defined.any(axis=0), np.nansum(scores_NT, axis=0) / np.maximum(1, defined.sum(axis=0)), np.nan)
 
 
 def _counts(histogram_N2L: np.ndarray) -> np.ndarray:

@@ -67,15 +67,15 @@ def pixel_accuracy(counts: np.ndarray, pixels: np.ndarray) -> np.ndarray:
     return _ratio(right, np.asarray(pixels, np.float64))
 
 
-def image_mean(ratios_K: np.ndarray, class_names: Sequence[str] = ()) -> np.ndarray:
+def image_mean(ratios_K: np.ndarray, class_names: Sequence[str] = (), nothing: float = 1.0) -> np.ndarray:
     """Returns the mean over the classes, float64 [...], of the ratios of each class [...,K].
 
-    A class without a ratio (NaN) does not count. An image without any ratio (an empty mask, predicted empty) is right
-    and scores 1. A class 0 named `background` does not count.
+    A class without a ratio (NaN) does not count, nor does a class 0 named `background`. `nothing`: the value of an
+    image without any ratio. By Dice and IoU such an image, an empty mask that was predicted empty, is right.
     """
     ratios_K = without_background(ratios_K, class_names)
     present = ~np.isnan(ratios_K)
-    return np.where(present.any(axis=-1), np.nansum(ratios_K, axis=-1) / np.maximum(present.sum(axis=-1), 1), 1.0)
+    return np.where(present.any(axis=-1), np.nansum(ratios_K, axis=-1) / np.maximum(present.sum(axis=-1), 1), nothing)
 
 
 def without_background(values_K: np.ndarray, class_names: Sequence[str]) -> np.ndarray:
@@ -88,6 +88,9 @@ def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     return np.divide(numerator, denominator, out=np.full(np.shape(denominator), np.nan), where=denominator != 0)
 
 
+NOTHING = {"dice": 1.0, "iou": 1.0, "precision": np.nan, "recall": np.nan}
+"""Name of a score -> its value for an image in which nothing is there and nothing is predicted (Dice, IoU), nothing is
+predicted (precision), or nothing is there (recall); NaN: not defined."""
 RATIOS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "dice": dice,
     "iou": iou,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from unet_ray.metrics.bootstrap import bootstrap_interval
-from unet_ray.metrics.counts import RATIOS, image_mean, pixel_accuracy, without_background
+from unet_ray.metrics.counts import NOTHING, RATIOS, image_mean, pixel_accuracy
 from unet_ray.metrics.surface import SURFACE
 
 LABELS = {
@@ -20,6 +20,9 @@ LABELS = {
     "recall": "recall",
 }
 """Scores that come from counts -> their names in tables."""
+_NOTHING = {**NOTHING, "hd95": np.nan, "hd95_pooled": np.nan, "surface_dice": 1.0}
+LEFT_OUT = {"precision": "in which nothing is predicted", "recall": "in which nothing is there"}
+"""Score -> images in which it is not defined."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,17 +40,22 @@ class ImageScores:
     """K names."""
 
     def per_class(self) -> dict[str, np.ndarray]:
-        """Returns name of a score -> float64 [M,K], NaN where it is not defined."""
-        by_counts = {name: ratio(self.counts) for name, ratio in RATIOS.items()}
-        return by_counts | {name: self.surface[..., n] for n, name in enumerate(SURFACE)}
+        """Returns name of a score -> float64 [M,K], NaN where it is not defined.
+
+        With one class, an empty mask that was predicted empty has Dice 1. With several, a class that is not there says
+        nothing about the image.
+        """
+        result = {name: ratio(self.counts) for name, ratio in RATIOS.items()}
+        result |= {name: self.surface[..., n] for n, name in enumerate(SURFACE)}
+        if self.counts.shape[1] == 1:
+            result = {name: np.where(np.isnan(each), _NOTHING[name], each) for name, each in result.items()}
+        return result
 
     def means(self) -> dict[str, np.ndarray]:
-        """Returns name of a score -> float64 [M], its mean over the classes; NaN only for undefined distances."""
-        result = {}
-        for name, values in self.per_class().items():
-            mean = image_mean(values, self.class_names)
-            undefined = np.isnan(without_background(values, self.class_names)).all(axis=-1)
-            result[name] = np.where(undefined, np.nan, mean) if name.startswith("hd95") else mean
+        """Returns name of a score -> float64 [M], its mean over the classes; NaN where it is not defined."""
+        result = {
+            name: image_mean(values, self.class_names, _NOTHING[name]) for name, values in self.per_class().items()
+        }
         result["pixel_accuracy"] = np.nan_to_num(pixel_accuracy(self.counts, self.pixels), nan=1.0)
         return result
 
@@ -86,7 +94,7 @@ class Score:
     total: float | None
     """Score over all pixels of all images together; None for distances. `global` in JSON."""
     undefined: int = 0
-    """Number of images that the mean leaves out, since they have no region to measure a distance to."""
+    """Number of images that the mean leaves out, since they have nothing to measure: no region, nothing predicted."""
 
     def texts(self, digits: int) -> tuple[str, str, str] | None:
         """Formats mean, interval and total; returns None without a mean. The text of a missing total is empty."""
@@ -145,7 +153,8 @@ class Scores:
                 continue
             mean, interval, total = texts
             total = f"{total:>9}" if total else ""
-            without = f"  ({score.undefined} images without an edge left out)" if score.undefined else ""
+            left_out = LEFT_OUT.get(name, "without an edge")
+            without = f"  ({score.undefined} images {left_out} left out)" if score.undefined else ""
             lines.append(f"{label:<16} {mean:>9}  {interval:<15}  {total}{without}".rstrip())
         for name, row in self.per_class.items():
             cells = "  ".join(f"{key} {row[key]:.4f}" for key in ("dice", "iou", "iou_global") if row[key] is not None)
@@ -165,7 +174,9 @@ class Scores:
 def score(each: ImageScores, tolerance: float, failures: Sequence[tuple[str, str]] = ()) -> Scores:
     """Summarises the scores of each image into scores of the set."""
     names, counts = each.class_names, each.counts.sum(axis=0)
-    totals = {name: float(image_mean(ratio(counts), names)) for name, ratio in RATIOS.items()}
+    totals: dict[str, float | None] = {
+        name: _none_if_nan(image_mean(ratio(counts), names, NOTHING[name])) for name, ratio in RATIOS.items()
+    }
     totals["pixel_accuracy"] = float(np.nan_to_num(pixel_accuracy(counts, each.pixels.sum()), nan=1.0))
     values = each.means()
     order = ["dice", "iou", "pixel_accuracy", "precision", "recall", *SURFACE]
@@ -179,6 +190,11 @@ def score(each: ImageScores, tolerance: float, failures: Sequence[tuple[str, str
     )
 
 
+def _none_if_nan(value: np.ndarray | float) -> float | None:
+    """Returns a score, or None if it is not defined, since JSON has no NaN."""
+    return None if np.isnan(value) else float(value)
+
+
 def _per_class(each: ImageScores) -> dict[str, dict[str, float | None]]:
     """Computes `Scores.per_class`. A class that occurs nowhere has the score None, since JSON has no NaN."""
     counts, per_class = each.counts.sum(axis=0), each.per_class()
@@ -189,8 +205,7 @@ def _per_class(each: ImageScores) -> dict[str, dict[str, float | None]]:
             defined = by_class[:, k][~np.isnan(by_class[:, k])]
             row[name] = float(defined.mean()) if len(defined) else None
             if name in RATIOS:
-                total = float(RATIOS[name](counts[k]))
-                row[f"{name}_global"] = None if np.isnan(total) else total
+                row[f"{name}_global"] = _none_if_nan(RATIOS[name](counts[k]))
     return rows
 
 

@@ -96,7 +96,8 @@ def threshold_curves(choice: Mapping[str, Any]) -> Chart:
 
     def draw(axes: Axes) -> None:
         for name, color in (("dice", VALIDATED), ("precision", SECOND), ("recall", TRAINED)):
-            axes.plot(choice["thresholds"], choice[name], color=color, label=name.capitalize())
+            values = [np.nan if value is None else value for value in choice[name]]  # where it is not defined
+            axes.plot(choice["thresholds"], values, color=color, label=name.capitalize())
         axes.axvline(choice["threshold"], color=INK, linewidth=0.8, linestyle=":")
         axes.legend(frameon=False)
 
