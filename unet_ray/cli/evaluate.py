@@ -21,6 +21,7 @@ from unet_ray.cli.options import (
     machine,
     mask_options,
     numbers,
+    one_or_several,
     option,
     pairs,
     rle_order,
@@ -29,7 +30,7 @@ from unet_ray.cli.options import (
 )
 from unet_ray.config import DataConfig, EvaluateConfig, MaskValue, UserError
 from unet_ray.ray_backend.session import Runtime
-from unet_ray.report.progress import ImagesDisplay
+from unet_ray.report.progress import ImagesDisplay, say
 from unet_ray.settings import from_mapping
 
 if TYPE_CHECKING:
@@ -37,13 +38,23 @@ if TYPE_CHECKING:
     from unet_ray.metrics import Comparison, Scores
 
 SCORING = "Scoring"
+OF_FILES = {"masks", "match", "tolerance"}
+"""Options that go with --predictions, beside those of the output."""
 REASONS = 5
 """The most images that could not be scored whose path and reason are printed."""
 
 
 @click.command(cls=Command, short_help="Score a model on pairs of images and masks.")
-@click.argument("model")
+@click.argument("model", required=False)
 @pairs
+@option(
+    DATA,
+    "--predictions",
+    multiple=True,
+    callback=one_or_several,
+    metavar="DIR",
+    help="Instead of MODEL: masks that any tool has made; scored against --masks of the same names.",
+)
 @rle_order
 @option(
     DATA,
@@ -87,7 +98,8 @@ REASONS = 5
 @machine
 @runtime
 def evaluate(
-    model: str,
+    model: str | None,
+    predictions: str | tuple[str, ...] | None,
     mask_values: str | None,
     table: str | None,
     against: str | None,
@@ -105,6 +117,10 @@ def evaluate(
     \b
     Example:
       unet-ray evaluate RUN --images train --masks train_masks --against OTHER_RUN
+      unet-ray evaluate --predictions train_masks --masks train_masks
+
+    With --predictions, and with --against then another folder of masks, no model is needed: files with one value beside
+    0 are background and foreground, others class ids (255 in --masks is left out), and the command says so.
 
     \b
     Prints the mean over images with a bootstrap 95 % interval, and the value from the counts of all pixels:
@@ -117,24 +133,22 @@ def evaluate(
     precision where nothing is predicted, recall where nothing is there, and distances where a region is empty.
     Exit code 1: some images could not be scored.
     """
-    if (choose_cleanup or choose_threshold) and (against is not None or table is not None):
-        raise UserError("--choose-cleanup and --choose-threshold go without --against and --table")
-    config = EvaluateConfig(model=model, mask_values=_mask_values(mask_values), **given(options))
-    from unet_ray.evaluation.run_pairs import pairs_of, trained_on
-
-    scored_pairs = pairs_of(config)
-    held_out = config.images is None and config.part != "train"  # by the run itself, so its images are not listed again
-    for name in filter(None, (None if held_out else model, against)):
-        known = trained_on(name, scored_pairs)
-        if known:
-            click.echo(f"warning: {name} was trained on {known} of these {len(scored_pairs)} images", err=True)
-    if choose_cleanup or choose_threshold:
+    if (choose_cleanup or choose_threshold) and (against is not None or table is not None or predictions):
+        raise UserError("--choose-cleanup and --choose-threshold go without --against, --table and --predictions")
+    if predictions:
+        scores, other = _scores_of_files(predictions, model, against, _mask_values(mask_values), options)
+    elif model is None:
+        raise UserError("name a MODEL, or with --predictions the masks that another tool has made")
+    else:
+        config = EvaluateConfig(model=model, mask_values=_mask_values(mask_values), **given(options))
+        scored_pairs = _pairs_to_score(config, against)
         if choose_threshold:  # first, since a clean-up is chosen for masks at the threshold
             _choose_threshold(config, scored_pairs, runtime, as_json)
         if choose_cleanup:
             _choose_cleanup(config, scored_pairs, runtime, as_json)
-        return
-    scores, other = _scores(config, against, scored_pairs, runtime)
+        if choose_cleanup or choose_threshold:
+            return
+        scores, other = _scores(config, against, scored_pairs, runtime)
     from unet_ray import metrics
 
     comparison = None if other is None else metrics.compare(scores.each, other.each)
@@ -153,6 +167,49 @@ def evaluate(
             _print_comparison(str(against), other, comparison)
     if scores.failures:
         sys.exit(1)
+
+
+def _pairs_to_score(config: EvaluateConfig, against: str | None) -> list[Pair]:
+    """Returns the pairs to score. Warns of those that a model was trained on."""
+    from unet_ray.evaluation.run_pairs import pairs_of, trained_on
+
+    scored_pairs = pairs_of(config)
+    held_out = config.images is None and config.part != "train"  # by the run itself, so its images are not listed again
+    for name in filter(None, (None if held_out else config.model, against)):
+        known = trained_on(name, scored_pairs)
+        if known:
+            click.echo(f"warning: {name} was trained on {known} of these {len(scored_pairs)} images", err=True)
+    return scored_pairs
+
+
+def _scores_of_files(
+    predictions: str | tuple[str, ...],
+    model: str | None,
+    against: str | None,
+    mask_values: tuple[MaskValue, ...] | None,
+    options: dict[str, Any],
+) -> tuple[Scores, Scores | None]:
+    """Scores masks that another tool has made, and those of a second one."""
+    used = {name for name, value in options.items() if value not in (None, False, ())} | ({"model"} if model else set())
+    if of_a_model := sorted(used - OF_FILES):
+        names = ", ".join("MODEL" if name == "model" else f"--{name.replace('_', '-')}" for name in of_a_model)
+        raise UserError(f"--predictions: leave {names} out: the masks are made already")
+    if options["masks"] is None:
+        raise UserError("--predictions: name the ground truth with --masks")
+    from unet_ray.evaluation.compare_files import find_predictions, meaning_of, same_images, score_files
+
+    masks, match = options["masks"], options["match"]
+    tolerance = default_of(EvaluateConfig, "tolerance") if options["tolerance"] is None else options["tolerance"]
+    sets = [find_predictions(predictions, masks, match)]
+    if against is not None:
+        sets.append(same_images(sets[0], find_predictions(against, masks, match), against))
+    scores = []
+    for scored_pairs in sets:
+        meaning = meaning_of(scored_pairs, mask_values)
+        say(str(meaning), err=True)
+        with ImagesDisplay("scored") as display:
+            scores.append(score_files(scored_pairs, meaning, tolerance, display))
+    return scores[0], scores[1] if against is not None else None
 
 
 def _scores(
