@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import TINY, make_discs, make_model
 from PIL import Image
 
@@ -239,7 +240,10 @@ def test_a_mistake_is_one_line_that_names_the_remedy(folder, tmp_path):
         yield f"{tmp_path}: a folder|{tmp_path}: not a regular file", lambda: segmenter(tmp_path)
         yield "the image: an array \\[2, 3, 4, 3\\]", lambda: segmenter(np.zeros((2, 3, 4, 3), np.uint8))
         yield "float32 from 0 to 0|channel", lambda: segmenter(np.zeros((2, 3, 3), np.float32))
-        yield "not list", lambda: segmenter([1, 2])
+        yield "for image in images", lambda: segmenter([1, 2])
+        yield "permute\\(1, 2, 0\\).cpu\\(\\).numpy", lambda: segmenter(torch.zeros(3, 8, 9))
+        yield "transpose\\(1, 2, 0\\)", lambda: segmenter(np.zeros((3, 8, 9), np.uint8))
+        yield "not set", lambda: segmenter({1, 2})
         yield "not an array of object", lambda: segmenter(np.array([None]))
         yield "end with .png", lambda: segmenter(photo(9, 9)).save(tmp_path / "mask.jpg")
         yield "cannot be written", lambda: segmenter(photo(9, 9)).save(folder / "one/model.json/mask.png")
@@ -249,6 +253,12 @@ def test_a_mistake_is_one_line_that_names_the_remedy(folder, tmp_path):
         with pytest.raises(UserError, match=message) as error:
             mistake()
         assert "\n" not in str(error.value)
+
+
+def test_the_bytes_of_a_file_are_an_image(folder):
+    segmenter = unet_ray.Segmenter(folder / "one")
+    path = folder / "photos/png1.png"
+    assert (segmenter(path.read_bytes()).mask == segmenter(path).mask).all()
 
 
 def test_the_package_lists_its_names_before_anything_is_loaded():

@@ -5,16 +5,20 @@ The network here is written from a description of that repository's layout (name
 
 import os
 import pickle
+import re
+import shlex
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from click.testing import CliRunner
 from conftest import TINY, make_discs, make_photos
 from PIL import Image
 from torch import nn
 
 import unet_ray
+from unet_ray.cli import main
 from unet_ray.config import UserError
 from unet_ray.models import checkpoint
 from unet_ray.models.milesial import import_milesial
@@ -271,3 +275,42 @@ def test_a_folder_that_is_in_use_is_left_alone(tmp_path):
     with pytest.raises(UserError, match="holds other files: choose another --out"):
         import_milesial(path, str(tmp_path), image_size=32)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.pth"]
+
+
+@pytest.mark.parametrize(
+    ("key", "prefix"),
+    [("model_state_dict", ""), ("state_dict", "model."), ("state_dict", "net.unet."), (None, "module.")],
+)
+def test_checkpoints_of_training_programs_are_unwrapped(tmp_path, key, prefix):
+    state = StandIn(3, 1, 4, 2).state_dict()
+    inner = {f"{prefix}{name}": tensor for name, tensor in state.items()}
+    if prefix:
+        inner["loss.weight"] = torch.ones(2)  # of the larger module
+    plain = import_milesial(saved(state, tmp_path / "plain.pth"), str(tmp_path / "plain"), image_size=32)
+    torch.save({key: inner, "epoch": 3, "lr": 1e-3} if key else inner, tmp_path / "wrapped.ckpt")
+    wrapped = import_milesial(str(tmp_path / "wrapped.ckpt"), str(tmp_path / "model"), image_size=32)
+    assert wrapped.weights_sha256 == plain.weights_sha256
+
+
+def test_two_networks_in_one_checkpoint_are_refused(tmp_path):
+    state = StandIn(3, 1, 4, 2).state_dict()
+    torch.save({f"{who}.{name}": t for who in ("student", "teacher") for name, t in state.items()}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match=r"holds 2 networks \('student.', 'teacher.'\)"):
+        import_milesial(str(tmp_path / "x.pth"), str(tmp_path / "model"), image_size=32)
+
+
+@pytest.mark.parametrize("name", ["m.pth", "my model.pt"])
+def test_a_checkpoint_where_a_model_is_needed_names_the_import_and_that_works_as_printed(tmp_path, name, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    saved(StandIn(3, 1, 4, 2).state_dict(), tmp_path / name)
+    images, masks = make_discs(tmp_path / "discs", 2)
+    for arguments in (
+        ["predict", name, "discs/images", "--out", "O", "--local"],
+        ["train", "--init", name, "--images", str(images), "--masks", str(masks), "--out", "R", "--local"],
+    ):
+        result = CliRunner().invoke(main, arguments)
+        assert result.exit_code == 2, result.output
+        program, *printed = shlex.split(re.search("`(unet-ray import [^`]*)`", result.output)[1])
+        assert program == "unet-ray" and not (tmp_path / "O").exists() and not (tmp_path / "R").exists()
+    assert CliRunner().invoke(main, printed).exit_code == 0
+    assert CliRunner().invoke(main, ["predict", "MODEL", "discs/images", "--out", "O", "--local"]).exit_code == 0

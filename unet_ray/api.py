@@ -340,12 +340,15 @@ class Segmenter:
         count = card.model.num_classes
         return ("background", "foreground") if count == 1 else tuple(f"class {k}" for k in range(count))
 
-    def __call__(self, image: Image.Image | np.ndarray | Location, *, probabilities: bool = False) -> SegmentedImage:
+    def __call__(
+        self, image: Image.Image | np.ndarray | bytes | Location, *, probabilities: bool = False
+    ) -> SegmentedImage:
         """Returns the mask of one image of any size.
 
-        `image`: uint8 [H,W] (gray) or [H,W,C], a PIL.Image, or a path or URI. Arrays and PIL images are treated like a
-        PNG file: channels are converted as the model needs them. (A large JPEG file is decoded at a smaller size where
-        that is enough. An image that Pillow has opened is not, so a few pixels may differ.)
+        `image`: uint8 [H,W] (gray) or [H,W,C], a PIL.Image, the bytes of a file, or a path or URI. Arrays and PIL
+        images are treated like a PNG file: channels are converted as the model needs them. (A large JPEG file is
+        decoded at a smaller size where that is enough. An image that Pillow has opened is not, so a few pixels may
+        differ.)
         """
         card, reader = self.pipeline.card, self.pipeline.reader()
         path = ""
@@ -386,12 +389,26 @@ def _check_values(image: np.ndarray, value_range: ValueRange) -> None:
     )
 
 
-def _source(image: Image.Image | np.ndarray, channels: int, value_range: ValueRange) -> Source:
-    if isinstance(image, Image.Image):
-        return image
+def _check_kind(image: Any, channels: int) -> None:
+    """Raises UserError for what is no image, or one in another order, with what to write instead."""
+    if isinstance(image, (list, tuple)):
+        raise UserError("one image at a time: write [segmenter(image) for image in images]")
+    if type(image).__module__ == "torch":
+        order = ".permute(1, 2, 0)" if image.ndim == 3 else ""
+        raise UserError(f"a tensor of {[*image.shape]}: pass image{order}.cpu().numpy(), uint8 [H,W,C]")
     if not isinstance(image, np.ndarray) or image.dtype.kind not in "biuf":
         what = f"an array of {image.dtype}" if isinstance(image, np.ndarray) else type(image).__name__
-        raise UserError(f"an image is an array of numbers, a PIL.Image, a path or a URI, not {what}")
+        raise UserError(
+            f"an image is an array of numbers, a PIL.Image, the bytes of a file, a path or a URI, not {what}"
+        )
+    if image.ndim == 3 and image.shape[0] == channels != image.shape[2] and image.shape[2] not in imaging.MODES:
+        raise UserError(f"an array of {[*image.shape]}: channels come last: pass image.transpose(1, 2, 0)")
+
+
+def _source(image: Image.Image | np.ndarray | bytes, channels: int, value_range: ValueRange) -> Source:
+    if isinstance(image, (Image.Image, bytes)):
+        return image
+    _check_kind(image, channels)
     pixels = image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image
     known = pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in imaging.MODES)
     if known and pixels.size and pixels.dtype == np.uint8 and channels in imaging.MODES:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,7 @@ from unet_ray.settings import from_mapping
 FORMAT = 1
 """Version of the directory's layout. Raise it when an older package can no longer read a new directory."""
 WEIGHTS, CARD = "model.safetensors", "model.json"
+WEIGHTS_OF_OTHERS = (".pth", ".pt", ".ckpt")
 MOST_HEADER_BYTES = 100 * 2**20
 """As safetensors itself allows."""
 CLEANUP, THRESHOLD, INT8 = "cleanup.json", "threshold.json", "int8.json"
@@ -122,6 +124,12 @@ def model_directory(location: str) -> str:
     for candidate in (location, storage.join(location, "model")):
         if storage.exists(storage.join(candidate, CARD)):
             return candidate
+    if storage.exists(location) and storage.split_options(location)[0].lower().endswith(WEIGHTS_OF_OTHERS):
+        place = shlex.quote(storage.without_secrets(location))
+        raise UserError(
+            f"{location}: weights of another program. Of milesial/Pytorch-UNet, `unet-ray import {place} --out MODEL "
+            "--image-size 512` makes a model of them: name that"
+        )
     what = "no such folder" if not storage.exists(location) else "no model in it"
     raise UserError(f"{location}: {what}: name a run (--out of `unet-ray train`) or its model folder")
 

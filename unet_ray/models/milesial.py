@@ -18,6 +18,10 @@ from unet_ray.models import build
 from unet_ray.models import checkpoint as checkpoints
 from unet_ray.models.checkpoint import ModelCard
 
+WRAPPED = ("state_dict", "model_state_dict", "model")
+"""Keys under which training programs keep a state dict; `state_dict` is Lightning's."""
+FIRST = "inc.double_conv.0.weight"
+"""The first tensor of milesial's network."""
 CONVOLUTIONS = {".0.bias": ".1.running_mean", ".3.bias": ".4.running_mean"}
 """Biases of a double convolution in old checkpoints -> the running mean of the norm that absorbs each."""
 
@@ -92,12 +96,24 @@ def _read(location: str) -> tuple[dict[str, Tensor], tuple[int, ...] | None]:
     except Exception as error:  # torch raises many kinds for files that are damaged or something else
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"{location}: not a checkpoint that torch can read: {reason[:200]}") from None
-    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
-        state = state["state_dict"]
-    if not isinstance(state, Mapping) or not any(isinstance(value, Tensor) for value in state.values()):
+    inner = state
+    if isinstance(state, Mapping):
+        inner = next((state[key] for key in WRAPPED if isinstance(state.get(key), Mapping)), state)
+    if not isinstance(inner, Mapping) or not any(isinstance(value, Tensor) for value in inner.values()):
         raise UserError(f"{location}: not a state dict: save it with torch.save(model.state_dict(), FILE)")
-    tensors = {str(key).removeprefix("module."): v for key, v in state.items() if isinstance(v, Tensor)}
-    return tensors, _mask_values(state.get("mask_values"))
+    tensors = {str(key): value for key, value in inner.items() if isinstance(value, Tensor)}
+    return _without_prefix(tensors, location), _mask_values(inner.get("mask_values"))
+
+
+def _without_prefix(tensors: dict[str, Tensor], location: str) -> dict[str, Tensor]:
+    """Returns the tensors of the network in a larger module, such as Lightning's `model.` or DataParallel's `module.`,
+    under its own names. Raises UserError if there are several such networks."""
+    prefixes = [name.removesuffix(FIRST) for name in tensors if name.endswith(FIRST)]
+    if len(prefixes) > 1:
+        shown = ", ".join(map(repr, prefixes))
+        raise UserError(f"{location}: holds {len(prefixes)} networks ({shown}): save one of them alone")
+    prefix = prefixes[0] if prefixes else ""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def _mask_values(stored: Any) -> tuple[int, ...] | None:
@@ -119,7 +135,7 @@ def _architecture(tensors: Mapping[str, Tensor], location: str) -> ModelConfig:
             raise UserError(f"{location}: {name} is {[*tensors[name].shape]}: not a network of milesial/Pytorch-UNet")
         return tuple(tensors[name].shape)
 
-    base, in_channels, *_ = shape("inc.double_conv.0.weight")
+    base, in_channels, *_ = shape(FIRST)
     shape("down1.maxpool_conv.1.double_conv.0.weight")
     if "up1.conv.double_conv.0.weight" in tensors and "up1.up.weight" not in tensors:
         raise UserError(
