@@ -21,7 +21,7 @@ import torch
 from conftest import SLOW, epochs_done, flags, make_discs, until
 from runs import lines
 
-from unet_ray.config import UserError
+from unet_ray.config import TrainConfig, UserError
 from unet_ray.data import storage
 from unet_ray.models import checkpoint
 from unet_ray.ray_backend.session import LOCAL
@@ -29,7 +29,7 @@ from unet_ray.ray_backend.training import WorkersLostError, raise_failure, run_w
 from unet_ray.ray_backend.worker_errors import WorkerError, read_errors, writing_errors
 from unet_ray.settings import load_train_config
 from unet_ray.training.run import Callbacks, train
-from unet_ray.training.setup import explain_shortages
+from unet_ray.training.setup import explained_errors
 
 # Without dropout, whose draws are each rank's own: the number of workers differs. test_loop.py resumes with it.
 SETTINGS = [
@@ -138,7 +138,7 @@ def test_a_killed_driver_is_resumed(discs, undisturbed, tmp_path):
 
 FULL_DISK = """
 import json, resource, sys
-from unet_ray.config import UserError
+from unet_ray.config import TrainConfig, UserError
 from unet_ray.ray_backend.session import LOCAL
 from unet_ray.settings import load_train_config
 from unet_ray.training.run import Callbacks, train
@@ -173,7 +173,7 @@ def test_a_disk_that_is_full_leaves_the_last_checkpoint_whole(discs, undisturbed
 
 
 def test_a_full_gpu_is_one_line_with_the_remedy():
-    with pytest.raises(UserError, match=r"raise train\.accumulate") as error, explain_shortages("run"):
+    with pytest.raises(UserError, match=r"raise train\.accumulate") as error, explained_errors("run", TrainConfig()):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore")
     assert "\n" not in str(error.value)
 

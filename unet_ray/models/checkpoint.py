@@ -185,11 +185,19 @@ def load_model(location: str) -> tuple[SegmentationModel, ModelCard]:
         raise UserError(f"{path}: damaged (its checksum differs): copy the folder again, whole")
     # A training that was killed between its two writes leaves the older model.json, of the same network.
     json_card = read_card(location)
-    if dataclasses.replace(json_card, scores=card.scores, weights_sha256=card.weights_sha256) != card:
-        raise UserError(f"{location}: {CARD} and {WEIGHTS} are of different models: copy the folder again, whole")
+    names = [field.name for field in dataclasses.fields(card) if field.name not in ("scores", "weights_sha256")]
+    if changed := [name for name in names if getattr(card, name) != getattr(json_card, name)]:
+        raise UserError(
+            f"{location}: {CARD} has another {', '.join(changed)} than {WEIGHTS}, which holds a card of its own: it"
+            f" was edited, or the files are of different models. Put back the {CARD} of these weights (--threshold and "
+            "--cleanup are options of each command)"
+        )
     with torch.random.fork_rng([]):  # the first weights draw from the process's random numbers; these are a host's
         model = build(dataclasses.replace(card.model, pretrained=False))
-    model.load_state_dict(safetensors.torch.load(data))
+    weights = safetensors.torch.load(data)
+    if not all(torch.isfinite(weight).all() for weight in weights.values()):
+        raise UserError(f"{path}: some weights are not finite: the training went wrong, so train with a lower --lr")
+    model.load_state_dict(weights)
     return model, card
 
 

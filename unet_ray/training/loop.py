@@ -72,6 +72,7 @@ def fit(
             distributed.average_buffers(network, device)
         train_seconds = time.perf_counter() - started
         scores = _validate(training, val_rows) if len(val_rows) else {}
+        _check_finite(scores.get("val_loss", 0.0), "loss of the validation images", epoch)
         line = {
             "epoch": epoch,
             "train_loss": train_loss,
@@ -121,9 +122,18 @@ def train_epoch(
         on_step(step, total_loss)
     mean_loss = torch.tensor(float(total_loss) / batches.steps / distributed.world_size(), dtype=torch.float64)
     distributed.sum_over_ranks(mean_loss, training.device)
-    if not math.isfinite(mean_loss):
-        raise UserError(f"the loss became {float(mean_loss)} in epoch {epoch}: lower --lr, or --precision fp32")
+    _check_finite(float(mean_loss), "loss", epoch)
     return float(mean_loss)
+
+
+def _check_finite(loss: float, what: str, epoch: int) -> None:
+    """Raises UserError for a loss that is not finite: the epoch must not be kept, since its weights are spoilt."""
+    if not math.isfinite(loss):
+        after = f", which goes on after epoch {epoch - 1}" if epoch > 1 else ""
+        raise UserError(
+            f"the {what} became {loss} in epoch {epoch}: give the command again with --resume{after}, and a lower "
+            "--lr, or --set train.precision=fp32"
+        )
 
 
 def _set_learning_rate(training: Training, progress: float, decay: float) -> None:

@@ -24,7 +24,7 @@ from unet_ray.training.setup import (
     MARK,
     Split,
     decoder_with_filled_cache,
-    explain_shortages,
+    explained_errors,
     first_weights,
     write_start,
 )
@@ -165,5 +165,5 @@ class Worker:
             torch.set_num_threads(self.threads)
         # The driver reads the run directory. Nothing is reported to Ray, which takes two seconds for each report.
         out = self.holder.out
-        with explain_shortages(out), progress_writer(out) as on_step:
+        with explained_errors(out, self.config), progress_writer(out) as on_step:
             fit(self.config, self.train_rows, self.val_rows, self.holder, device=device, on_step=on_step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -60,8 +61,14 @@ def write_metrics(out: str, history: Iterable[dict[str, Any]]) -> None:
 
 
 def rounded(line: dict[str, Any]) -> dict[str, Any]:
-    """Rounds the numbers of a line to 8 significant digits."""
-    return {key: float(f"{value:.8g}") if isinstance(value, float) else value for key, value in line.items()}
+    """Rounds the numbers of a line to 8 significant digits; one that is not finite becomes None, as JSON has no NaN."""
+
+    def short(value: Any) -> Any:
+        if not isinstance(value, float):
+            return value
+        return float(f"{value:.8g}") if math.isfinite(value) else None
+
+    return {key: short(value) for key, value in line.items()}
 
 
 def result_of(out: str) -> TrainResult:

@@ -29,7 +29,7 @@ from unet_ray.training.setup import (
     Split,
     check_out,
     decoder_with_filled_cache,
-    explain_shortages,
+    explained_errors,
     first_weights,
     resolved,
     with_absolute_paths,
@@ -183,5 +183,5 @@ def _fit_here(
     train_rows, val_rows = split.rows(kind(split.pairs, decoder))
     holder.check()
     write_start(config, split, out)
-    with explain_shortages(out):
+    with explained_errors(out, config):
         fit(config, train_rows, val_rows, holder, device=device, report=on_epoch, on_step=on_step)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -17,6 +19,10 @@ from unet_ray.data.splits import SPLIT, divided, read_split, write_split
 from unet_ray.models import run_files, training_state
 from unet_ray.models.training_state import TrainingState
 from unet_ray.settings import load_train_config
+from unet_ray.training.results import read_metrics
+from unet_ray.training.schedules import learning_rate_at, stops_early
+
+log = logging.getLogger("unet_ray")
 
 MARK = ".seen"
 """Suffix of a file that a training on a cluster puts into the run directory for a moment."""
@@ -145,6 +151,24 @@ def _check_resumable(config: TrainConfig, split: Split, out: str, state: Trainin
         )
     if state.epoch >= config.train.epochs:
         raise UserError(f"{out} is finished ({state.epoch} epochs): raise --epochs, or choose another --out")
+    _look_at_schedule(config, out, state)
+
+
+def _look_at_schedule(config: TrainConfig, out: str, state: TrainingState) -> None:
+    """Raises UserError if the run had stopped early and would stop again at once. Says if its learning rate will rise
+    again."""
+    train = config.train
+    history = [line for line in read_metrics(out) if line["epoch"] <= state.epoch]
+    if stops_early(train, [line["val_dice"] for line in history if "val_dice" in line]):
+        raise UserError(
+            f"{out} stopped early after epoch {state.epoch}, since {train.patience} epochs were no better than the "
+            f"best: --set train.patience={2 * train.patience} goes on, and 0 never stops early"
+        )
+    before = history[-1]["learning_rate"] if history else math.inf
+    now = learning_rate_at(train, state.epoch / train.epochs)
+    if train.schedule != "plateau" and now > 1.01 * before:
+        text = "the learning rate rises again, from %.3g to %.3g (schedule %s, to epoch %d)"
+        log.warning(text, before, now, train.schedule, train.epochs)
 
 
 def first_weights(config: TrainConfig, out: str) -> str | None:
@@ -153,10 +177,10 @@ def first_weights(config: TrainConfig, out: str) -> str | None:
 
 
 def _settings_that_must_match(config: TrainConfig) -> TrainConfig:
-    """Returns the settings with fixed values for those that may change on --resume: `compute` and `train.epochs`."""
-    return dataclasses.replace(
-        config, compute=type(config.compute)(), train=dataclasses.replace(config.train, epochs=1)
-    )
+    """Returns the settings with fixed values for those that may change on --resume: `compute`, and of `train` the
+    epochs, the learning rate, the precision and the patience."""
+    train = dataclasses.replace(config.train, epochs=1, learning_rate=1.0, precision="auto", patience=0)
+    return dataclasses.replace(config, compute=type(config.compute)(), train=train)
 
 
 def write_start(config: TrainConfig, split: Split, out: str) -> None:
@@ -173,8 +197,8 @@ def decoder_with_filled_cache(config: TrainConfig, pairs: list[Pair], run: cache
 
 
 @contextmanager
-def explain_shortages(out: str) -> Iterator[None]:
-    """Turns the errors of a full disk and of a full GPU into UserError."""
+def explained_errors(out: str, config: TrainConfig) -> Iterator[None]:
+    """Turns the errors of a full disk, of a full GPU, and of norms that have one value to norm, into UserError."""
     import torch
 
     try:
@@ -189,4 +213,13 @@ def explain_shortages(out: str) -> Iterator[None]:
         raise UserError(
             f"out of memory ({first_line(error)[:120]}): raise train.accumulate, set "
             "train.checkpoint_activations=true, or lower --batch-size or --image-size"
+        ) from None
+    except ValueError as error:
+        if "more than 1" not in str(error):  # torch: `Expected more than 1 value per channel`, `1 spatial element`
+            raise
+        norm, batch, size = config.model.norm, config.train.batch_size, config.data.tile or config.data.image_size
+        raise UserError(
+            f"{config.model.name} has a single value to norm in its deepest layer (norm {norm}, batch size {batch}, "
+            f"image size {size}, {config.model.depth} levels): raise --batch-size or --image-size, or --set "
+            "model.norm=group"
         ) from None
