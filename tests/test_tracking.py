@@ -1,12 +1,15 @@
 """Metrics for TensorBoard and MLflow."""
 
 import struct
+from contextlib import contextmanager
+from itertools import chain, repeat
 
 import pytest
 from runs import config_for
 
 from unet_ray.config import UserError
 from unet_ray.ray_backend.session import LOCAL
+from unet_ray.training import tracking
 from unet_ray.training.run import train
 from unet_ray.training.tracking import scalars
 
@@ -59,3 +62,47 @@ def test_mlflow_that_is_not_installed_is_an_error_with_the_remedy(discs, tmp_pat
     monkeypatch.setitem(sys.modules, "mlflow", None)
     with pytest.raises(UserError, match="pip install 'unet_ray\\[mlflow\\]'"):
         train(config_for(discs, ("compute.mlflow", "file:///x")), str(tmp_path / "run"), runtime=LOCAL)
+
+
+def test_a_tracker_that_fails_never_ends_the_training_and_gets_the_rest_later(discs, tmp_path, monkeypatch, caplog):
+    got: list[int] = []
+    down = chain([True, True, False, True], repeat(False))
+
+    def track(line):
+        if next(down):
+            raise ConnectionError("the server is down\nand more")
+        got.append(line["epoch"])
+
+    @contextmanager
+    def tracker(_config, _name):
+        yield track
+
+    monkeypatch.setattr(tracking, "_mlflow", tracker)
+    config = config_for(discs, ("compute.mlflow", "http://user:secret@127.0.0.1:1"), ("train.epochs", 5))
+    assert train(config, str(tmp_path / "run"), runtime=LOCAL).epochs == 5
+    assert got == [1, 2, 3, 4, 5], "in order, each once"
+    warnings = [record.message for record in caplog.records if "MLflow" in record.message]
+    assert (
+        len(warnings) == 1 and "the server is down: the training goes on" in warnings[0] and "secret" not in warnings[0]
+    )
+
+
+def test_a_tracker_that_never_comes_back_is_said_at_the_end(discs, tmp_path, monkeypatch, caplog):
+    def broken(_line):
+        raise OSError("no space left")
+
+    @contextmanager
+    def tracker(_folder):
+        yield broken
+
+    monkeypatch.setattr(tracking, "_tensorboard", tracker)
+    assert train(config_for(discs), str(tmp_path / "run"), runtime=LOCAL).epochs == 2
+    assert "TensorBoard: no space left: the training goes on" in caplog.text
+    assert "TensorBoard has not got 2 epochs" in caplog.text
+
+
+def test_an_mlflow_server_that_is_down_costs_seconds(discs, tmp_path, caplog):
+    pytest.importorskip("mlflow")
+    config = config_for(discs, ("compute.mlflow", "http://127.0.0.1:9"))
+    assert train(config, str(tmp_path / "run"), runtime=LOCAL).epochs == 2
+    assert "MLflow (http://127.0.0.1:9)" in caplog.text and "has not got 2 epochs" in caplog.text

@@ -5,34 +5,74 @@ They get each line of `metrics.jsonl`. Neither needs an account.
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
-from unet_ray.config import TrainConfig, UserError
+from unet_ray.config import TrainConfig, UserError, first_line
 from unet_ray.data import storage
 
 Track = Callable[[dict[str, Any]], None]
 TENSORBOARD = "tensorboard"
+PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+"""Of MLflow's client with a server that does not answer. Its own seven retries would hold each epoch for minutes."""
+
+log = logging.getLogger("unet_ray")
+
+
+class _Delivery:
+    """Hands lines to a tracker. A tracker that fails never ends the training: what it has missed is handed over with
+    the next line, and at the end."""
+
+    def __init__(self, name: str, track: Track) -> None:
+        self.name, self.track = name, track
+        self.missed: list[dict[str, Any]] = []
+        self.warned = False
+
+    def __call__(self, line: dict[str, Any]) -> None:
+        self.missed.append(line)
+        self.catch_up()
+
+    def catch_up(self) -> None:
+        try:
+            while self.missed:
+                self.track(self.missed[0])
+                self.missed.pop(0)
+        except Exception as error:  # of many kinds: a server that is down, a store that is full or gone
+            if not self.warned:
+                self.warned = True
+                log.warning("%s: %s: the training goes on without it", self.name, first_line(error)[:200])
+
+    def end(self) -> None:
+        """Hands over what is missing, or says how much is."""
+        self.catch_up()
+        if self.missed:
+            log.warning("%s has not got %d epochs: metrics.jsonl has all", self.name, len(self.missed))
 
 
 @contextmanager
 def trackers(config: TrainConfig, out: str, name: str) -> Iterator[Track]:
     """Yields a function that takes each line of metrics.jsonl. `name`: the name of the run."""
     with ExitStack() as stack:
-        tracks: list[Track] = []
+        deliveries: list[_Delivery] = []
         if not storage.is_uri(out):  # TensorBoard's writer appends, which is not possible in a bucket
-            tracks.append(stack.enter_context(_tensorboard(storage.join(out, TENSORBOARD))))
+            track = stack.enter_context(_tensorboard(storage.join(out, TENSORBOARD)))
+            deliveries.append(_Delivery("TensorBoard", track))
         if config.compute.mlflow:
-            tracks.append(stack.enter_context(_mlflow(config, name)))
+            track = stack.enter_context(_mlflow(config, name))
+            deliveries.append(_Delivery(f"MLflow ({storage.without_secrets(config.compute.mlflow)})", track))
+        for delivery in deliveries:
+            stack.callback(delivery.end)
 
-        def track(line: dict[str, Any]) -> None:
-            for each in tracks:
-                each(line)
+        def track_all(line: dict[str, Any]) -> None:
+            for delivery in deliveries:
+                delivery(line)
 
-        yield track
+        yield track_all
 
 
 def scalars(line: dict[str, Any]) -> dict[str, float]:
@@ -71,15 +111,29 @@ def _tensorboard(folder: str) -> Iterator[Track]:
 
 @contextmanager
 def _mlflow(config: TrainConfig, name: str) -> Iterator[Track]:
+    """Begins the run with the first line that the server takes."""
+    for variable, value in PATIENCE.items():
+        os.environ.setdefault(variable, value)
     try:
         import mlflow
     except ImportError:
         raise UserError("compute.mlflow needs MLflow: pip install 'unet_ray[mlflow]'") from None
-    mlflow.set_tracking_uri(config.compute.mlflow)
-    mlflow.set_experiment("unet_ray")
-    with mlflow.start_run(run_name=name):
-        settings = config.to_dict()
-        mlflow.log_params(
-            {f"{section}.{key}": value for section in settings for key, value in settings[section].items()}
-        )
-        yield lambda line: mlflow.log_metrics(scalars(line), step=line["epoch"])
+    runs: list[Any] = []
+
+    def track(line: dict[str, Any]) -> None:
+        if not runs:
+            mlflow.set_tracking_uri(config.compute.mlflow)
+            mlflow.set_experiment("unet_ray")
+            runs.append(mlflow.start_run(run_name=name))
+            settings = config.to_dict()
+            mlflow.log_params(
+                {f"{section}.{key}": value for section in settings for key, value in settings[section].items()}
+            )
+        mlflow.log_metrics(scalars(line), step=line["epoch"])
+
+    try:
+        yield track
+    finally:
+        if runs:
+            with suppress(Exception):  # the server may be down now
+                mlflow.end_run("FAILED" if sys.exc_info()[0] else "FINISHED")
