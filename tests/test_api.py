@@ -49,7 +49,14 @@ def test_the_examples_run(tmp_path, monkeypatch):
     make_discs(tmp_path, 12)
     make_discs(tmp_path / "more", 5, seed=1)
     monkeypatch.chdir(tmp_path)
-    for example in (train, predict, unet_ray.select, evaluate, Segmenter):  # in this order: the first writes RUN
+    for example in (
+        train,
+        predict,
+        unet_ray.select,
+        evaluate,
+        unet_ray.load_network,
+        Segmenter,
+    ):  # in this order: the first writes RUN
         for test in doctest.DocTestFinder(recurse=False).find(example, globs={}):
             output = io.StringIO()
             result = doctest.DocTestRunner().run(test, out=output.write)

@@ -54,6 +54,7 @@ MORE = {
     "doctor": ["--no-timing"],
     "slices": [],
     "masks": ["--local"],
+    "export": [],
     "select": ["--local", "--count", "3"],
     "recipes": [],
     "import": [],
@@ -70,7 +71,7 @@ def test_every_command_has_an_example():
 
 @pytest.mark.parametrize("command", MORE)
 def test_the_examples_of_the_help_run(command, here):
-    if command in ("predict", "evaluate", "select"):
+    if command in ("predict", "evaluate", "export", "select"):
         for name in ("RUN", "OTHER_RUN"):
             make_model(here / name)
     if command == "report":

@@ -36,7 +36,7 @@ from unet_ray.inference.reader import GivenReader, Reader
 from unet_ray.inference.resolve import pipeline_of
 from unet_ray.inference.summary import PredictSummary
 from unet_ray.metrics import Scores
-from unet_ray.models import checkpoint
+from unet_ray.models import SegmentationModel, checkpoint
 from unet_ray.ray_backend.session import Runtime
 from unet_ray.selection import select as selection
 from unet_ray.selection.select import Selection
@@ -200,6 +200,22 @@ def evaluate(
     folders = _folders(images=images, masks=masks)
     config = from_mapping(EvaluateConfig, {**options, "model": os.fspath(model), **folders})
     return evaluation.evaluate(config, runtime=Runtime(local, verbose), on_progress=on_progress)
+
+
+def load_network(model: Location) -> SegmentationModel:
+    """Returns the trained network as a torch.nn.Module, on the CPU and in evaluation mode, for your own code.
+
+    It takes images of any size, uint8 [N,C,H,W], and gives logits, float32 [N,K,H,W]: of one class (K = 1) the sigmoid
+    is the probability, of several the softmax. Normalisation and padding are inside; `Segmenter` also resizes and
+    decides. Raises UserError.
+
+    >>> import torch
+    >>> import unet_ray
+    >>> network = unet_ray.load_network("RUN")
+    >>> network(torch.zeros(1, 3, 50, 41, dtype=torch.uint8)).shape
+    torch.Size([1, 1, 50, 41])
+    """
+    return checkpoint.load_model(checkpoint.model_directory(storage.absolute(model)))[0].eval()
 
 
 def _folders(**given: Location | Sequence[Location] | None) -> dict[str, Any]:

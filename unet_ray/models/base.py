@@ -63,24 +63,31 @@ class SegmentationModel(nn.Module, ABC):
 
     def forward(self, image_NCHW: Tensor) -> Tensor:
         height, width = image_NCHW.shape[-2:]
-        logits = self.body(self._normalised(image_NCHW))
-        if self.config.patch > 1:
-            logits = F.pixel_shuffle(logits, self.config.patch)
+        logits = self.of_fitting(self._fitting(image_NCHW))
         return logits[..., :height, :width] if self.config.padding == "same" else logits
+
+    def of_fitting(self, image_NCHW: Tensor) -> Tensor:
+        """Computes the logits of images whose sides are multiples of `step`; see the class."""
+        logits = self.body(self._pixels(image_NCHW))
+        return F.pixel_shuffle(logits, self.config.patch) if self.config.patch > 1 else logits
 
     def embedding(self, image_NCHW: Tensor) -> Tensor:
         """Computes a vector for each image, float [N,D]: its deepest layer, averaged over the image. Images that look
         alike to the network have vectors of similar directions."""
-        return self.bottleneck(self._normalised(image_NCHW)).mean(dim=(2, 3))
+        return self.bottleneck(self._pixels(self._fitting(image_NCHW))).mean(dim=(2, 3))
 
-    def _normalised(self, image_NCHW: Tensor) -> Tensor:
-        """Returns pixels as `body` takes them, with sides that it can halve, in patches."""
+    def _fitting(self, image_NCHW: Tensor) -> Tensor:
+        """Extends images to sides that `body` can halve."""
         height, width = image_NCHW.shape[-2:]
-        same, patch = self.config.padding == "same", self.config.patch
-        x = continue_edge(image_NCHW, -height % self.step, -width % self.step) if same else image_NCHW
-        if patch > 1:
+        same = self.config.padding == "same"
+        return continue_edge(image_NCHW, -height % self.step, -width % self.step) if same else image_NCHW
+
+    def _pixels(self, image_NCHW: Tensor) -> Tensor:
+        """Returns normalised pixels, in patches, as `body` takes them."""
+        x = image_NCHW
+        if self.config.patch > 1:
             # Pixels are still uint8 here, so moving them is cheap.
-            x = F.pixel_unshuffle(x, patch).contiguous(memory_format=torch.channels_last)
+            x = F.pixel_unshuffle(x, self.config.patch).contiguous(memory_format=torch.channels_last)
         return x.float() * self.pixel_scale + self.pixel_shift
 
     def contract(self, blocks: nn.ModuleList, x: Tensor) -> list[Tensor]:

@@ -1,0 +1,272 @@
+"""Exports a network to a file that other programs run without unet_ray, checked against torch on real images."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unet_ray import __version__
+from unet_ray.config import UserError, first_line
+from unet_ray.data import imaging, storage
+from unet_ray.data.imaging import ImageError
+from unet_ray.data.inputs import evenly
+from unet_ray.evaluation.run_pairs import pairs_of_run
+from unet_ray.inference import backends
+from unet_ray.inference.portable import Portable
+from unet_ray.inference.reader import Reader
+from unet_ray.models import checkpoint
+from unet_ray.models.checkpoint import ModelCard
+
+Runs = Callable[[np.ndarray], np.ndarray]
+"""Runs a network from its file: image uint8 [1,H,W,C] -> output, see `Portable`."""
+
+CHECKED = 8
+"""Validation images on which the file is compared with torch, half of them at an odd size."""
+MAY_DIFFER = {"fp32": 1e-4, "fp16": 0.02}
+"""Precision -> the largest difference of a probability."""
+MAY_DIFFER_IN_CLASS = {"fp32": 1e-4, "fp16": 5e-3}
+"""Precision -> the largest share of pixels whose class differs."""
+OPSET = 17
+"""Of ONNX, of 2022: the oldest that has all that our networks need."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """Says what `export` has written, and how far it differs from torch."""
+
+    file: str
+    about: str
+    """The JSON file beside it, for people and programs."""
+    difference: float
+    """Largest difference of a probability; of class ids the largest share of differing pixels."""
+    images: int
+    """Images that were compared."""
+    real: bool
+    """Whether they were the run's validation images; else they were noise."""
+    bytes: int
+
+
+def export(model: str, out: str, form: str, *, decide: bool = False, precision: str = "fp32") -> Exported:
+    """Writes the network of a run or model directory as `form`, one of `FORMS`, with a JSON file about it.
+
+    `decide`: it gives class ids instead of probabilities. Nothing is written unless the file, opened by its own
+    program, gives what torch gives. Raises UserError.
+    """
+    location, out = checkpoint.model_directory(storage.absolute(model)), storage.absolute(out)
+    _check(form, out, precision)
+    network, card = checkpoint.load_model(location)
+    backends.fold_batch_norm(network.eval())
+    portable = Portable(network, checkpoint.read_threshold(location, card) if decide else None).eval()
+    images, real = _images(model, card)
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        path = Path(folder, PurePosixPath(storage.split_options(out)[0]).name)
+        try:
+            runs = FORMS[form].write(portable, torch.from_numpy(_odd(images[0], card)), path, precision)
+            difference = max(_difference(runs, portable, image) for image in images)
+        except Exception as error:  # exporters and runtimes raise many kinds
+            raise UserError(f"this network can't be exported to {form}: {first_line(error)[:300]}") from error
+        bound = (MAY_DIFFER_IN_CLASS if decide else MAY_DIFFER)[precision]
+        if not difference <= bound:
+            raise UserError(f"refused: {form} differs from torch by {difference:.2g}, and {bound:g} is allowed")
+        files = {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
+    about = _about(card, portable, form, precision, difference)
+    parent = storage.parent(out)
+    for name, data in files.items():
+        storage.write_bytes(storage.join(parent, name), data)
+    beside = backends.with_suffix(out, ".json")
+    storage.write_bytes(beside, (json.dumps(about, indent=2) + "\n").encode())
+    return Exported(out, beside, difference, len(images), real, sum(map(len, files.values())))
+
+
+def form_of(out: str) -> str:
+    """Returns the form that a file's name stands for. Raises UserError."""
+    name = storage.split_options(out)[0]
+    found = [form for form, each in FORMS.items() if name.endswith(each.suffix)]
+    if not found:
+        known = ", ".join(f"{each.suffix} ({form})" for form, each in FORMS.items())
+        raise UserError(f"--out {out}: a name that ends with one of {known}")
+    return found[0]
+
+
+def _check(form: str, out: str, precision: str) -> None:
+    """Raises UserError if this can't be written."""
+    needs = FORMS[form].needs
+    if missing := [name for name in needs if importlib.util.find_spec(name) is None]:
+        raise UserError(f"--to {form} needs {', '.join(missing)}: pip install 'unet_ray[{FORMS[form].extra}]'")
+    suffix = FORMS[form].suffix
+    if not storage.split_options(out)[0].endswith(suffix):
+        raise UserError(f"--out {out}: the name of {form} files ends with {suffix}")
+    if precision == "fp16" and form != "openvino":
+        raise UserError(f"--precision fp16 is for --to openvino: {form} files keep the weights as they were trained")
+
+
+def _images(model: str, card: ModelCard) -> tuple[list[np.ndarray], bool]:
+    """Returns images uint8 [1,H,W,C] to compare on, and whether they are real: validation images, or noise if there are
+    none."""
+    reader, found = Reader.of(card, 10**9), []
+    with contextlib.suppress(UserError):
+        for pair in evenly(pairs_of_run(model, "val"), CHECKED):
+            with contextlib.suppress(ImageError, OSError):
+                found.append(reader.resized(imaging.read_file(pair.image), card.image_size)[0][None])
+    real = bool(found)
+    if not real:
+        shape = (4, 1, *card.image_size, card.model.in_channels)
+        found = list(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
+    return [_odd(image, card) if number % 2 else image for number, image in enumerate(found)], real
+
+
+def _odd(image_NHWC: np.ndarray, card: ModelCard) -> np.ndarray:
+    """Returns a part of an image, of a size that the network has to pad; unpadded networks take only certain sizes."""
+    if card.model.padding == "valid":
+        return image_NHWC
+    height, width = image_NHWC.shape[1:3]
+    return np.ascontiguousarray(image_NHWC[:, : max(1, height - 3), : max(1, width - 5)])
+
+
+def _difference(runs: Runs, portable: Portable, image: np.ndarray) -> float:
+    with torch.inference_mode():
+        expected = portable(torch.from_numpy(image)).numpy()
+    actual = runs(image)
+    if actual.shape != expected.shape:
+        return float("inf")
+    if portable.threshold is not None:
+        return float((actual != expected).mean())
+    return float(np.abs(actual.astype(np.float64) - expected).max())
+
+
+def _about(card: ModelCard, portable: Portable, form: str, precision: str, difference: float) -> dict[str, Any]:
+    """Returns what a program must know to use the file."""
+    height, width = card.image_size
+    channels = {1: "gray", 3: "RGB"}.get(card.model.in_channels, f"{card.model.in_channels} channels")
+    sizes = "any height and width" if portable.padded else f"sizes as {height}x{width}: the network pads nothing"
+    classes = list(card.classes) or (["background", "foreground"] if card.model.num_classes == 1 else [])
+    return {
+        "made_by": f"unet_ray {__version__}",
+        "format": form,
+        "precision": precision,
+        "input": f"image: uint8 [1, height, width, {card.model.in_channels}], {channels}, {sizes}",
+        "output": "classes: uint8 [1, height, width]"
+        if portable.threshold is not None
+        else f"probability: float32 [1, {card.model.num_classes}, height, width]"
+        + (", of the foreground" if card.model.num_classes == 1 else ", of each class"),
+        "image_size": [height, width],
+        "resize": "the network was trained on whole images resized to image_size [height, width], bilinear with "
+        "antialiasing (Pillow's BILINEAR); resize probabilities back bilinearly, then decide",
+        "value_range": card.value_range,
+        "classes": classes,
+        "mask_values": list(card.of_masks.get("mask_values") or ()),
+        "threshold": portable.threshold if portable.threshold is not None else card.threshold,
+        "validation": {name: value for name, value in card.scores.items() if name.startswith("val_dice")},
+        "largest_difference_from_torch": difference,
+        "weights_sha256": card.weights_sha256,
+    }
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hides what exporters warn of: branches that depend on sizes only, and their own future."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+# --- the forms ---
+
+
+def _traced(portable: Portable, image: Tensor) -> Any:
+    with torch.no_grad():
+        return torch.jit.trace(portable, image, check_trace=False)
+
+
+def _onnx(portable: Portable, image: Tensor, path: Path, _precision: str) -> Runs:
+    import onnxruntime
+
+    output = _output(portable)
+    sides = {"height": -2, "width": -1} if portable.threshold is None else {"height": 1, "width": 2}
+    axes = {
+        "image": {1: "height", 2: "width"},
+        output: {place % 4 if place < 0 else place: n for n, place in sides.items()},
+    }
+    with torch.no_grad():
+        torch.onnx.export(
+            portable,
+            (image,),
+            str(path),
+            input_names=["image"],
+            output_names=[output],
+            dynamic_axes=axes,
+            opset_version=OPSET,
+            dynamo=False,
+        )
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return lambda each: session.run(None, {"image": each})[0]
+
+
+def _torchscript(portable: Portable, image: Tensor, path: Path, _precision: str) -> Runs:
+    torch.jit.save(_traced(portable, image), str(path))
+    loaded = torch.jit.load(str(path))
+    return lambda each: loaded(torch.from_numpy(each)).detach().numpy()
+
+
+def _torch_export(portable: Portable, image: Tensor, path: Path, _precision: str) -> Runs:
+    any_size = {1: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO}
+    program = torch.export.export(portable, (image,), dynamic_shapes=(any_size,))
+    torch.export.save(program, str(path))
+    loaded = torch.export.load(str(path)).module()
+    return lambda each: loaded(torch.from_numpy(each)).detach().numpy()
+
+
+def _openvino(portable: Portable, image: Tensor, path: Path, precision: str) -> Runs:
+    with backends.without_telemetry():
+        import openvino
+
+        shape = [1, -1, -1, image.shape[-1]]
+        network = openvino.convert_model(_traced(portable, image), input=[("image_NHWC", shape)])
+    network.inputs[0].get_tensor().set_names({"image"})
+    network.outputs[0].get_tensor().set_names({_output(portable)})
+    openvino.save_model(network, str(path), compress_to_fp16=precision == "fp16")
+    # In fp32 also where the processor has bf16: the file is compared, not the processor.
+    compiled = openvino.compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return lambda each: compiled([each])[0]
+
+
+def _output(portable: Portable) -> str:
+    return "probability" if portable.threshold is None else "classes"
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """A form of file."""
+
+    suffix: str
+    write: Callable[[Portable, Tensor, Path, str], Runs]
+    """Writes the network at the path, and returns what runs the file. The tensor is an example image."""
+    needs: tuple[str, ...] = ()
+    """Packages that it needs."""
+    extra: str = "export"
+
+
+FORMS = {
+    "onnx": Form(".onnx", _onnx, ("onnx", "onnxruntime")),
+    "torchscript": Form(".pt", _torchscript),
+    "torch-export": Form(".pt2", _torch_export),
+    "openvino": Form(".xml", _openvino, ("openvino",), "cpu"),
+}
+"""Name -> form, as `--to` takes it."""
