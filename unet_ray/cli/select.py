@@ -77,8 +77,9 @@ def select(
 
     The uncertainty is the entropy of the pixels' classes, from 0 to 1, in the mean over what may be foreground: a large
     background, of which every network is sure, does not count. Images are divided by the rarest class found in them,
-    in proportion to the uncertainty in each group, so that rare classes have their share. In each group the most
-    uncertain are chosen that look different to the network (its deepest layer), so that lookalikes don't fill the list.
+    in proportion to the uncertainty in each group, so that rare classes have their share. In each group those are
+    chosen that stand for the others, the uncertain above all, by what the network's deepest layer sees: lookalikes
+    don't fill the list, nor do oddities.
 
     The choice is the same for any number of workers. The same command goes on after a stop. Annotations are never
     written twice: your corrections stay, unless --overwrite is given. --cleanup keeps specks and holes out of them,

@@ -121,7 +121,7 @@ def _why(picks: list[dict[str, Any]]) -> Section:
     text = (
         "The uncertainty is the entropy of the pixels' classes, from 0 to 1, in the mean over what may be foreground. "
         "Images are divided by the rarest class found in them, in proportion to the uncertainty of each group; in a "
-        "group the most uncertain are chosen that look different to the network."
+        "group those are chosen that stand for the others, the uncertain above all, by what the network sees in them."
     )
     return Section(
         title="How they were chosen", text=text, table=Table(rows, ["the network finds", "images", "mean uncertainty"])

@@ -12,11 +12,8 @@ import numpy as np
 
 NOTHING = 0
 """Stratum of the images in which nothing was found; the others have the class id after which they are named."""
-CANDIDATES = 8
-"""So many of the most uncertain images are compared with each other for each image that is chosen; of a small pool the
-more uncertain half."""
-MOST = 2048
-"""The most candidates, unless more are to be chosen: each is compared with each."""
+CANDIDATES = 2048
+"""The most images of a group that are compared with each other, unless more are to be chosen."""
 DIGITS = 4
 """Uncertainties are rounded to so many digits: sums in another order, with other threads, must not change a choice."""
 
@@ -30,7 +27,7 @@ class Stratum:
     seats: int
     """How many of them are to be chosen."""
     rows: np.ndarray
-    """Places of the candidates among all images, int64; the most uncertain first."""
+    """Places of the candidates among all images, int64, sorted."""
 
 
 def classes_shown(pixels_NK: np.ndarray) -> np.ndarray:
@@ -62,10 +59,20 @@ def divided(uncertainty: np.ndarray, shows: np.ndarray, count: int) -> list[Stra
     for stratum, seats in zip(strata.tolist(), _seats(weights, sizes, count), strict=True):
         if seats:
             rows = np.flatnonzero(shows == stratum)
-            order = np.argsort(-uncertainty[rows], kind="stable")  # of equal ones the first in the listing
-            most = max(seats, min(seats * CANDIDATES, MOST, -(-len(rows) // 2)))
-            found.append(Stratum(stratum, seats, rows[order[:most]]))
+            found.append(Stratum(stratum, seats, _candidates(rows, uncertainty[rows], max(seats, CANDIDATES))))
     return found
+
+
+def _candidates(rows: np.ndarray, uncertainty: np.ndarray, most: int) -> np.ndarray:
+    """Returns at most so many of the rows, sorted: half of them the most uncertain, half evenly spaced among the
+    others, as `spread` weighs both."""
+    if len(rows) <= most:
+        return rows
+    order = np.argsort(-uncertainty, kind="stable")  # of equal ones the first in the listing
+    half = most // 2
+    others = np.sort(order[half:])
+    even = others[np.arange(most - half) * len(others) // (most - half)]
+    return rows[np.sort(np.concatenate([order[:half], even]))]
 
 
 def _seats(weights: np.ndarray, sizes: np.ndarray, count: int) -> list[int]:
@@ -88,19 +95,22 @@ def _seats(weights: np.ndarray, sizes: np.ndarray, count: int) -> list[int]:
 def spread(uncertainty: np.ndarray, embedding_ND: np.ndarray, seats: int) -> list[int]:
     """Chooses candidates one after the other, so that they stand for all of them. Returns their places, in this order.
 
-    Each image is covered as far as a chosen one looks like it: by the cosine between their embeddings, from which the
-    candidates' mean is taken. Next comes always the image with the largest product of its own uncertainty and of the
-    uncertainty that it would cover anew (the greedy way to a facility location's optimum; Nemhauser, Wolsey and Fisher
-    1978). So copies of a chosen image come last, and an odd image that stands for no other does not come first.
+    An image is covered as far as a chosen one looks like it: by the cosine between their embeddings, from which the
+    candidates' mean is taken. Next comes always the image that covers most anew (the greedy way to a facility
+    location's optimum; Nemhauser, Wolsey and Fisher 1978). Each image counts with its uncertainty plus the mean of all:
+    a network that has seen few labels is a poor guide to what it lacks, and what is typical then teaches it more
+    (Hacohen, Dekel and Weinshall 2022). Copies of a chosen image come last, and so does an odd one that stands for no
+    other.
     """
-    weight = np.round(uncertainty.astype(np.float64), DIGITS).astype(np.float32)
+    sure = np.round(uncertainty.astype(np.float64), DIGITS)
+    weight = (sure + sure.mean()).astype(np.float32) if len(sure) else sure.astype(np.float32)
     centred = embedding_ND.astype(np.float64) - embedding_ND.mean(axis=0)
     unit = centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-12)
     likeness = np.round(np.maximum(0, unit @ unit.T), DIGITS).astype(np.float32)
     covered = np.zeros(len(weight), np.float32)
     chosen: list[int] = []
     for _ in range(min(seats, len(weight))):
-        value = np.round(weight * (np.maximum(0, likeness - covered) @ weight), DIGITS)
+        value = np.round(np.maximum(0, likeness - covered) @ weight, DIGITS)
         value[chosen] = -1
         best = int(np.lexsort((-weight, -value))[0])  # of equal ones the most uncertain, then the first in the listing
         chosen.append(best)
