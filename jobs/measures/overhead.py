@@ -43,7 +43,8 @@ class NoNetwork:
 
     def __call__(self, image_NHWC: np.ndarray) -> Segmentation:
         count = len(image_NHWC)
-        return Segmentation(np.repeat(self.disc[None], count, axis=0), np.ones(count, np.float32))
+        sure, unsure = np.ones(count, np.float32), np.zeros(count, np.float32)
+        return Segmentation(np.repeat(self.disc[None], count, axis=0), sure, unsure)
 
 
 @dataclass(frozen=True, slots=True)
