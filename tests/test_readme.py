@@ -25,7 +25,7 @@ def here(tmp_path, monkeypatch):
     images, masks = make_discs(tmp_path / "discs", 12, size=64)
     for name in ("train", "photos"):
         shutil.copytree(images, tmp_path / name)
-    for name in ("train_masks", "photo_masks"):
+    for name in ("train_masks", "photo_masks", "THEIR_MASKS"):
         shutil.copytree(masks, tmp_path / name)
     return tmp_path
 

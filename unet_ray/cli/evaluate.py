@@ -117,7 +117,7 @@ def evaluate(
     \b
     Example:
       unet-ray evaluate RUN --images train --masks train_masks --against OTHER_RUN
-      unet-ray evaluate --predictions train_masks --masks train_masks
+      unet-ray evaluate --predictions THEIR_MASKS --masks train_masks
 
     With --predictions, and with --against then another folder of masks, no model is needed: files with one value beside
     0 are background and foreground, others class ids (255 in --masks is left out), and the command says so.

@@ -141,8 +141,6 @@ def _chosen(
 
 def _picks(pool: Pool, rows: Sequence[int], strata: Sequence[int], card: ModelCard) -> tuple[Pick, ...]:
     names = class_names(card)
-    if card.model.num_classes == 1:
-        names = ["background", names[1]]
     return tuple(
         Pick(
             row["path"],
