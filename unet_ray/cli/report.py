@@ -10,7 +10,7 @@ from unet_ray.ray_backend.session import Runtime
 from unet_ray.report.progress import ImagesDisplay
 
 
-@click.command(cls=Command, short_help="Write report.html anew, for a run or a prediction.")
+@click.command(cls=Command, short_help="Write report.html anew, for a run, a prediction or a selection.")
 @click.argument("location", metavar="RUN|OUT")
 @option(WHERE, "--cluster", "on_cluster", is_flag=True, help="Score the validation images through Ray.")
 @verbose

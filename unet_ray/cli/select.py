@@ -69,11 +69,11 @@ def select(
 
     \b
     Writes:
-      PICKS/picks.csv                      path, rank (1: the best), uncertainty, what the network finds, foreground
-      PICKS/annotations/labelme/<path>.json  polygons to correct in labelme; or label_studio.json, coco.json, masks
+      PICKS/picks.csv                        path, rank (1: the best), uncertainty, what is found, share of foreground
+      PICKS/annotations/labelme/<path>.json  polygons to correct in labelme; or label_studio.json, coco.json
       PICKS/annotations/masks, probabilities the same as pictures
-      PICKS/report.html                    each image, its mask, and where the network is unsure
-      PICKS/pool/manifest.parquet          the uncertainty of every image of the pool
+      PICKS/report.html                      each image, its mask, and where the network is unsure
+      PICKS/pool/manifest.parquet            the uncertainty of every image of the pool
 
     The uncertainty is the entropy of the pixels' classes, from 0 to 1, in the mean over what may be foreground: a large
     background, of which every network is sure, does not count. Images are divided by the rarest class found in them,
