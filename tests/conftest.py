@@ -383,7 +383,9 @@ def recorded(out: Path) -> dict[Path, int]:
 
     found = {}
     for folder in (out / "manifest.parquet", out / ".work/done"):
-        for shard in folder.rglob("[!.]*.parquet"):
+        # os.walk, since rglob of Python 3.11 fails where a folder goes meanwhile.
+        files = [Path(parent, name) for parent, _, names in os.walk(folder) for name in names]
+        for shard in (file for file in files if file.suffix == ".parquet" and not file.name.startswith(".")):
             try:
                 outputs = pq.read_table(shard, columns=["output"])["output"].to_pylist()
             except FileNotFoundError:  # merged into the manifest meanwhile
