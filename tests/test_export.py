@@ -122,8 +122,9 @@ def test_the_file_beside_it_says_what_a_program_must_know(run, tmp_path):
 
 
 def test_a_file_that_differs_is_refused_and_not_written(run, tmp_path, monkeypatch):
-    wrong = exporting.Form(
-        ".pt", lambda portable, *_: lambda image: portable(torch.from_numpy(image)).detach().numpy() + 1e-3
+    wrong = dataclasses.replace(
+        exporting.FORMS["torchscript"],
+        write=lambda portable, *_: lambda image: portable(torch.from_numpy(image)).detach().numpy() + 1e-3,
     )
     monkeypatch.setitem(exporting.FORMS, "torchscript", wrong)
     with pytest.raises(UserError, match=r"refused: torchscript differs from torch by 0\.001"):

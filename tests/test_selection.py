@@ -19,6 +19,7 @@ from PIL import Image
 from unet_ray.cli import main
 from unet_ray.config import PredictConfig, UserError
 from unet_ray.ray_backend.session import LOCAL, Runtime
+from unet_ray.report.of_selection import of_selection
 from unet_ray.selection.choose import CANDIDATES, NOTHING, classes_shown, divided, merged, shown_classes, spread
 from unet_ray.selection.select import select
 
@@ -139,6 +140,13 @@ def test_it_writes_picks_annotations_and_a_page(trained, tmp_path):
         Path(row["path"]).name: row["uncertainty"] for row in pq.read_table(out / "pool/manifest.parquet").to_pylist()
     }
     assert len(scores) == 40
+
+
+def test_the_page_has_the_map_of_a_network_with_one_output_for_each_of_two_classes(discs, tmp_path):
+    model = make_model(tmp_path / "RUN", ("model.num_classes", 2))
+    pool = PredictConfig(model=str(model), inputs=(str(discs[0]),), out=str(tmp_path / "PICKS"), formats=("labelme",))
+    select(pool, 2, runtime=LOCAL)
+    assert of_selection(str(tmp_path / "PICKS")).count("data:image/jpeg") == 6, "image, mask and map of each"
 
 
 def test_ray_any_number_of_workers_and_one_process_choose_the_same(trained, tmp_path, ray_cluster):

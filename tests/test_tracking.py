@@ -1,8 +1,12 @@
 """Metrics for TensorBoard and MLflow."""
 
+import os
 import struct
-from contextlib import contextmanager
+import sys
+from contextlib import contextmanager, nullcontext
 from itertools import chain, repeat
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from runs import config_for
@@ -57,8 +61,6 @@ def test_mlflow_gets_settings_and_metrics(discs, tmp_path, monkeypatch):
 
 
 def test_mlflow_that_is_not_installed_is_an_error_with_the_remedy(discs, tmp_path, monkeypatch):
-    import sys
-
     monkeypatch.setitem(sys.modules, "mlflow", None)
     with pytest.raises(UserError, match="pip install 'unet_ray\\[mlflow\\]'"):
         train(config_for(discs, ("compute.mlflow", "file:///x")), str(tmp_path / "run"), runtime=LOCAL)
@@ -85,6 +87,38 @@ def test_a_tracker_that_fails_never_ends_the_training_and_gets_the_rest_later(di
     assert (
         len(warnings) == 1 and "the server is down: the training goes on" in warnings[0] and "secret" not in warnings[0]
     )
+
+
+@pytest.mark.parametrize("fails_in_training", [False, True])
+def test_an_mlflow_that_fails_between_its_steps_gets_one_run_and_its_settings_once(monkeypatch, fails_in_training):
+    calls, wrong = [], iter([False, True, False])
+
+    def log_params(_settings):
+        calls.append("params")
+        if next(wrong, False):
+            raise ConnectionError("down")
+
+    fake = SimpleNamespace(
+        set_tracking_uri=lambda _uri: next(wrong),
+        set_experiment=lambda _name: None,
+        start_run=lambda **_: calls.append(f"patience {os.environ['MLFLOW_HTTP_REQUEST_MAX_RETRIES']}"),
+        log_params=log_params,
+        log_metrics=lambda _metrics, step: calls.append(step),
+        end_run=calls.append,
+    )
+    monkeypatch.setitem(sys.modules, "mlflow", fake)
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)
+    config = config_for((Path("images"), Path("masks")), ("compute.mlflow", "http://127.0.0.1:1"))
+    error = pytest.raises(OSError) if fails_in_training else nullcontext()
+    with error, tracking._mlflow(config, "run") as track:
+        with pytest.raises(ConnectionError):
+            track({"epoch": 1})
+        track({"epoch": 1})
+        track({"epoch": 2})
+        if fails_in_training:
+            raise OSError("the disk")
+    assert calls == ["patience 1", "params", "params", 1, 2, "FAILED" if fails_in_training else "FINISHED"]
+    assert "MLFLOW_HTTP_REQUEST_MAX_RETRIES" not in os.environ, "the process is the host's"
 
 
 def test_a_tracker_that_never_comes_back_is_said_at_the_end(discs, tmp_path, monkeypatch, caplog):

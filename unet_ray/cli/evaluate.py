@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 import yaml
@@ -35,7 +36,11 @@ from unet_ray.settings import from_mapping
 
 if TYPE_CHECKING:
     from unet_ray.data.pairs import Pair
+    from unet_ray.evaluation.choose_cleanup import CleanupChoice
+    from unet_ray.evaluation.choose_threshold import ThresholdChoice
     from unet_ray.metrics import Comparison, Scores
+
+    Choice = TypeVar("Choice", CleanupChoice, ThresholdChoice)
 
 SCORING = "Scoring"
 OF_FILES = {"masks", "match", "tolerance"}
@@ -228,13 +233,23 @@ def _scores(
             return scores, run(other_config, pairs=scored_pairs, runtime=runtime, on_progress=display)
 
 
+def _chosen(
+    choose: Callable[..., Choice], config: EvaluateConfig, scored_pairs: list[Pair], runtime: Runtime, as_json: bool
+) -> Choice | None:
+    """Returns the choice to print; with --json prints it and returns None."""
+    with ImagesDisplay("scored") as display:
+        choice = choose(config, pairs=scored_pairs, runtime=runtime, on_progress=display)
+    if not as_json:
+        return choice
+    click.echo(json.dumps(dataclasses.asdict(choice)))
+    return None
+
+
 def _choose_threshold(config: EvaluateConfig, scored_pairs: list[Pair], runtime: Runtime, as_json: bool) -> None:
     from unet_ray.evaluation.choose_threshold import USUAL, choose_threshold
 
-    with ImagesDisplay("scored") as display:
-        choice = choose_threshold(config, pairs=scored_pairs, runtime=runtime, on_progress=display)
-    if as_json:
-        click.echo(json.dumps(dataclasses.asdict(choice)))
+    choice = _chosen(choose_threshold, config, scored_pairs, runtime, as_json)
+    if choice is None:
         return
     click.echo(f"{choice.images} images       mean Dice  precision  recall")
     for place, threshold in enumerate(choice.thresholds):
@@ -250,10 +265,8 @@ def _choose_threshold(config: EvaluateConfig, scored_pairs: list[Pair], runtime:
 def _choose_cleanup(config: EvaluateConfig, scored_pairs: list[Pair], runtime: Runtime, as_json: bool) -> None:
     from unet_ray.evaluation.choose_cleanup import choose_cleanup
 
-    with ImagesDisplay("scored") as display:
-        choice = choose_cleanup(config, pairs=scored_pairs, runtime=runtime, on_progress=display)
-    if as_json:
-        click.echo(json.dumps(dataclasses.asdict(choice)))
+    choice = _chosen(choose_cleanup, config, scored_pairs, runtime, as_json)
+    if choice is None:
         return
     click.echo(f"{choice.images} images       mean Dice")
     for name, dice in choice.dice.items():

@@ -14,9 +14,8 @@ import numpy as np
 
 from unet_ray import metrics
 from unet_ray.config import IGNORE, EvaluateConfig, UserError
-from unet_ray.data import imaging, mask_files
+from unet_ray.data import imaging
 from unet_ray.data.chunks import Chunk, objects
-from unet_ray.data.imaging import ImageError
 from unet_ray.data.pairs import Pair
 from unet_ray.data.progress import OnProgress
 from unet_ray.evaluation.compare import Compare
@@ -123,19 +122,12 @@ class _Histogram:
     compare: Compare
 
     def __call__(self, chunk: Chunk, predictions: Iterator[Prediction]) -> Chunk:
-        errors, found = [], np.zeros((len(chunk["path"]), 2 * LEVELS), np.int64)
-        for row, prediction in enumerate(predictions):
-            errors.append(prediction.error)
-            if prediction.segmented is None:
-                continue
-            assert prediction.segmented.probabilities is not None
-            [probability] = prediction.segmented.probabilities
-            try:
-                truth = self.compare.ground_truth(chunk, row, (probability.shape[0], probability.shape[1]))
-                probability = imaging.resized_ids(probability, truth.shape)
-            except (ImageError, OSError) as error:
-                errors[row] = f"mask {mask_files.shown(self.compare.mask_path(chunk, row))}: {error}"
-                continue
+        rows = len(chunk["path"])
+        errors, found = [""] * rows, np.zeros((rows, 2 * LEVELS), np.int64)
+        for row, segmented, truth in self.compare.with_ground_truth(chunk, predictions, errors):
+            assert segmented.probabilities is not None
+            [probability] = segmented.probabilities
+            probability = imaging.resized_ids(probability, truth.shape)
             valid = truth != IGNORE
             joint = truth[valid].astype(np.int64) * LEVELS + probability[valid]
             found[row] = np.bincount(joint, minlength=2 * LEVELS)

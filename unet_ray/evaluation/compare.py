@@ -14,6 +14,7 @@ from unet_ray.config import IGNORE, Cleanup
 from unet_ray.data import imaging, mask_files, masks
 from unet_ray.data.chunks import Chunk, objects
 from unet_ray.data.imaging import ImageError
+from unet_ray.inference.segmenter import SegmentedMask
 from unet_ray.inference.stages import Prediction
 from unet_ray.models.checkpoint import ModelCard
 
@@ -37,32 +38,35 @@ class Compare:
         valid = np.zeros(rows, np.int64)
         surface = np.zeros((rows, classes * len(metrics.SURFACE)))
         errors = [""] * rows
-        for row, prediction in enumerate(predictions):
-            if prediction.segmented is None:
-                errors[row] = prediction.error
-                continue
-            mask = prediction.segmented.mask
-            try:
-                ground_truth = self.ground_truth(chunk, row, (mask.shape[0], mask.shape[1]))
-                mask = imaging.resized_ids(mask, ground_truth.shape)
-            except (ImageError, OSError) as error:
-                errors[row] = f"mask {mask_files.shown(self.mask_path(chunk, row))}: {error}"
-                continue
+        for row, segmented, ground_truth in self.with_ground_truth(chunk, predictions, errors):
+            mask = imaging.resized_ids(segmented.mask, ground_truth.shape)
             counts[row] = self._counts(mask, ground_truth)
             valid[row] = (ground_truth != IGNORE).sum()
             surface[row] = metrics.surface_scores(mask, ground_truth, classes, self.tolerance).reshape(-1)
         return {"path": chunk["path"], "error": objects(errors), "counts": counts, "valid": valid, "surface": surface}
 
-    def mask_path(self, chunk: Chunk, row: int) -> str:
-        """Returns the location of the ground truth of a row."""
-        return os.fsdecode(chunk["mask_path"][row])
+    def with_ground_truth(
+        self, chunk: Chunk, predictions: Iterator[Prediction], errors: list[str]
+    ) -> Iterator[tuple[int, SegmentedMask, np.ndarray]]:
+        """Yields row, segmented image and ground truth, uint8 [H,W]; writes into `errors` why a row has none."""
+        for row, prediction in enumerate(predictions):
+            if prediction.segmented is None:
+                errors[row] = prediction.error
+                continue
+            size = prediction.segmented.mask.shape
+            try:
+                ground_truth = self._ground_truth(chunk, row, (size[0], size[1]))
+            except (ImageError, OSError) as error:
+                errors[row] = f"mask {mask_files.shown(os.fsdecode(chunk['mask_path'][row]))}: {error}"
+                continue
+            yield row, prediction.segmented, ground_truth
 
-    def ground_truth(self, chunk: Chunk, row: int, size_hw: tuple[int, int]) -> np.ndarray:
+    def _ground_truth(self, chunk: Chunk, row: int, size_hw: tuple[int, int]) -> np.ndarray:
         """Returns the ground truth of a row, uint8 [H,W]. Raises ImageError if its size does not fit the image's
         (`size_hw`), or OSError."""
         data = self.card.data
         encoded = imaging.read_file(os.fsdecode(chunk["path"][row])) if data.mask_turn else None
-        mask = mask_files.read(self.mask_path(chunk, row))
+        mask = mask_files.read(os.fsdecode(chunk["mask_path"][row]))
         ground_truth, own_size = imaging.decode_mask(mask, data, None, encoded)
         if problem := imaging.problem_of_sizes(size_hw, own_size, data):
             raise ImageError(problem)

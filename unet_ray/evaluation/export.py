@@ -8,20 +8,20 @@ import json
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from unet_ray import __version__
 from unet_ray.config import UserError, first_line
 from unet_ray.data import imaging, storage
 from unet_ray.data.imaging import ImageError
 from unet_ray.data.inputs import evenly
+from unet_ray.evaluation.export_forms import FORMS, Runs
 from unet_ray.evaluation.run_pairs import pairs_of_run
 from unet_ray.inference import backends
 from unet_ray.inference.portable import Portable
@@ -29,17 +29,12 @@ from unet_ray.inference.reader import Reader
 from unet_ray.models import checkpoint
 from unet_ray.models.checkpoint import ModelCard
 
-Runs = Callable[[np.ndarray], np.ndarray]
-"""Runs a network from its file: image uint8 [1,H,W,C] -> output, see `Portable`."""
-
 CHECKED = 8
 """Validation images on which the file is compared with torch, half of them at an odd size."""
 MAY_DIFFER = {"fp32": 1e-4, "fp16": 0.02}
 """Precision -> the largest difference of a probability."""
 MAY_DIFFER_IN_CLASS = {"fp32": 1e-4, "fp16": 5e-3}
 """Precision -> the largest share of pixels whose class differs."""
-OPSET = 17
-"""Of ONNX, of 2022: the oldest that has all that our networks need."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,88 +180,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
-
-
-# --- the forms ---
-
-
-def _traced(portable: Portable, image: Tensor) -> Any:
-    with torch.no_grad():
-        return torch.jit.trace(portable, image, check_trace=False)
-
-
-def _onnx(portable: Portable, image: Tensor, path: Path, _precision: str) -> Runs:
-    import onnxruntime
-
-    output = _output(portable)
-    sides = {"height": -2, "width": -1} if portable.threshold is None else {"height": 1, "width": 2}
-    axes = {
-        "image": {1: "height", 2: "width"},
-        output: {place % 4 if place < 0 else place: n for n, place in sides.items()},
-    }
-    with torch.no_grad():
-        torch.onnx.export(
-            portable,
-            (image,),
-            str(path),
-            input_names=["image"],
-            output_names=[output],
-            dynamic_axes=axes,
-            opset_version=OPSET,
-            dynamo=False,
-        )
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return lambda each: session.run(None, {"image": each})[0]
-
-
-def _torchscript(portable: Portable, image: Tensor, path: Path, _precision: str) -> Runs:
-    torch.jit.save(_traced(portable, image), str(path))
-    loaded = torch.jit.load(str(path))
-    return lambda each: loaded(torch.from_numpy(each)).detach().numpy()
-
-
-def _torch_export(portable: Portable, image: Tensor, path: Path, _precision: str) -> Runs:
-    any_size = {1: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO}
-    program = torch.export.export(portable, (image,), dynamic_shapes=(any_size,))
-    torch.export.save(program, str(path))
-    loaded = torch.export.load(str(path)).module()
-    return lambda each: loaded(torch.from_numpy(each)).detach().numpy()
-
-
-def _openvino(portable: Portable, image: Tensor, path: Path, precision: str) -> Runs:
-    with backends.without_telemetry():
-        import openvino
-
-        shape = [1, -1, -1, image.shape[-1]]
-        network = openvino.convert_model(_traced(portable, image), input=[("image_NHWC", shape)])
-    network.inputs[0].get_tensor().set_names({"image"})
-    network.outputs[0].get_tensor().set_names({_output(portable)})
-    openvino.save_model(network, str(path), compress_to_fp16=precision == "fp16")
-    # In fp32 also where the processor has bf16: the file is compared, not the processor.
-    compiled = openvino.compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    return lambda each: compiled([each])[0]
-
-
-def _output(portable: Portable) -> str:
-    return "probability" if portable.threshold is None else "classes"
-
-
-@dataclass(frozen=True, slots=True)
-class Form:
-    """A form of file."""
-
-    suffix: str
-    write: Callable[[Portable, Tensor, Path, str], Runs]
-    """Writes the network at the path, and returns what runs the file. The tensor is an example image."""
-    needs: tuple[str, ...] = ()
-    """Packages that it needs."""
-    extra: str = "export"
-
-
-FORMS = {
-    "onnx": Form(".onnx", _onnx, ("onnx", "onnxruntime")),
-    "torchscript": Form(".pt", _torchscript),
-    "torch-export": Form(".pt2", _torch_export),
-    "openvino": Form(".xml", _openvino, ("openvino",), "cpu"),
-}
-"""Name -> form, as `--to` takes it."""

@@ -2,20 +2,8 @@
 
 from __future__ import annotations
 
+from unet_ray.evaluation.export_forms import FORMS
 from unet_ray.models.checkpoint import ModelCard
-
-TORCH = "network(torch.from_numpy(image[None])).detach().numpy()"
-OPEN = {
-    "onnx": (
-        "import onnxruntime",
-        'session = onnxruntime.InferenceSession("{file}")',
-        'session.run(None, {"image": image[None]})[0]',
-    ),
-    "torchscript": ("import torch", 'network = torch.jit.load("{file}")', TORCH),
-    "torch-export": ("import torch", 'network = torch.export.load("{file}").module()', TORCH),
-    "openvino": ("import openvino", 'network = openvino.compile_model("{file}", "CPU")', "network([image[None]])[0]"),
-}
-"""Form -> import, the line that opens the file, and the expression that runs it."""
 
 
 def example(file: str, form: str, card: ModelCard, *, decide: bool, threshold: float) -> str:
@@ -25,10 +13,10 @@ def example(file: str, form: str, card: ModelCard, *, decide: bool, threshold: f
     Images of other than one or three channels are read from `photo.npy`, at the network's size.
     """
     height, width = card.image_size
-    module, opened, run = OPEN[form]
+    known = FORMS[form]
     channels, classes = card.model.in_channels, card.model.num_classes
     picture = channels in (1, 3)
-    lines = [module, "import numpy as np", "from PIL import Image", ""]
+    lines = [f"import {known.module}", "import numpy as np", "from PIL import Image", ""]
     if picture:
         mode, gray = ("L", "[..., None]") if channels == 1 else ("RGB", "")
         lines += [
@@ -37,7 +25,7 @@ def example(file: str, form: str, card: ModelCard, *, decide: bool, threshold: f
         ]
     else:
         lines.append(f'image = np.load("photo.npy")  # uint8 [{height}, {width}, {channels}]')
-    lines += [opened.format(file=file), f"output = {run}"]
+    lines += [known.opened.format(file=file), f"output = {known.run}"]
     own_size = ".resize(picture.size, Image.Resampling.{})" if picture else ""
     if decide:
         lines.append(f"mask = np.asarray(Image.fromarray(output[0]){own_size.format('NEAREST')})")

@@ -11,7 +11,7 @@ from PIL import Image
 from unet_ray import __version__
 from unet_ray.data import imaging, storage
 from unet_ray.data.imaging import ImageError
-from unet_ray.inference.formats.probabilities import FOLDER
+from unet_ray.inference.formats.probabilities import names_of
 from unet_ray.inference.ledger import Ledger
 from unet_ray.report.pictures import SIDE, picture_uri
 from unet_ray.report.prediction_pictures import PredictionPictures
@@ -79,8 +79,8 @@ def _row(drawer: PredictionPictures, pick: dict[str, Any], row: dict[str, Any] |
     """Returns the pictures of a pick; None if its mask could not be made."""
     if row is None or row["status"] != "ok":
         return None
-    picture = drawer.picture(row)
-    drawn = [(uri, "mask") for uri, _ in drawer.draw([row])]
+    picture, ids = drawer.picture(row), drawer.mask(row)
+    drawn = [] if ids is None else [(drawer.overlay(picture, ids), "mask")]
     uncertain = _map(drawer.out, row, drawer.classes)
     if uncertain is not None:
         drawn.append((picture_uri(uncertain), "uncertainty"))
@@ -94,10 +94,9 @@ def _row(drawer: PredictionPictures, pick: dict[str, Any], row: dict[str, Any] |
 
 def _map(out: str, row: dict[str, Any], classes: int) -> np.ndarray | None:
     """Returns the entropy of each pixel as a heat map, uint8 [h,w,3]; None if the probabilities are gone."""
-    stem = PurePosixPath(row["output"]).relative_to("masks").with_suffix("")
-    names = [f"{stem}.png"] if classes == 2 else [f"{stem}.{class_id}.png" for class_id in range(classes)]
+    output = PurePosixPath(row["output"]).relative_to("masks").as_posix()
     try:
-        planes = [imaging.read_file(storage.join(out, FOLDER, *name.split("/"))) for name in names]
+        planes = [imaging.read_file(name) for name in _probabilities(out, output, classes)]
         height, width = imaging.fitted((row["height"], row["width"]), SIDE)
         shares = np.stack([_resized(imaging.stored_values(plane), (width, height)) for plane in planes])
     except (OSError, ImageError):
@@ -107,6 +106,12 @@ def _map(out: str, row: dict[str, Any], classes: int) -> np.ndarray | None:
     import matplotlib
 
     return (255 * matplotlib.colormaps["inferno"](entropy)[..., :3]).astype(np.uint8)
+
+
+def _probabilities(out: str, output: str, classes: int) -> list[str]:
+    """Returns the files with the probabilities of a mask. A network gives two classes as one probability or as two."""
+    one, all_classes = ([storage.join(out, *name.split("/")) for name in names_of(output, n)] for n in (1, classes))
+    return one if classes == 2 and storage.exists(one[0]) else all_classes
 
 
 def _resized(probability: np.ndarray, size_wh: tuple[int, int]) -> np.ndarray:

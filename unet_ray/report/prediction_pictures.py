@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -33,16 +34,20 @@ class PredictionPictures:
         except (OSError, ValueError):  # a damaged file costs its pictures, not the page
             in_parquet = {}
         for row in rows:
-            ids = self._mask(row, in_parquet)
+            ids = self.mask(row, in_parquet)
             if ids is None:
                 continue
             share = 1 - row["pixels"][0] / max(1, sum(row["pixels"]))
             sure = "" if row["uncertainty"] is None else f"uncertainty {row['uncertainty']:.3f}, "
             caption = f"{short(row['path'])}: {sure}{share:.1%} foreground"
-            num_classes = 1 if self.classes == 2 else self.classes
-            yield data_uri(pictures.overlay(self.picture(row), ids, num_classes)), caption
+            yield self.overlay(self.picture(row), ids), caption
 
-    def _mask(self, row: dict[str, Any], in_parquet: dict[str, bytes]) -> np.ndarray | None:
+    def overlay(self, picture: np.ndarray, ids: np.ndarray) -> str:
+        """Returns the picture with the mask over it, as a data URI."""
+        return data_uri(pictures.overlay(picture, ids, 1 if self.classes == 2 else self.classes))
+
+    def mask(self, row: dict[str, Any], in_parquet: Mapping[str, bytes] = MappingProxyType({})) -> np.ndarray | None:
+        """Returns the class ids of a manifest's row, uint8 [H,W]; None if they can't be read."""
         try:
             if row["output"]:
                 return imaging.stored_values(imaging.read_file(storage.join(self.out, *row["output"].split("/"))))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,26 +53,25 @@ class Pool:
     def inputs(self, rows: Sequence[int]) -> dict[str, list[Any]]:
         """Returns the ledger's columns of some images, `INPUTS`, with `row`, their place in this pool."""
         found: dict[str, list[Any]] = {name: [] for name in INPUTS}
-        tables: dict[int, pa.Table] = {}
-        for place in self.places[list(rows)].tolist():
-            shard, row = divmod(place, SHARD_ROWS)
-            if shard not in tables:
-                tables[shard] = self.ledger.inputs(shard, INPUTS)
+        for table in self._rows(rows, lambda shard: self.ledger.inputs(shard, INPUTS)):
             for name in INPUTS:
-                found[name].append(tables[shard][name][row].as_py())
+                found[name].append(table[name][0].as_py())
         return {"row": list(rows), **found}
 
     def manifest_rows(self, rows: Sequence[int]) -> list[dict[str, Any]]:
         """Returns `path`, `uncertainty` and `pixels` of some images."""
         columns = ["path", "uncertainty", "pixels"]
+        tables = self._rows(rows, lambda shard: next(iter(self.ledger.manifest(columns, [shard]))))
+        return [row for table in tables for row in table.to_pylist()]
+
+    def _rows(self, rows: Sequence[int], read: Callable[[int], pa.Table]) -> Iterator[pa.Table]:
+        """Yields a table of one row for each of `rows`. `read` gets the number of a shard; each is read once."""
         tables: dict[int, pa.Table] = {}
-        found = []
         for place in self.places[list(rows)].tolist():
             shard, row = divmod(place, SHARD_ROWS)
             if shard not in tables:
-                [tables[shard]] = self.ledger.manifest(columns, [shard])
-            found += tables[shard].slice(row, 1).to_pylist()
-        return found
+                tables[shard] = read(shard)
+            yield tables[shard].slice(row, 1)
 
     def image_files(self, rows: Sequence[int]) -> list[ImageFile]:
         """Returns some images as a listing finds them."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -35,8 +34,6 @@ from unet_ray.ray_backend.session import Runtime
 from unet_ray.selection.choose import NOTHING, divided, merged, shown_classes, spread
 from unet_ray.selection.embed import embeddings
 from unet_ray.selection.pool import Pool, plain
-
-log = logging.getLogger("unet_ray")
 
 POOL, PICKS, ANNOTATIONS = "pool", "picks.csv", "annotations"
 FOR_THE_PAGE = ("png", "prob")

@@ -32,6 +32,7 @@ from unet_ray.training.setup import (
     explained_errors,
     first_weights,
     resolved,
+    say_if_rate_rises,
     with_absolute_paths,
     write_start,
 )
@@ -81,6 +82,7 @@ def train(
     with output_lock(out, run_files.LOCK, "give the same command again with --resume") as lock:
         # Again, because another training may have begun and ended before this one got the lock.
         _check_out(config, split, out, resume)
+        say_if_rate_rises(config, out)
         callbacks.on_start(split)
         look([split.pairs[index] for index in split.train], config)
         _train(config, split, out, runtime, lock, callbacks)

@@ -8,7 +8,7 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from unet_ray.config import IGNORE, DataConfig, TrainConfig, UserError, first_line, locations, shown_locations
 from unet_ray.data import cache, masks, storage
@@ -151,22 +151,28 @@ def _check_resumable(config: TrainConfig, split: Split, out: str, state: Trainin
         )
     if state.epoch >= config.train.epochs:
         raise UserError(f"{out} is finished ({state.epoch} epochs): raise --epochs, or choose another --out")
-    _look_at_schedule(config, out, state)
-
-
-def _look_at_schedule(config: TrainConfig, out: str, state: TrainingState) -> None:
-    """Raises UserError if the run had stopped early and would stop again at once. Says if its learning rate will rise
-    again."""
-    train = config.train
-    history = [line for line in read_metrics(out) if line["epoch"] <= state.epoch]
-    if stops_early(train, [line["val_dice"] for line in history if "val_dice" in line]):
+    patience = config.train.patience
+    if stops_early(config.train, [line["val_dice"] for line in _history(out, state.epoch) if "val_dice" in line]):
         raise UserError(
-            f"{out} stopped early after epoch {state.epoch}, since {train.patience} epochs were no better than the "
-            f"best: --set train.patience={2 * train.patience} goes on, and 0 never stops early"
+            f"{out} stopped early after epoch {state.epoch}, since {patience} epochs were no better than the best: "
+            f"--set train.patience={2 * patience} goes on, and 0 never stops early"
         )
+
+
+def _history(out: str, epoch: int) -> list[dict[str, Any]]:
+    """Returns the lines of metrics.jsonl up to an epoch."""
+    return [line for line in read_metrics(out) if line["epoch"] <= epoch]
+
+
+def say_if_rate_rises(config: TrainConfig, out: str) -> None:
+    """Says if the learning rate of a run that goes on will rise again: its schedule is longer now."""
+    train, state = config.train, training_state.read_state(storage.join(out, run_files.LAST))
+    if state is None or train.schedule == "plateau":
+        return
+    history = _history(out, state.epoch)
     before = history[-1]["learning_rate"] if history else math.inf
     now = learning_rate_at(train, state.epoch / train.epochs)
-    if train.schedule != "plateau" and now > 1.01 * before:
+    if now > 1.01 * before:
         text = "the learning rate rises again, from %.3g to %.3g (schedule %s, to epoch %d)"
         log.warning(text, before, now, train.schedule, train.epochs)
 
@@ -215,7 +221,8 @@ def explained_errors(out: str, config: TrainConfig) -> Iterator[None]:
             "train.checkpoint_activations=true, or lower --batch-size or --image-size"
         ) from None
     except ValueError as error:
-        if "more than 1" not in str(error):  # torch: `Expected more than 1 value per channel`, `1 spatial element`
+        # torch: `Expected more than 1 value per channel`, `Expected more than 1 spatial element`
+        if not str(error).startswith("Expected more than 1"):
             raise
         norm, batch, size = config.model.norm, config.train.batch_size, config.data.tile or config.data.image_size
         raise UserError(

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
@@ -112,28 +111,52 @@ def _tensorboard(folder: str) -> Iterator[Track]:
 @contextmanager
 def _mlflow(config: TrainConfig, name: str) -> Iterator[Track]:
     """Begins the run with the first line that the server takes."""
-    for variable, value in PATIENCE.items():
-        os.environ.setdefault(variable, value)
     try:
         import mlflow
     except ImportError:
         raise UserError("compute.mlflow needs MLflow: pip install 'unet_ray[mlflow]'") from None
-    runs: list[Any] = []
+
+    def begin() -> None:
+        mlflow.set_tracking_uri(config.compute.mlflow)
+        mlflow.set_experiment("unet_ray")
+        mlflow.start_run(run_name=name)
+
+    def describe() -> None:
+        settings = config.to_dict()
+        mlflow.log_params(
+            {f"{section}.{key}": value for section in settings for key, value in settings[section].items()}
+        )
+
+    first = [begin, describe]  # each is done once, although a server may fail between them
 
     def track(line: dict[str, Any]) -> None:
-        if not runs:
-            mlflow.set_tracking_uri(config.compute.mlflow)
-            mlflow.set_experiment("unet_ray")
-            runs.append(mlflow.start_run(run_name=name))
-            settings = config.to_dict()
-            mlflow.log_params(
-                {f"{section}.{key}": value for section in settings for key, value in settings[section].items()}
-            )
+        while first:
+            first[0]()
+            first.pop(0)
         mlflow.log_metrics(scalars(line), step=line["epoch"])
 
-    try:
-        yield track
-    finally:
-        if runs:
+    def end(status: str) -> None:
+        if begin not in first:
             with suppress(Exception):  # the server may be down now
-                mlflow.end_run("FAILED" if sys.exc_info()[0] else "FINISHED")
+                mlflow.end_run(status)
+
+    with _patient():
+        try:
+            yield track
+        except BaseException:
+            end("FAILED")
+            raise
+        else:
+            end("FINISHED")
+
+
+@contextmanager
+def _patient() -> Iterator[None]:
+    """Sets the variables of `PATIENCE` that are not set, and takes them away at the end: the process is the host's."""
+    ours = {variable: value for variable, value in PATIENCE.items() if variable not in os.environ}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for variable in ours:
+            os.environ.pop(variable, None)

@@ -10,6 +10,13 @@ from unet_ray.inference.formats.base import ImageResult, OutputFormat
 FOLDER = "probabilities"
 
 
+def names_of(output: str, num_classes: int) -> list[str]:
+    """Returns the files with the probabilities of the mask `output`. `num_classes`: the network's own, 1 or more."""
+    stem = output.rpartition(".")[0]
+    names = [output] if num_classes == 1 else [f"{stem}.{class_id}.png" for class_id in range(num_classes)]
+    return [f"{FOLDER}/{name}" for name in names]
+
+
 class Probabilities(OutputFormat):
     """Writes `probabilities/…png`: 8-bit gray, 255 for certainty. A model with one class gives the foreground's; others
     give a file for each class (`….0.png`, `….1.png`)."""
@@ -24,7 +31,4 @@ class Probabilities(OutputFormat):
         return {}
 
     def files(self, output: str) -> list[str]:
-        classes = self.card.model.num_classes
-        stem = output.rpartition(".")[0]
-        names = [output] if classes == 1 else [f"{stem}.{class_id}.png" for class_id in range(classes)]
-        return [f"{FOLDER}/{name}" for name in names]
+        return names_of(output, self.card.model.num_classes)
