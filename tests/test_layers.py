@@ -28,6 +28,7 @@ ORDER = [
     "metrics",
     "data",
     "settings",
+    "custom_parts",
     "config",
     "own_process",
     "keys",

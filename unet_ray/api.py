@@ -202,12 +202,12 @@ def evaluate(
     return evaluation.evaluate(config, runtime=Runtime(local, verbose), on_progress=on_progress)
 
 
-def load_network(model: Location) -> SegmentationModel:
+def load_network(model: Location, *, allow_code: bool = False) -> SegmentationModel:
     """Returns the trained network as a torch.nn.Module, on the CPU and in evaluation mode, for your own code.
 
     It takes images of any size, uint8 [N,C,H,W], and gives logits, float32 [N,K,H,W]: of one class (K = 1) the sigmoid
     is the probability, of several the softmax. Normalisation and padding are inside; `Segmenter` also resizes and
-    decides. Raises UserError.
+    decides. `allow_code`: import the code of a network of your own, see `unet_ray.custom_parts`. Raises UserError.
 
     >>> import torch
     >>> import unet_ray
@@ -215,7 +215,8 @@ def load_network(model: Location) -> SegmentationModel:
     >>> network(torch.zeros(1, 3, 50, 41, dtype=torch.uint8)).shape
     torch.Size([1, 1, 50, 41])
     """
-    return checkpoint.load_model(checkpoint.model_directory(storage.absolute(model)))[0].eval()
+    location = checkpoint.model_directory(storage.absolute(model))
+    return checkpoint.load_model(location, allow_code=allow_code)[0].eval()
 
 
 def _folders(**given: Location | Sequence[Location] | None) -> dict[str, Any]:
@@ -292,8 +293,8 @@ class Segmenter:
     """Segments single images without Ray, as `predict` does for folders; the model is loaded once.
 
     `model`: run or model directory. `tile`, `overlap`, `tta`, `ensemble`, `cleanup`, `threshold`, `max_pixels`,
-    `device`, `precision`, `backend`: see MaskOptions. Raises UserError for what the user must fix, also for an image
-    that is unusable.
+    `device`, `precision`, `backend`, `allow_code`: see MaskOptions. Raises UserError for what the user must fix, also
+    for an image that is unusable.
 
     >>> import numpy as np
     >>> import unet_ray
@@ -320,6 +321,7 @@ class Segmenter:
         device: str = "auto",
         precision: str = "auto",
         backend: str = "auto",
+        allow_code: bool = False,
     ) -> None:
         options = from_mapping(
             MaskOptions,
@@ -334,6 +336,7 @@ class Segmenter:
                 "device": device,
                 "precision": precision,
                 "backend": backend,
+                "allow_code": allow_code,
             },
         )
         self.pipeline = pipeline_of(os.fspath(model), options).chosen_here()

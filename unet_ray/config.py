@@ -17,7 +17,7 @@ from typing import Any, Literal
 import yaml
 
 from unet_ray import keys
-from unet_ray.registry import FORMATS, LOSSES, NETWORKS, OPTIMIZERS
+from unet_ray.registry import FORMATS, LOSSES, NETWORKS, OPTIMIZERS, is_custom
 
 IGNORE = 255
 """Class id, in every decoded mask, of a pixel that is left out of loss and scores."""
@@ -40,7 +40,7 @@ class ModelConfig:
     """The network (`model.` in YAML and `--set`)."""
 
     name: str = "unet"
-    """One of `registry.NETWORKS`, which explains each."""
+    """One of `registry.NETWORKS`, which explains each; or one of your own, see `custom_parts`."""
     in_channels: int = 3
     """Every image is converted to this many channels when it is decoded: 1 gray, 2 gray + alpha, 3 RGB, 4 RGBA."""
     num_classes: int = 1
@@ -73,7 +73,7 @@ class ModelConfig:
     one for each."""
 
     def __post_init__(self) -> None:
-        _check_choices(self, "model", name=NETWORKS)
+        _check_choices(self, "model", name=_with_custom(NETWORKS, self.name))
         _at_least(self, "model", in_channels=1, num_classes=1, base_channels=1, depth=1, growth=1, patch=1)
         if self.num_classes > MAX_CLASSES:
             raise UserError(f"model.num_classes is {self.num_classes}: at most {MAX_CLASSES}, class ids are 8-bit")
@@ -256,6 +256,8 @@ class DataConfig:
         return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
 
 
+CUSTOM = "module:name, as mine:Net for Net in mine.py"
+"""How errors say what `registry.is_custom` takes."""
 COMPARISON = re.compile(r"(>=|<=|>|<)\s*(\d+)")
 """What `MaskValue` takes as a text."""
 COLOUR = re.compile(r"#?([0-9a-fA-F]{6})")
@@ -351,12 +353,16 @@ class AugmentConfig:
     """Largest change of contrast: 0.2 draws factors from 1 / 1.2 to 1.2, around middle gray."""
     gamma: float = 0.0
     """Largest change of gamma: 0.2 draws exponents from 1 / 1.2 to 1.2."""
+    custom: str | None = None
+    """An augmentation of your own, see `custom_parts`; it comes before the others."""
 
     def __post_init__(self) -> None:
         for name in ("hflip", "vflip"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"augment.{name} is {getattr(self, name)}: a probability from 0 to 1")
-        _at_least(self, "augment", **{each.name: 0.0 for each in dataclasses.fields(self)})
+        if self.custom is not None and not is_custom(self.custom):
+            raise UserError(f"augment.custom is {self.custom!r}: {CUSTOM}")
+        _at_least(self, "augment", **{each.name: 0.0 for each in dataclasses.fields(self) if each.name != "custom"})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -398,7 +404,8 @@ class OptimizationConfig:
     """Decay of an exponential moving average of the weights, e.g. 0.999; 0: none. The average is then validated and
     saved. The decay is at most (1 + steps) / (10 + steps), so that the first weights are soon forgotten."""
     loss: str = "auto"
-    """One of `registry.LOSSES`, or a sum such as `bce+dice`. `auto`: bce+dice for one class, ce+dice for more."""
+    """One of `registry.LOSSES`, or a sum such as `bce+dice`. `auto`: bce+dice for one class, ce+dice for more. Terms
+    may be your own, see `custom_parts`."""
     focal_gamma: float = 2.0
     """Exponent of the focal loss (Lin et al. 2017: 2)."""
     tversky_alpha: float = 0.3
@@ -506,7 +513,7 @@ class TrainConfig:
         if self.augment.quarter_turns and height != width:
             raise UserError(f"augment.quarter_turns needs square images, not {height}x{width}")
         terms = set(self.train.loss.split("+"))
-        for term in terms - {"auto", *LOSSES}:
+        for term in {term for term in terms if not is_custom(term)} - {"auto", *LOSSES}:
             raise UserError(f"train.loss {self.train.loss!r}: {term!r} is not a loss{nearest(term, ['auto', *LOSSES])}")
         if "auto" in terms and len(terms) > 1:
             raise UserError(f"train.loss {self.train.loss!r}: auto stands alone")
@@ -582,6 +589,8 @@ class MaskOptions:
     threshold: float | None = None
     """A pixel is foreground where its probability is above this (one class). None: what `evaluate --choose-threshold`
     chose for this model, or 0.5."""
+    allow_code: bool = False
+    """Let a model import its network's code, where that is no part of unet_ray (`custom_parts`)."""
     max_pixels: int = MAX_PIXELS
     """Larger images are not decoded, because a file of a few kilobytes can claim gigabytes."""
     workers: int = 0
@@ -695,6 +704,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if not close and "." in name:  # a right key under a wrong section
         close = [k for k in known if k.split(".")[-1] == name.split(".")[-1]][:1]
     return f": did you mean {close[0]!r}?" if close else f": one of {', '.join(sorted(known))}"
+
+
+def _with_custom(table: Iterable[str], name: str) -> list[str]:
+    """Returns the names of a table, for `_check_choices`, with `name` if it is one of the user's own."""
+    return [*table, name if is_custom(name) else f"your own ({CUSTOM})"]
 
 
 def _without_keys(section: Any) -> None:

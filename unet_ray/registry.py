@@ -1,11 +1,13 @@
 """Holds the tables of names that a user can choose: networks, losses, optimizers, output formats.
 
-To add one, write it in its file and add its name here. The settings check names against these tables and `--help`
-lists them; a comment beside a name explains it. Nothing is imported before it is used.
+To add one, write it in its file and add its name here; a user's own (`custom_parts`) needs no entry. The settings check
+names against these tables and `--help` lists them; a comment beside a name explains it. Nothing is imported before its
+use.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
@@ -53,6 +55,14 @@ FORMATS = {
     "overlay": "unet_ray.inference.formats.overlays:Overlays",  # overlays/: small pictures with the mask drawn on them
 }
 """`predict --format` -> subclass of `inference.formats.base.OutputFormat`."""
+
+
+_CUSTOM = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+
+
+def is_custom(name: str) -> bool:
+    """Returns whether a name stands for a part of the user's own, `module:name` (see `custom_parts`)."""
+    return _CUSTOM.fullmatch(name) is not None
 
 
 def load(choices: Mapping[str, str], name: str) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from unet_ray.cli.messages import print_places
-from unet_ray.cli.options import OUTPUT, Command, option
+from unet_ray.cli.options import OUTPUT, Command, allow_code, option
 from unet_ray.data import storage
 
 FORMS = ("onnx", "torchscript", "torch-export", "openvino")
@@ -31,7 +31,8 @@ FORMS = ("onnx", "torchscript", "torch-export", "openvino")
     show_default=True,
     help="Of the weights; fp16 is for OpenVINO.",
 )
-def export(model: str, out: str, form: str | None, decide: bool, precision: str) -> None:
+@allow_code
+def export(model: str, out: str, form: str | None, decide: bool, precision: str, allow_code: bool) -> None:
     """Write a model as a file that other programs run without unet_ray and Ray.
 
     MODEL is a run directory or a model directory. The file takes an image, uint8 [1, height, width, channels] of any
@@ -55,7 +56,7 @@ def export(model: str, out: str, form: str | None, decide: bool, precision: str)
 
     location = checkpoint.model_directory(storage.absolute(model))
     form = form or exporting.form_of(out)
-    written = exporting.export(model, out, form, decide=decide, precision=precision)
+    written = exporting.export(model, out, form, decide=decide, precision=precision, allow_code=allow_code)
     kind = "validation images" if written.real else "images of noise, since there are no validation images"
     what = "share of differing pixels" if decide else "largest difference of a probability"
     click.echo(f"compared with torch on {written.images} {kind}: {what} {written.difference:.2g}")

@@ -205,7 +205,14 @@ def runtime(command: Callable[..., None]) -> Callable[..., None]:
     return with_runtime
 
 
+allow_code = option(
+    WHERE,
+    "--allow-code",
+    is_flag=True,
+    help="Let MODEL import its network's code, which is no part of unet_ray: see `train --help`.",
+)
 mask_options = options(
+    allow_code,
     option(
         MASKS,
         "--tile",

@@ -8,7 +8,7 @@ import sys
 
 import click
 
-from unet_ray.cli.options import Command, as_json, option
+from unet_ray.cli.options import Command, allow_code, as_json, option
 from unet_ray.config import EvaluateConfig
 from unet_ray.report.progress import ImagesDisplay
 
@@ -24,8 +24,9 @@ from unet_ray.report.progress import ImagesDisplay
     metavar="N",
     help="Training images from which the ranges of values are taken.",
 )
+@allow_code
 @as_json
-def quantize(run: str, calibration: int, as_json: bool) -> None:
+def quantize(run: str, calibration: int, allow_code: bool, as_json: bool) -> None:
     """Convert a run's network to int8, twice as fast on CPUs; refused if its validation Dice falls by more than 0.001.
 
     RUN is a run directory. NNCF (the extra `cpu`) converts the trained network. Both networks are scored on the run's
@@ -42,7 +43,8 @@ def quantize(run: str, calibration: int, as_json: bool) -> None:
     from unet_ray.evaluation.quantization import quantize as make_int8
 
     with ImagesDisplay("scored") as display:
-        result = make_int8(EvaluateConfig(model=run, device="cpu"), calibration=calibration, on_progress=display)
+        config = EvaluateConfig(model=run, device="cpu", allow_code=allow_code)
+        result = make_int8(config, calibration=calibration, on_progress=display)
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(result)))
     else:

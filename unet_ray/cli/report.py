@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from unet_ray.cli.options import WHERE, Command, option, verbose
+from unet_ray.cli.options import WHERE, Command, allow_code, option, verbose
 from unet_ray.data import storage
 from unet_ray.ray_backend.session import Runtime
 from unet_ray.report.progress import ImagesDisplay
@@ -13,8 +13,9 @@ from unet_ray.report.progress import ImagesDisplay
 @click.command(cls=Command, short_help="Write report.html anew, for a run, a prediction or a selection.")
 @click.argument("location", metavar="RUN|OUT")
 @option(WHERE, "--cluster", "on_cluster", is_flag=True, help="Score the validation images through Ray.")
+@allow_code
 @verbose
-def report(location: str, on_cluster: bool, verbose: bool) -> None:
+def report(location: str, on_cluster: bool, allow_code: bool, verbose: bool) -> None:
     """Write report.html anew, for a run or a prediction: one page to view and to send.
 
     RUN is the output of train, OUT the output of predict. For a run, it scores up to 128 validation images, evenly
@@ -26,7 +27,13 @@ def report(location: str, on_cluster: bool, verbose: bool) -> None:
 
     Writes RUN/report.html and prints its location.
     """
+    from unet_ray import custom_parts
+    from unet_ray.models import checkpoint
     from unet_ray.report.page import write
+
+    if allow_code:
+        model = checkpoint.model_directory(storage.absolute(location))
+        custom_parts.check_permission(model, checkpoint.read_card(model).model.name, allow_code)
 
     with ImagesDisplay("scored") as display:
         place = write(location, runtime=Runtime(not on_cluster, verbose), on_progress=display)

@@ -29,7 +29,7 @@ from unet_ray.cli.options import (
 from unet_ray.config import AugmentConfig, TrainConfig, UserError
 from unet_ray.data import storage
 from unet_ray.ray_backend.session import Runtime
-from unet_ray.registry import LOSSES, NETWORKS, OPTIMIZERS
+from unet_ray.registry import LOSSES, NETWORKS, OPTIMIZERS, is_custom
 from unet_ray.report.progress import TrainingDisplay
 from unet_ray.settings import load_train_config
 
@@ -64,6 +64,9 @@ an error about a misspelt name suggests the nearest):
   model.padding          same; valid with data.tile: the 2015 paper's network,
                          which then predicts by overlap-tiles
   train.loss             {", ".join(LOSSES)} or a sum: ce+dice
+                         model.name, train.loss and augment.custom also take
+                         your own: mine:Net is Net of mine.py in this folder;
+                         unet_ray/custom_parts.py has an example of each
   train.optimizer        {", ".join(OPTIMIZERS)}
   train.schedule         constant, plateau, cosine, poly, one_cycle
   train.                 ema, clip_norm, accumulate, patience, warm_up,
@@ -273,9 +276,10 @@ def train(
         sys.exit(1)
     click.echo(result.kept)
     print_places(model=storage.join(out, "model"), **written_report(out, no_report))
-    validated = "val_dice" in result.best
-    evaluate = f"unet-ray evaluate {shlex.quote(out)}" + ("" if validated else " --images IMAGES --masks MASKS")
-    print_next(evaluate, f"unet-ray predict {shlex.quote(out)} FOLDER --out MASKS")
+    allow = " --allow-code" if is_custom(config.model.name) else ""
+    pairs = "" if "val_dice" in result.best else " --images IMAGES --masks MASKS"
+    model = shlex.quote(out)
+    print_next(f"unet-ray evaluate {model}{pairs}{allow}", f"unet-ray predict {model} FOLDER --out MASKS{allow}")
 
 
 def _cross_validate(config: TrainConfig, out: str, folds: int, runtime: Runtime, resume: bool) -> None:

@@ -53,15 +53,17 @@ class Exported:
     bytes: int
 
 
-def export(model: str, out: str, form: str, *, decide: bool = False, precision: str = "fp32") -> Exported:
+def export(
+    model: str, out: str, form: str, *, decide: bool = False, precision: str = "fp32", allow_code: bool = False
+) -> Exported:
     """Writes the network of a run or model directory as `form`, one of `FORMS`, with a JSON file about it.
 
     `decide`: it gives class ids instead of probabilities. Nothing is written unless the file, opened by its own
-    program, gives what torch gives. Raises UserError.
+    program, gives what torch gives. `allow_code`: see `checkpoint.load_model`. Raises UserError.
     """
     location, out = checkpoint.model_directory(storage.absolute(model)), storage.absolute(out)
     _check(form, out, precision)
-    network, card = checkpoint.load_model(location)
+    network, card = checkpoint.load_model(location, allow_code=allow_code)
     backends.fold_batch_norm(network.eval())
     portable = Portable(network, checkpoint.read_threshold(location, card) if decide else None).eval()
     images, real = _images(model, card)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from unet_ray import __version__
+from unet_ray import __version__, custom_parts
 from unet_ray.config import UserError, first_line
 from unet_ray.data import storage
 from unet_ray.inference.arithmetic import Arithmetic
@@ -42,15 +42,17 @@ EXPORTED = "openvino"
 """Folder of a model directory for the network in OpenVINO's format; it may be deleted."""
 
 
-def load(location: str, arithmetic: Arithmetic) -> tuple[Network, ModelCard]:
+def load(location: str, arithmetic: Arithmetic, *, allow_code: bool = False) -> tuple[Network, ModelCard]:
     """Returns the network of a model directory, ready to compute in this arithmetic, and its card.
 
-    It never falls back to another arithmetic. Raises UserError if this process can't compute so.
+    It never falls back to another arithmetic. Raises UserError if this process can't compute so. `allow_code`: see
+    `checkpoint.load_model`.
     """
     if arithmetic.backend == "openvino":
         card = checkpoint.read_card(location)
+        custom_parts.check_permission(location, card.model.name, allow_code)
         return OpenVino(_openvino_network(location, card, arithmetic.int8), card, arithmetic), card
-    model, card = checkpoint.load_model(location)
+    model, card = checkpoint.load_model(location, allow_code=allow_code)
     fold_batch_norm(model.eval())
     model = model.to(torch.device(arithmetic.device), memory_format=torch.channels_last)  # type: ignore[call-overload]
     return Torch(model, arithmetic), card
@@ -88,7 +90,7 @@ class Torch:
             self.run = Compiled(model, required=True, **settings)
 
     def __call__(self, image_NCHW: Tensor) -> Tensor:
-        with autocast(self.device, self.precision):
+        with autocast(self.device, self.precision), custom_parts.explained(self.model.config.name):
             return self.run(image_NCHW).float()
 
     def embed(self, image_NCHW: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from unet_ray import custom_parts
 from unet_ray.config import PredictConfig, UserError
 from unet_ray.data import storage
 from unet_ray.data.output_lock import OutputLock, output_lock
@@ -53,6 +54,7 @@ def settings_of(config: PredictConfig, pipeline: Pipeline, part: Part) -> dict[s
         "tta": config.tta,
         "cleanup": pipeline.cleanup_text,
         "threshold": None if pipeline.card.threshold == 0.5 else pipeline.card.threshold,
+        "code": custom_parts.source_sha256(pipeline.card.model.name) if options.allow_code else None,
         "parts": part.of if part != WHOLE else None,
     }
 

@@ -83,8 +83,14 @@ class Pipeline(ABC):
     def segmenter(self, threads: int | None = None) -> BatchSegmenter:
         """Loads the network. The arithmetic must be chosen. `threads`: see BatchSegmenter."""
         assert self.arithmetic is not None, "call chosen_here, or run"
-        flips = self.card.flips if self.options.tta else ""
-        return BatchSegmenter(self.model, self.arithmetic, ensemble=self.options.ensemble, flips=flips, threads=threads)
+        return BatchSegmenter(
+            self.model,
+            self.arithmetic,
+            ensemble=self.options.ensemble,
+            flips=self.card.flips if self.options.tta else "",
+            threads=threads,
+            allow_code=self.options.allow_code,
+        )
 
     def chosen_here(self, images: int = 0, settle: Settle = choose) -> Pipeline:
         """Returns the pipeline with the arithmetic for this process. Raises UserError, as `settle` does."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from unet_ray import custom_parts, registry
 from unet_ray.config import Cleanup, MaskOptions, UserError
 from unet_ray.data import storage
 from unet_ray.inference.pipeline import Pipeline, TilePipeline, WholeImagePipeline
@@ -18,8 +19,10 @@ def pipeline_of(model: str, options: MaskOptions) -> Pipeline:
     model = checkpoint.model_directory(storage.absolute(model))
     card = checkpoint.read_card(model)
     ensemble = tuple(checkpoint.model_directory(storage.absolute(other)) for other in options.ensemble)
-    check_ensemble([card, *map(checkpoint.read_card, ensemble)], [model, *ensemble])
-    options = dataclasses.replace(options, ensemble=ensemble)
+    cards = [card, *map(checkpoint.read_card, ensemble)]
+    check_ensemble(cards, [model, *ensemble])
+    custom = _load_custom([model, *ensemble], cards, options.allow_code)
+    options = dataclasses.replace(options, ensemble=ensemble, allow_code=custom)
     _check_tile(card, options)
     if options.tta and not card.flips:
         raise UserError(f"--tta: {model} was trained without flips, so it does not know mirrored images")
@@ -31,6 +34,20 @@ def pipeline_of(model: str, options: MaskOptions) -> Pipeline:
     card = dataclasses.replace(card, threshold=chosen)
     pipeline = TilePipeline if options.tile else WholeImagePipeline
     return pipeline(model, card, Cleanup.parse(text), text, options)
+
+
+def _load_custom(models: list[str], cards: list[ModelCard], allow_code: bool) -> bool:
+    """Imports the networks of the user's own here, before a cluster starts. Returns whether there is one. Raises
+    UserError if it is not allowed, or can't be imported."""
+    names = [card.model.name for card in cards]
+    custom = [
+        name
+        for model, name in zip(models, names, strict=True)
+        if custom_parts.check_permission(model, name, allow_code)
+    ]
+    for name in custom:
+        custom_parts.load(registry.NETWORKS, name, "config")
+    return bool(custom)
 
 
 def _check_tile(card: ModelCard, options: MaskOptions) -> None:

@@ -58,8 +58,8 @@ class BatchSegmenter:
 
     `ensemble`: further models with the same channels, image size and classes; probabilities are averaged. `flips`: axes
     (`h`, `v` or both) along which images are flipped, too, before the probabilities are averaged. `threads`: threads on
-    a CPU; None keeps torch's number. Raises UserError if a model does not exist, if the models do not go together, or
-    if this process can't compute in this arithmetic.
+    a CPU; None keeps torch's number. `allow_code`: see `checkpoint.load_model`. Raises UserError if a model does not
+    exist, if the models do not go together, or if this process can't compute in this arithmetic.
     """
 
     def __init__(
@@ -70,6 +70,7 @@ class BatchSegmenter:
         ensemble: Sequence[str] = (),
         flips: str = "",
         threads: int | None = None,
+        allow_code: bool = False,
     ) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
@@ -79,7 +80,7 @@ class BatchSegmenter:
             check_gpu()
         self.device = torch.device(arithmetic.device)
         self.at_once = IMAGES_AT_ONCE[self.device.type]
-        self.models = [backends.load(path, arithmetic) for path in (location, *ensemble)]
+        self.models = [backends.load(path, arithmetic, allow_code=allow_code) for path in (location, *ensemble)]
         self.card = self.models[0][1]
         check_ensemble([card for _, card in self.models], [location, *ensemble])
         # Each view is an image flipped along some axes of NCHW.

@@ -6,11 +6,14 @@ from torch import nn
 
 from unet_ray import registry
 from unet_ray.config import ModelConfig
+from unet_ray.models import custom
 from unet_ray.models.base import SegmentationModel
 
 
 def build(config: ModelConfig) -> SegmentationModel:
     """Builds a freshly initialised network: uint8 [N,C,H,W] in, float logits [N,num_classes,H',W'] out."""
+    if registry.is_custom(config.name):
+        return custom.build(config)
     network: type[SegmentationModel] = registry.load(registry.NETWORKS, config.name)
     return network(config)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,11 +23,14 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from unet_ray import __version__
+from unet_ray import __version__, custom_parts
 from unet_ray.config import DataConfig, ModelConfig, TrainConfig, UserError, ValueRange
 from unet_ray.data import storage
 from unet_ray.models import SegmentationModel, build
+from unet_ray.registry import is_custom
 from unet_ray.settings import from_mapping
+
+log = logging.getLogger("unet_ray")
 
 FORMAT = 1
 """Version of the directory's layout. Raise it when an older package can no longer read a new directory."""
@@ -64,6 +68,8 @@ class ModelCard:
     """The line of metrics.jsonl of the epoch that these weights come from."""
     weights_sha256: str
     """SHA-256 of the data part of model.safetensors, which is everything after the header."""
+    code_sha256: str = ""
+    """Of a network of the user's own (`custom_parts`): SHA-256 of the file with its code."""
 
     @property
     def data(self) -> DataConfig:
@@ -111,6 +117,8 @@ def save_model(
         "scores": scores,
         "weights_sha256": hashlib.sha256(_split(safetensors.torch.save(tensors))[1]).hexdigest(),
     }
+    if is_custom(config.model.name):
+        card["code_sha256"] = custom_parts.source_sha256(config.model.name)
     weights = safetensors.torch.save(tensors, {"card": json.dumps(card)})
     storage.write_bytes(storage.join(location, WEIGHTS), weights, durable=True)
     storage.write_bytes(storage.join(location, CARD), (json.dumps(card, indent=2) + "\n").encode(), durable=True)
@@ -158,6 +166,7 @@ def _parse_card(data: bytes | str, where: str) -> ModelCard:
             threshold=values["threshold"],
             scores=values["scores"],
             weights_sha256=values["weights_sha256"],
+            code_sha256=values.get("code_sha256", ""),
         )
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise UserError(f"{where}: not a model card ({error!r})") from None
@@ -170,10 +179,11 @@ def _of_card(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: getattr(data, name) for name in given}
 
 
-def load_model(location: str) -> tuple[SegmentationModel, ModelCard]:
+def load_model(location: str, *, allow_code: bool = False) -> tuple[SegmentationModel, ModelCard]:
     """Returns the network of a model directory, with its weights and on the CPU, and its card.
 
-    Raises UserError if a file is damaged, or if the two files belong to different models.
+    Raises UserError if a file is damaged, if the two files belong to different models, or if the network's code is none
+    of ours and not allowed (`custom_parts`).
     """
     path = storage.join(location, WEIGHTS)
     data = storage.read_bytes(path)
@@ -192,13 +202,28 @@ def load_model(location: str) -> tuple[SegmentationModel, ModelCard]:
             f" was edited, or the files are of different models. Put back the {CARD} of these weights (--threshold and "
             "--cleanup are options of each command)"
         )
+    custom_parts.check_permission(location, card.model.name, allow_code)
     with torch.random.fork_rng([]):  # the first weights draw from the process's random numbers; these are a host's
         model = build(dataclasses.replace(card.model, pretrained=False))
     weights = safetensors.torch.load(data)
     if not all(torch.isfinite(weight).all() for weight in weights.values()):
         raise UserError(f"{path}: some weights are not finite: the training went wrong, so train with a lower --lr")
-    model.load_state_dict(weights)
+    _fill(model, weights, path)
+    if card.code_sha256 and custom_parts.source_sha256(card.model.name) != card.code_sha256:
+        log.warning("%s: the code of %s has changed since it was trained", location, card.model.name)
     return model, card
+
+
+def _fill(network: SegmentationModel, weights: Mapping[str, torch.Tensor], where: str) -> None:
+    """Gives a network its weights. Raises UserError if one of the user's own has others."""
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        name = network.config.name
+        if not is_custom(name):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{where}: the weights don't fit {name}; its code may have changed: {reason}") from None
 
 
 MAY_DIFFER = ("num_classes", "dropout", "pretrained")
@@ -212,6 +237,8 @@ def model_settings_of(location: str) -> list[tuple[str, Any]]:
     """
     card = read_card(model_directory(storage.absolute(location)))
     values = dataclasses.asdict(dataclasses.replace(card.model, pretrained=False))
+    if is_custom(card.model.name):  # code that the user has to name, see `check_init`
+        del values["name"]
     return [(f"model.{name}", value) for name, value in values.items()]
 
 
@@ -238,7 +265,7 @@ def start_from(location: str, network: SegmentationModel) -> None:
     if card.model.num_classes != network.config.num_classes:
         fresh = network.state_dict()
         tensors |= {name: fresh[name] for name in _of_head(network)}
-    network.load_state_dict(tensors)
+    _fill(network, tensors, location)
 
 
 def _of_head(network: SegmentationModel) -> set[str]:

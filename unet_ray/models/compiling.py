@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from unet_ray.config import ModelConfig, UserError, first_line
 from unet_ray.models import SegmentationModel, build
 from unet_ray.own_process import is_own
+from unet_ray.registry import is_custom
 
 log = logging.getLogger("unet_ray")
 
@@ -51,14 +52,20 @@ def without_weights(config: ModelConfig) -> SegmentationModel:
 
 
 def floating_point_operations(config: ModelConfig, size_hw: tuple[int, int]) -> int:
-    """Counts a network's operations on one image of this size; a multiplication with an addition counts as two."""
+    """Counts a network's operations on one image of this size; a multiplication with an addition counts as two. Returns
+    0 for a network of the user's own whose operations can't be counted."""
     from torch.utils.flop_counter import FlopCounterMode
 
     height, width = size_hw
-    model, margin = without_weights(config).eval(), 2 * config.margin
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        model(torch.empty(1, config.in_channels, height + margin, width + margin, dtype=torch.uint8))
-    return counter.get_total_flops()
+    try:
+        model, margin = without_weights(config).eval(), 2 * config.margin
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:
+            model(torch.empty(1, config.in_channels, height + margin, width + margin, dtype=torch.uint8))
+        return counter.get_total_flops()
+    except Exception:
+        if not is_custom(config.name):
+            raise
+        return 0  # code that needs values, which the meta device has not
 
 
 def is_possible(device: torch.device) -> bool:

@@ -93,7 +93,7 @@ def settings(config: TrainConfig, card: ModelCard, sides: Counter[str]) -> Table
         ["images", f"{images} ({sides['train']} to train on, {sides['val']} to validate on)"],
         ["masks", f"{masks}, {_meaning(data)}"],
         ["split", _split(data)],
-        ["network", f"{network(config)}, {operations / 1e9:.3g} GFLOP an image"],
+        ["network", network(config) + (f", {operations / 1e9:.3g} GFLOP an image" if operations else "")],
         ["classes", names],
         ["image size", f"tiles of {data.tile}" if data.tile else f"{width} × {height}"],
         ["loss", loss],

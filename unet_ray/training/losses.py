@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unet_ray.config import IGNORE, OptimizationConfig
-from unet_ray.registry import LOSSES, load
+from unet_ray.config import IGNORE, OptimizationConfig, UserError
+from unet_ray.custom_parts import load
+from unet_ray.registry import LOSSES, is_custom
 
 
 @dataclass(frozen=True)
@@ -137,4 +138,21 @@ def build(config: OptimizationConfig, num_classes: int) -> Loss:
     name = config.loss
     if name == "auto":
         name = "bce+dice" if num_classes == 1 else "ce+dice"
-    return Loss(tuple(load(LOSSES, term) for term in name.split("+")), config)
+    return Loss(tuple(_custom(term) if is_custom(term) else load(LOSSES, term) for term in name.split("+")), config)
+
+
+def _custom(name: str) -> Term:
+    """Returns a loss of the user's own as a term: one number for each image."""
+    function = load(LOSSES, name, "pixels", "config")
+
+    def term(pixels: Pixels, config: OptimizationConfig) -> Tensor:
+        loss, images = function(pixels, config), len(pixels.mask)
+        shape = getattr(loss, "shape", type(loss).__name__)
+        if shape not in ((), (images,)):
+            raise UserError(
+                f"{name} returns {list(shape) if isinstance(shape, torch.Size) else shape} for {images} images: one "
+                "number for each, or for all, is needed"
+            )
+        return loss.expand(images)
+
+    return term

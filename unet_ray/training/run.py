@@ -17,7 +17,7 @@ from unet_ray.data.pairs import find_pairs
 from unet_ray.models import checkpoint, run_files
 from unet_ray.models.device import check_precision, device_here
 from unet_ray.ray_backend.session import Runtime
-from unet_ray.training import tracking
+from unet_ray.training import custom, tracking
 from unet_ray.training.first_look import look
 from unet_ray.training.follower import Follower, OnEpoch
 from unet_ray.training.loop import fit
@@ -72,6 +72,7 @@ def train(
     from the beginning if there is none. Raises UserError for what the user must fix.
     """
     _check_settings(config)
+    custom.check(config)
     out = storage.absolute(out)
     config = with_absolute_paths(config)
     split = Split.of(find_pairs(config.data, config.model.in_channels, say=True), config.data, config.train.seed)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+from unet_ray import custom_parts
 from unet_ray.config import IGNORE, DataConfig, TrainConfig, UserError, first_line, locations, shown_locations
 from unet_ray.data import cache, masks, storage
 from unet_ray.data.annotations import drawing, sources
@@ -204,11 +205,13 @@ def decoder_with_filled_cache(config: TrainConfig, pairs: list[Pair], run: cache
 
 @contextmanager
 def explained_errors(out: str, config: TrainConfig) -> Iterator[None]:
-    """Turns the errors of a full disk, of a full GPU, and of norms that have one value to norm, into UserError."""
+    """Turns the errors of a full disk, of a full GPU, of norms that have one value to norm, and of the user's own code
+    into UserError."""
     import torch
 
     try:
-        yield
+        with custom_parts.explained(*custom_parts.names_in(config)):
+            yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise

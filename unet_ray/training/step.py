@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
+from unet_ray import custom_parts
 from unet_ray.config import TrainConfig
 from unet_ray.data.rows import Batch
 from unet_ray.models import SegmentationModel, build, checkpoint
 from unet_ray.models.device import autocast, check_precision
 from unet_ray.models.tiles import mirror_margin
-from unet_ray.training import losses
+from unet_ray.training import custom, losses
 from unet_ray.training.augment import augment
 from unet_ray.training.crops import random_tiles
 from unet_ray.training.optimizers import average_of, build_optimizer
@@ -67,6 +68,7 @@ class Training:
             for name, values in arrays.items()
             if name != "index"
         }
+        tensors = custom.augmented(tensors, arrays["index"], self.config, epoch)
         tensors = augment(tensors, arrays["index"], config=self.config.augment, seed=seed, epoch=epoch)
         if data.tile:
             tensors = random_tiles(tensors, arrays["index"], data.tile, margin=model.margin, seed=seed, epoch=epoch)
@@ -103,6 +105,7 @@ def prepare(config: TrainConfig, device: torch.device, *, resumes: bool = False)
     `resumes`: weights are loaded later, so neither `train.init` nor weights that libraries download are needed.
     """
     settings = config.train
+    custom_parts.permit(*custom_parts.names_in(config))  # who trains has typed them
     check_precision(settings.precision, device.type)
     torch.manual_seed(settings.seed)
     weights_follow = resumes or settings.init is not None
