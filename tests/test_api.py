@@ -247,7 +247,7 @@ def test_a_mistake_is_one_line_that_names_the_remedy(folder, tmp_path):
         yield f"{tmp_path}: a folder|{tmp_path}: not a regular file", lambda: segmenter(tmp_path)
         yield "the image: an array \\[2, 3, 4, 3\\]", lambda: segmenter(np.zeros((2, 3, 4, 3), np.uint8))
         yield "float32 from 0 to 0|channel", lambda: segmenter(np.zeros((2, 3, 3), np.float32))
-        yield "for image in images", lambda: segmenter([1, 2])
+        yield "segmenter.batch\\(images\\)", lambda: segmenter([1, 2])
         yield "permute\\(1, 2, 0\\).cpu\\(\\).numpy", lambda: segmenter(torch.zeros(3, 8, 9))
         yield "transpose\\(1, 2, 0\\)", lambda: segmenter(np.zeros((3, 8, 9), np.uint8))
         yield "not set", lambda: segmenter({1, 2})
@@ -260,6 +260,22 @@ def test_a_mistake_is_one_line_that_names_the_remedy(folder, tmp_path):
         with pytest.raises(UserError, match=message) as error:
             mistake()
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("options", [{}, {"tile": 16}], ids=["whole", "tiles"])
+def test_several_images_of_all_kinds_give_what_each_gives_alone(folder, options):
+    segmenter = unet_ray.Segmenter(folder / "one", precision="fp32", **options)
+    path = next(path for path in sorted((folder / "photos").iterdir()) if path.suffix == ".png")
+    with Image.open(path) as opened:
+        array = np.asarray(opened.convert("RGB"))
+    given = [path, b"no image", array, "none.png", path.read_bytes(), [1], Image.fromarray(array[:20])]
+    found = segmenter.batch(given)
+    assert [isinstance(each, UserError) for each in found] == [False, True, False, True, False, True, False]
+    assert "none.png: cannot be read" in str(found[3]) and "not an image" in str(found[1])
+    for image, result in zip(given, found, strict=True):
+        if not isinstance(result, UserError):
+            assert result.png() == segmenter(image).png() and result.overlay().size == result.mask.shape[::-1]
+    assert segmenter.batch([]) == []
 
 
 def test_the_bytes_of_a_file_are_an_image(folder):

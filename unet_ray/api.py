@@ -32,8 +32,9 @@ from unet_ray.data.imaging import ImageError, Source
 from unet_ray.data.progress import OnProgress
 from unet_ray.evaluation import evaluate as evaluation
 from unet_ray.inference import predict as prediction
-from unet_ray.inference.reader import GivenReader, Reader
+from unet_ray.inference.reader import Reader
 from unet_ray.inference.resolve import pipeline_of
+from unet_ray.inference.stages import Prediction
 from unet_ray.inference.summary import PredictSummary
 from unet_ray.metrics import Scores
 from unet_ray.models import SegmentationModel, checkpoint
@@ -50,6 +51,8 @@ Watch = Callbacks
 
 Location = str | os.PathLike[str]
 """A path, or a URI (`s3://`, `gs://`, `file://`)."""
+OneImage = Image.Image | np.ndarray | bytes | Location
+"""What `Segmenter` takes."""
 
 
 def train(
@@ -269,9 +272,13 @@ class SegmentedImage:
         if not storage.split_options(location)[0].lower().endswith(".png"):
             raise UserError(f"{location}: masks are PNG files: let the name end with .png")
         try:
-            storage.write_bytes(location, pictures.encode_png(self.mask, self.num_classes))
+            storage.write_bytes(location, self.png())
         except OSError as error:
             raise UserError(f"{location}: cannot be written: {error.strerror or error}") from None
+
+    def png(self) -> bytes:
+        """Returns the mask as `save` writes it."""
+        return pictures.encode_png(self.mask, self.num_classes)
 
     def overlay(self) -> Image.Image:
         """Returns the image with the mask drawn in, at most 1024 pixels a side; rereads a file. Raises UserError."""
@@ -359,9 +366,7 @@ class Segmenter:
         count = card.model.num_classes
         return ("background", "foreground") if count == 1 else tuple(f"class {k}" for k in range(count))
 
-    def __call__(
-        self, image: Image.Image | np.ndarray | bytes | Location, *, probabilities: bool = False
-    ) -> SegmentedImage:
+    def __call__(self, image: OneImage, *, probabilities: bool = False) -> SegmentedImage:
         """Returns the mask of one image of any size.
 
         `image`: uint8 [H,W] (gray) or [H,W,C], a PIL.Image, the bytes of a file, or a path or URI. Arrays and PIL
@@ -369,26 +374,47 @@ class Segmenter:
         decoded at a smaller size where that is enough. An image that Pillow has opened is not, so a few pixels may
         differ.)
         """
-        card, reader = self.pipeline.card, self.pipeline.reader()
-        path = ""
+        [result] = self.batch([image], probabilities=probabilities)
+        if isinstance(result, UserError):
+            raise result
+        return result
+
+    def batch(self, images: Iterable[OneImage], *, probabilities: bool = False) -> list[SegmentedImage | UserError]:
+        """Returns the masks of several images, which a GPU segments together. A UserError stands in the place of one
+        that is unusable. All are in memory at once.
+
+        >>> import unet_ray
+        >>> segmenter = unet_ray.Segmenter("RUN")
+        >>> [type(each).__name__ for each in segmenter.batch(["images/a_000.png", "no.png"])]
+        ['SegmentedImage', 'UserError']
+        """
+        read = [self._read(image) for image in images]
+        usable = [source for _, source in read if not isinstance(source, UserError)]
+        predictions = iter(self.pipeline.each(self.batches, usable, probabilities=probabilities) if usable else ())
+        return [
+            source if isinstance(source, UserError) else self._result(name, source, next(predictions))
+            for name, source in read
+        ]
+
+    def _read(self, image: OneImage) -> tuple[str, Source | str | UserError]:
+        """Returns the name of an image, for messages, and what is decoded: also the reason why it can't be read."""
         if isinstance(image, (str, os.PathLike)):
             path = storage.absolute(image)
-        else:
-            source = _source(image, card.model.in_channels, card.value_range)
-            reader = GivenReader(reader.channels, reader.value_range, reader.max_pixels, None, source)
-        prediction = self.pipeline.one(self.batches, path, reader, probabilities=probabilities)
-        found = prediction.segmented
+            [source] = self.pipeline.reader().encoded({"path": objects([os.fsencode(path)])})
+            return path, source
+        card = self.pipeline.card
+        try:
+            return "", _source(image, card.model.in_channels, card.value_range)
+        except UserError as error:
+            return "", error
+
+    def _result(self, path: str, source: Source | str, prediction: Prediction) -> SegmentedImage | UserError:
+        found, num_classes = prediction.segmented, self.pipeline.card.model.num_classes
         if found is None:
-            raise UserError(f"{storage.without_secrets(path) or 'the image'}: {prediction.error}")
-        draw = functools.partial(_drawn, reader, path, found.mask, card.model.num_classes)
+            return UserError(f"{storage.without_secrets(path) or 'the image'}: {prediction.error}")
+        draw = functools.partial(_drawn, self.pipeline.reader(), path or source, found.mask, num_classes)
         return SegmentedImage(
-            found.mask,
-            found.confidence,
-            found.uncertainty,
-            self.classes,
-            found.probabilities,
-            card.model.num_classes,
-            draw,
+            found.mask, found.confidence, found.uncertainty, self.classes, found.probabilities, num_classes, draw
         )
 
 
@@ -411,7 +437,7 @@ def _check_values(image: np.ndarray, value_range: ValueRange) -> None:
 def _check_kind(image: Any, channels: int) -> None:
     """Raises UserError for what is no image, or one in another order, with what to write instead."""
     if isinstance(image, (list, tuple)):
-        raise UserError("one image at a time: write [segmenter(image) for image in images]")
+        raise UserError("one image at a time: write segmenter.batch(images)")
     if type(image).__module__ == "torch":
         order = ".permute(1, 2, 0)" if image.ndim == 3 else ""
         raise UserError(f"a tensor of {[*image.shape]}: pass image{order}.cpu().numpy(), uint8 [H,W,C]")
@@ -439,6 +465,8 @@ def _source(image: Image.Image | np.ndarray | bytes, channels: int, value_range:
     return stream.getvalue()
 
 
-def _drawn(reader: Reader, path: str, mask: np.ndarray, num_classes: int) -> bytes:
-    [data] = reader.encoded({"path": objects([os.fsencode(path)])})
-    return reader.overlay(data, mask, num_classes)
+def _drawn(reader: Reader, image: Source | str, mask: np.ndarray, num_classes: int) -> bytes:
+    """Draws a mask into an image, or into that at a path."""
+    if isinstance(image, str):
+        [image] = reader.encoded({"path": objects([os.fsencode(image)])})
+    return reader.overlay(image, mask, num_classes)

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from unet_ray.config import Cleanup, MaskOptions, PredictConfig, UserError
 from unet_ray.data import storage
 from unet_ray.data.chunks import Chunk, Stage, objects
+from unet_ray.data.imaging import Source
 from unet_ray.inference.arithmetic import Arithmetic, Machine
 from unet_ray.inference.choose_arithmetic import Work, choose
 from unet_ray.inference.chunk_size import RowCost
 from unet_ray.inference.local import run_here
-from unet_ray.inference.reader import Reader
+from unet_ray.inference.reader import GivenReader, Reader
 from unet_ray.inference.segmenter import BatchSegmenter
 from unet_ray.inference.stages import (
     DecodeImages,
@@ -73,8 +73,11 @@ class Pipeline(ABC):
         """Returns the stage after the model's."""
 
     @abstractmethod
-    def one(self, segmenter: BatchSegmenter, path: str, reader: Reader, *, probabilities: bool) -> Prediction:
-        """Segments one image in this process. Returns its mask, or the reason of the failure."""
+    def each(
+        self, segmenter: BatchSegmenter, images: Sequence[Source | str], *, probabilities: bool
+    ) -> Iterator[Prediction]:
+        """Segments images in this process. Yields the mask of each, or the reason of the failure; `images` may have
+        that in the place of an image."""
 
     def reader(self) -> Reader:
         column = self.options.column if isinstance(self.options, PredictConfig) else None
@@ -183,11 +186,16 @@ class WholeImagePipeline(Pipeline):
     def postprocess(self, sink: MaskSink, *, probabilities: bool) -> MasksToSink:
         return MasksToSink(ToOwnSize(self.card, self.cleanup, probabilities), sink)
 
-    def one(self, segmenter: BatchSegmenter, path: str, reader: Reader, *, probabilities: bool) -> Prediction:
-        decoded = DecodeImages(reader, self.card.image_size)({"path": objects([os.fsencode(path)])})
+    def each(
+        self, segmenter: BatchSegmenter, images: Sequence[Source | str], *, probabilities: bool
+    ) -> Iterator[Prediction]:
+        decode = DecodeImages(GivenReader.of(self.reader(), images), self.card.image_size)
         to_own_size = ToOwnSize(self.card, self.cleanup, probabilities)
-        [prediction] = to_own_size(Segment(segmenter)(decoded))
-        return prediction
+        return to_own_size(Segment(segmenter)(decode(_without_paths(images))))
+
+
+def _without_paths(images: Sequence[Source | str]) -> Chunk:
+    return {"path": objects([b""] * len(images))}
 
 
 class TilePipeline(Pipeline):
@@ -205,10 +213,10 @@ class TilePipeline(Pipeline):
     def postprocess(self, sink: MaskSink, *, probabilities: bool) -> Stage:  # noqa: ARG002
         return unchanged
 
-    def one(self, segmenter: BatchSegmenter, path: str, reader: Reader, *, probabilities: bool) -> Prediction:
-        by_tiles = self._by_tiles(segmenter, reader, probabilities)
-        [prediction] = by_tiles({"path": objects([os.fsencode(path)])})
-        return prediction
+    def each(
+        self, segmenter: BatchSegmenter, images: Sequence[Source | str], *, probabilities: bool
+    ) -> Iterator[Prediction]:
+        return self._by_tiles(segmenter, GivenReader.of(self.reader(), images), probabilities)(_without_paths(images))
 
     def _by_tiles(self, segmenter: BatchSegmenter, reader: Reader, probabilities: bool) -> SegmentByTiles:
         return SegmentByTiles(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,12 +90,16 @@ class Reader:
 
 @dataclass(frozen=True, slots=True)
 class GivenReader(Reader):
-    """Returns the image that it was made with, in place of a file."""
+    """Returns the images that it was made with, in place of files."""
 
-    image: Source
+    images: tuple[Source | str, ...]
 
-    def encoded(self, chunk: Chunk) -> Iterator[Source | str]:
-        yield from [self.image] * len(chunk["path"])
+    @classmethod
+    def of(cls, reader: Reader, images: Sequence[Source | str]) -> GivenReader:  # type: ignore[override]
+        return cls(reader.channels, reader.value_range, reader.max_pixels, None, tuple(images))
+
+    def encoded(self, chunk: Chunk) -> Iterator[Source | str]:  # noqa: ARG002
+        yield from self.images
 
 
 def checksum(data: Source | str) -> str:
