@@ -106,7 +106,8 @@ def predict(
     Parquet files with the encoded images themselves, each on a disk or on s3://, gs://; a list may also name
     http:// and https:// images. Images are JPEG, JPEG 2000, PNG, GIF, TIFF, BMP, WebP, AVIF, HEIC (the extra `heic`),
     PPM or NPY, of any mode and size, and known by their content where the name says nothing. Each page of a TIFF on a
-    disk and each frame of a GIF is an image. For models of many channels or 16 bits: TIFF and NPY.
+    disk and each frame of a GIF or a video (the extra `video`) is an image. For models of many channels or 16 bits:
+    TIFF and NPY.
 
     \b
     Example:

@@ -27,7 +27,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from unet_ray.config import UserError
-from unet_ray.data import lists, storage
+from unet_ray.data import lists, storage, video
 from unet_ray.data.lists import Column, Entry
 from unet_ray.data.pages import count as count_pages
 from unet_ray.data.parquet_images import BYTES_COLUMNS, image_column, is_text, names_in
@@ -44,7 +44,7 @@ EXTENSIONS = frozenset(
 )
 OTHER_EXTENSIONS = frozenset(
     ".txt .json .jsonl .xml .csv .tsv .md .yaml .yml .html .htm .pdf .py .ipynb .db .ini .cfg .log .mat .npz .zip .gz"  # noqa: SIM905
-    " .tar .nii .h5 .hdf5 .parquet .mp4 .avi .mov .pth .pt .svg .ps .doc .docx .xls .xlsx".split()
+    " .tar .nii .h5 .hdf5 .parquet .pth .pt .svg .ps .doc .docx .xls .xlsx".split()
 )
 """Files of these kinds are no images, whatever they begin with; of any other unknown kind they may be."""
 BEGINNINGS = re.compile(
@@ -55,7 +55,7 @@ BEGINNINGS = re.compile(
 """What images begin with."""
 PREDICTION = ("settings.json", "manifest.parquet", ".work")
 """Names by which the output folder of a prediction is known: the first, and one of the others."""
-PAGED = frozenset({".tif", "tiff", ".gif"})
+PAGED = frozenset({".tif", "tiff", ".gif", *(suffix[-4:] for suffix in video.SUFFIXES)})
 """Ends of the names of files that may hold several images."""
 NAMES_AT_ONCE = 2**16
 LISTED_AT_ONCE = 1024
@@ -87,6 +87,8 @@ class Choice:
 
     strict: bool = False
     """Take all files: those that are no images become rows that fail."""
+    videos: bool = False
+    """Take videos on a disk, too."""
     passed: Counter[str] = field(default_factory=Counter)
     """Extension -> files that were passed over, hidden ones left out."""
 
@@ -97,7 +99,11 @@ class Choice:
         kind = os.path.splitext(name)[1].lower()  # noqa: PTH122 - called often
         if kind in EXTENSIONS or self.strict:
             return True
-        if path is not None and kind not in OTHER_EXTENSIONS and _begins_like_an_image(path):
+        if path is not None and kind in video.SUFFIXES:
+            taken = self.videos
+        else:
+            taken = path is not None and kind not in OTHER_EXTENSIONS and _begins_like_an_image(path)
+        if taken:
             return True
         self.passed[kind] += 1
         return False
@@ -138,12 +144,14 @@ def iter_images(
     Relative paths are below the list's folder. In folders and globs, hidden files, extensions that are not in
     `EXTENSIONS` (unless the file begins as an image does, see `Choice`), and folders that `predict` has written are
     skipped. A broken link, or a file in a list that does not exist, has size -1, and so has a line of a list that names
-    no image. With `pages` each page of a TIFF on a disk is an image, and with `frames` each frame of a GIF. Only the
-    names of one folder at a time are in memory. Raises UserError if there is no such folder or no image in it.
+    no image. With `pages` each page of a TIFF on a disk is an image, and with `frames` each frame of a GIF, and of a
+    video if PyAV is installed. Only the names of one folder at a time are in memory. Raises UserError if there is no
+    such folder or no image in it.
     """
     location = storage.absolute(location)
     count = 0
-    for image in _found(location, column, choice or Choice()):
+    choice = dataclasses.replace(choice or Choice(), videos=frames and video.is_installed())
+    for image in _found(location, column, choice):
         count += 1
         if pages and image.name[-4:].lower() in PAGED:
             yield from _pages(image, frames=frames)
@@ -155,13 +163,14 @@ def iter_images(
 
 def _pages(image: ImageFile, *, frames: bool) -> Iterator[ImageFile]:
     """Yields the pages of an image, or the image itself if it has one."""
+    kind = image.name.rpartition(".")[2]
+    digits = 6 if f".{kind.lower()}" in video.SUFFIXES else 4
     number = 1 if image.source or image.size <= 0 else count_pages(image.path, frames=frames)
     if number == 1:
         yield image
         return
-    kind = image.name.rpartition(".")[2]
     for page in range(number):
-        key = f"{image.key}/{page:04d}"
+        key = f"{image.key}/{page:0{digits}d}"
         yield dataclasses.replace(image, key=key, path=f"{image.path}#{page}", name=f"{key}.{kind}")
 
 
@@ -177,7 +186,9 @@ def iter_files(paths: Sequence[str], *, pages: bool = True, frames: bool = False
 def is_one_file(location: str) -> bool:
     """Returns whether an input names one image, and no folder, list or glob."""
     path = PurePosixPath(storage.split_options(location)[0])
-    return _wanted(path.name) and not (_is_glob(location) or storage.is_folder(location))
+    return (_wanted(path.name) or path.suffix.lower() in video.SUFFIXES) and not (
+        _is_glob(location) or storage.is_folder(location)
+    )
 
 
 def common_folder(paths: Sequence[str]) -> str:
@@ -196,7 +207,7 @@ def root_name(location: str) -> str:
     path = PurePosixPath(storage.split_options(location)[0])
     if path.suffix in (*lists.SUFFIXES, ".parquet"):
         return path.stem
-    while glob.has_magic(path.name) or _wanted(path.name):
+    while glob.has_magic(path.name) or _wanted(path.name) or path.suffix.lower() in video.SUFFIXES:
         path = path.parent
     return path.name or "input"
 

@@ -1,4 +1,4 @@
-"""Parts of files as images of their own: pages of a TIFF, frames of a GIF, cells of a Parquet file.
+"""Parts of files as images of their own: pages of a TIFF, frames of a GIF or a video, cells of a Parquet file.
 
 `volume.tif#3` is the fourth page; for cells see `parquet_images`. A mask drawn from annotations is one, too, see
 `annotations.drawing`.
@@ -9,16 +9,18 @@ from __future__ import annotations
 import io
 import os
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from PIL import Image
 
-from unet_ray.data import headers, parquet_images, storage
+from unet_ray.data import headers, parquet_images, storage, video
 from unet_ray.data.annotations import drawing
 from unet_ray.data.headers import ImageError
 
-PAGE = re.compile(r"(.+\.(?:tiff?|gif))#(\d+)", re.IGNORECASE | re.DOTALL)
+FRAMES = frozenset({".gif", *video.SUFFIXES})
+PAGED = "|".join(sorted(suffix[1:] for suffix in {".tif", ".tiff", *FRAMES}))
+PAGE = re.compile(rf"(.+\.(?:{PAGED}))#(\d+)", re.IGNORECASE | re.DOTALL)
 
 
 def file_of(location: str) -> str:
@@ -49,11 +51,13 @@ def _split(location: str) -> tuple[str, int | None]:
 
 def count(path: str, *, frames: bool) -> int:
     """Returns how many images a file on a disk holds: the pages of a TIFF that have one size, and with `frames` those
-    of a GIF; 1 for all others, and for a file that can't be read: decoding it says why."""
+    of a GIF or a video; 1 for all others, and for a file that can't be read: decoding it says why."""
     kind = os.path.splitext(path)[1].lower()  # noqa: PTH122 - called often
-    if storage.is_uri(path) or kind not in ((".tif", ".tiff", ".gif") if frames else (".tif", ".tiff")):
+    if storage.is_uri(path) or not (kind in (".tif", ".tiff") or (frames and kind in FRAMES)):
         return 1
     try:
+        if kind in video.SUFFIXES:
+            return video.count(path)
         with Path(path).open("rb") as stream:
             if kind == ".gif":
                 with Image.open(stream) as image:
@@ -66,6 +70,10 @@ def count(path: str, *, frames: bool) -> int:
 
 def _read_page(path: str, number: int, max_pixels: int) -> bytes:
     """Returns one page or frame as a file of its own, with the same values. Raises ImageError, OSError."""
+    if os.path.splitext(path)[1].lower() in video.SUFFIXES:  # noqa: PTH122
+        if storage.is_uri(path):
+            raise ImageError("a video in a bucket: copy it to a disk, where its frames can be read")
+        return _encoded(Image.fromarray(video.read_frame(path, number, max_pixels)))
     with Path(path).open("rb") as stream:
         if path.lower().endswith(".gif"):
             with Image.open(stream) as image:
@@ -93,6 +101,8 @@ def read_file(location: str, max_pixels: int) -> bytes:
     if cell := parquet_images.split_cell(location):
         return parquet_images.read_cell(*cell)
     path, page = _split(location)
+    if page is None and PurePosixPath(path).suffix.lower() in video.SUFFIXES:
+        page = 0  # the only frame, or else it says what is wrong with the video
     return headers.read_file(path, max_pixels) if page is None else _read_page(path, page, max_pixels)
 
 
