@@ -30,26 +30,27 @@ NETWORKS = {
 }
 
 
+def trained(folder: Path, *settings: tuple[str, object]) -> Path:
+    images, masks = make_discs(folder / "discs", 12)
+    words = ["train", "--images", images, "--masks", masks, "--out", folder / "RUN", "--local", "--no-report"]
+    words += flags([*TINY, ("train.epochs", 8), ("data.val_fraction", 0.5), *settings])
+    assert CliRunner().invoke(main, [str(each) for each in words]).exit_code == 0
+    return folder
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     """Returns a folder with a RUN of one class, its images and masks."""
-    folder = tmp_path_factory.mktemp("run")
-    images, masks = make_discs(folder / "discs", 12)
-    settings = flags([*TINY, ("train.epochs", 8), ("data.val_fraction", 0.5)])
-    arguments = [
-        "train",
-        "--images",
-        images,
-        "--masks",
-        masks,
-        "--out",
-        folder / "RUN",
-        "--local",
-        "--no-report",
-        *settings,
-    ]
-    assert CliRunner().invoke(main, [str(each) for each in arguments]).exit_code == 0
-    return folder
+    return trained(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory) -> Path:
+    """The same, with a network whose weights are most of its file."""
+    return trained(tmp_path_factory.mktemp("wide"), ("model.base_channels", 32))
+
+
+FORMS_AND_WEIGHTS = {"onnx": (".onnx", ".onnx"), "openvino": (".xml", ".bin")}
 
 
 def needs(form: str) -> None:
@@ -124,7 +125,7 @@ def test_the_file_beside_it_says_what_a_program_must_know(run, tmp_path):
 def test_a_file_that_differs_is_refused_and_not_written(run, tmp_path, monkeypatch):
     wrong = dataclasses.replace(
         exporting.FORMS["torchscript"],
-        write=lambda portable, *_: lambda image: portable(torch.from_numpy(image)).detach().numpy() + 1e-3,
+        write=lambda work: lambda image: work.portable(torch.from_numpy(image)).detach().numpy() + 1e-3,
     )
     monkeypatch.setitem(exporting.FORMS, "torchscript", wrong)
     with pytest.raises(UserError, match=r"refused: torchscript differs from torch by 0\.001"):
@@ -137,7 +138,8 @@ def test_a_file_that_differs_is_refused_and_not_written(run, tmp_path, monkeypat
     [
         (["--out", "m.onx"], "ends with one of .onnx (onnx)"),
         (["--out", "m.pt", "--to", "onnx"], "ends with .onnx"),
-        (["--out", "m.pt", "--precision", "fp16"], "fp16 is for --to openvino"),
+        (["--out", "m.pt", "--precision", "fp16"], "fp16 is for --to onnx or openvino"),
+        (["--out", "m.xml", "--precision", "int8"], "int8 is for --to onnx, and `unet-ray quantize` makes one for"),
     ],
 )
 def test_mistakes_are_one_line(run, tmp_path, monkeypatch, arguments, words):
@@ -153,13 +155,23 @@ def test_a_package_that_is_missing_is_named(run, tmp_path, monkeypatch):
         exporting.export(str(run / "RUN"), str(tmp_path / "m.onnx"), "onnx")
 
 
-def test_openvino_in_half_the_bytes(run, tmp_path):
-    needs("openvino")
-    sizes = {}
-    for precision in ("fp32", "fp16"):
-        written = exporting.export(
-            str(run / "RUN"), str(tmp_path / f"{precision}.xml"), "openvino", precision=precision
-        )
-        sizes[precision] = (tmp_path / f"{precision}.bin").stat().st_size
-        assert written.difference <= exporting.MAY_DIFFER[precision]
-    assert sizes["fp16"] < 0.6 * sizes["fp32"]
+@pytest.mark.parametrize(
+    ("form", "precision", "at_most"), [("onnx", "fp16", 0.55), ("onnx", "int8", 0.35), ("openvino", "fp16", 0.55)]
+)
+def test_fewer_bytes_and_the_same_masks(wide, tmp_path, form, precision, at_most):
+    needs(form)
+    suffix, weights = FORMS_AND_WEIGHTS[form]
+    sizes = []
+    for each in ("fp32", precision):
+        written = exporting.export(str(wide / "RUN"), str(tmp_path / f"{each}{suffix}"), form, precision=each)
+        bound = exporting.MAY_DIFFER_IN_CLASS if each == "int8" else exporting.MAY_DIFFER
+        assert written.real and written.difference <= bound[each]
+        sizes.append((tmp_path / f"{each}{weights}").stat().st_size)
+    assert sizes[1] < at_most * sizes[0]
+
+
+def test_int8_needs_training_images(tmp_path):
+    needs("onnx")
+    model = make_model(tmp_path / "model")
+    with pytest.raises(UserError, match="needs the training images of a run"):
+        exporting.export(str(model), str(tmp_path / "m.onnx"), "onnx", precision="int8")

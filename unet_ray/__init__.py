@@ -7,6 +7,7 @@ Each of four verbs is a function with a typed result and a command of the same n
     unet_ray.evaluate("RUN")                                                  # unet-ray evaluate
     unet_ray.select("RUN", "other_photos", "PICKS", count=20)                 # unet-ray select
     unet_ray.Segmenter("RUN")(image).mask
+    unet_ray.export("RUN", "model.onnx")                                      # unet-ray export
 
 Importing this package loads neither torch nor Ray. The first use of one of these names loads torch.
 """
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
         train,
     )
     from unet_ray.config import UserError
+    from unet_ray.evaluation.export import export
     from unet_ray.models.milesial import import_milesial
     from unet_ray.report.page import write as write_report
 
@@ -47,6 +49,7 @@ __all__ = [
     "UserError",
     "Watch",
     "evaluate",
+    "export",
     "import_milesial",
     "load_network",
     "predict",
@@ -57,6 +60,7 @@ __all__ = [
 
 _ELSEWHERE = {
     "UserError": ("config", "UserError"),
+    "export": ("evaluation.export", "export"),
     "import_milesial": ("models.milesial", "import_milesial"),
     "write_report": ("report.page", "write"),
 }

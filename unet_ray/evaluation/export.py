@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import json
 import logging
+import os
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -17,11 +18,11 @@ import numpy as np
 import torch
 
 from unet_ray import __version__
-from unet_ray.config import UserError, first_line
+from unet_ray.config import UserError, first_line, nearest
 from unet_ray.data import imaging, storage
 from unet_ray.data.imaging import ImageError
 from unet_ray.data.inputs import evenly
-from unet_ray.evaluation.export_forms import FORMS, Runs
+from unet_ray.evaluation.export_forms import FORMS, Runs, Work
 from unet_ray.evaluation.run_pairs import pairs_of_run
 from unet_ray.inference import backends
 from unet_ray.inference.portable import Portable
@@ -31,10 +32,13 @@ from unet_ray.models.checkpoint import ModelCard
 
 CHECKED = 8
 """Validation images on which the file is compared with torch, half of them at an odd size."""
+CALIBRATION = 32
+"""Training images that give the ranges of activations in int8."""
 MAY_DIFFER = {"fp32": 1e-4, "fp16": 0.02}
 """Precision -> the largest difference of a probability."""
-MAY_DIFFER_IN_CLASS = {"fp32": 1e-4, "fp16": 5e-3}
-"""Precision -> the largest share of pixels whose class differs."""
+MAY_DIFFER_IN_CLASS = {"fp32": 1e-4, "fp16": 5e-3, "int8": 5e-3}
+"""Precision -> the largest share of pixels whose class differs. In int8 only this counts: probabilities near an edge
+differ more, without another decision."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +49,7 @@ class Exported:
     about: str
     """The JSON file beside it, for people and programs."""
     difference: float
-    """Largest difference of a probability; of class ids the largest share of differing pixels."""
+    """Largest difference of a probability; of class ids, and in int8, the largest share of differing pixels."""
     images: int
     """Images that were compared."""
     real: bool
@@ -54,27 +58,45 @@ class Exported:
 
 
 def export(
-    model: str, out: str, form: str, *, decide: bool = False, precision: str = "fp32", allow_code: bool = False
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    to: str | None = None,
+    *,
+    decide: bool = False,
+    precision: str = "fp32",
+    allow_code: bool = False,
 ) -> Exported:
-    """Writes the network of a run or model directory as `form`, one of `FORMS`, with a JSON file about it.
+    """Writes the network of a run or model directory for other programs, with a JSON file about it.
 
-    `decide`: it gives class ids instead of probabilities. Nothing is written unless the file, opened by its own
+    `to`: one of `FORMS`; None: by the name of the file. `decide`: it gives class ids instead of probabilities.
+    `precision`: fp32, fp16 or int8, as far as the form has it. Nothing is written unless the file, opened by its own
     program, gives what torch gives. `allow_code`: see `checkpoint.load_model`. Raises UserError.
+
+    >>> import unet_ray
+    >>> unet_ray.export("RUN", "network.pt").difference < 1e-4
+    True
     """
-    location, out = checkpoint.model_directory(storage.absolute(model)), storage.absolute(out)
+    model, out = storage.absolute(model), storage.absolute(out)
+    location, form = checkpoint.model_directory(model), to or form_of(out)
     _check(form, out, precision)
     network, card = checkpoint.load_model(location, allow_code=allow_code)
     backends.fold_batch_norm(network.eval())
     portable = Portable(network, checkpoint.read_threshold(location, card) if decide else None).eval()
     images, real = _images(model, card)
+    calibration = _images_of(model, card, "train", CALIBRATION) if precision == "int8" else []
+    if precision == "int8" and not calibration:
+        raise UserError(f"--precision int8 needs the training images of a run: {model} has none that can be read")
     with tempfile.TemporaryDirectory() as folder, _quiet():
         path = Path(folder, PurePosixPath(storage.split_options(out)[0]).name)
         try:
-            runs = FORMS[form].write(portable, torch.from_numpy(_odd(images[0], card)), path, precision)
-            difference = max(_difference(runs, portable, image) for image in images)
+            work = Work(portable, torch.from_numpy(_odd(images[0], card)), path, precision, calibration)
+            runs = FORMS[form].write(work)
+            by_class = decide or precision not in MAY_DIFFER
+            threshold = card.threshold if by_class else None
+            difference = max(_difference(runs, portable, image, threshold) for image in images)
         except Exception as error:  # exporters and runtimes raise many kinds
             raise UserError(f"this network can't be exported to {form}: {first_line(error)[:300]}") from error
-        bound = (MAY_DIFFER_IN_CLASS if decide else MAY_DIFFER)[precision]
+        bound = (MAY_DIFFER_IN_CLASS if by_class else MAY_DIFFER)[precision]
         if not difference <= bound:
             raise UserError(f"refused: {form} differs from torch by {difference:.2g}, and {bound:g} is allowed")
         files = {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
@@ -99,29 +121,39 @@ def form_of(out: str) -> str:
 
 def _check(form: str, out: str, precision: str) -> None:
     """Raises UserError if this can't be written."""
+    if form not in FORMS:
+        raise UserError(f"to={form!r} is not one{nearest(form, FORMS)}")
     needs = FORMS[form].needs
     if missing := [name for name in needs if importlib.util.find_spec(name) is None]:
         raise UserError(f"--to {form} needs {', '.join(missing)}: pip install 'unet_ray[{FORMS[form].extra}]'")
     suffix = FORMS[form].suffix
     if not storage.split_options(out)[0].endswith(suffix):
         raise UserError(f"--out {out}: the name of {form} files ends with {suffix}")
-    if precision == "fp16" and form != "openvino":
-        raise UserError(f"--precision fp16 is for --to openvino: {form} files keep the weights as they were trained")
+    if precision not in FORMS[form].precisions:
+        others = " or ".join(name for name, each in FORMS.items() if precision in each.precisions)
+        hint = ", and `unet-ray quantize` makes one for OpenVINO" if precision == "int8" else ""
+        raise UserError(f"--precision {precision} is for --to {others}{hint}")
 
 
 def _images(model: str, card: ModelCard) -> tuple[list[np.ndarray], bool]:
     """Returns images uint8 [1,H,W,C] to compare on, and whether they are real: validation images, or noise if there are
     none."""
-    reader, found = Reader.of(card, 10**9), []
-    with contextlib.suppress(UserError):
-        for pair in evenly(pairs_of_run(model, "val"), CHECKED):
-            with contextlib.suppress(ImageError, OSError):
-                found.append(reader.resized(imaging.read_file(pair.image), card.image_size)[0][None])
+    found = _images_of(model, card, "val", CHECKED)
     real = bool(found)
     if not real:
         shape = (4, 1, *card.image_size, card.model.in_channels)
         found = list(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
     return [_odd(image, card) if number % 2 else image for number, image in enumerate(found)], real
+
+
+def _images_of(model: str, card: ModelCard, part: str, count: int) -> list[np.ndarray]:
+    """Returns images of a run's part at the network's size, uint8 [1,H,W,C]; none if they can't be read."""
+    reader, found = Reader.of(card, 10**9), []
+    with contextlib.suppress(UserError):
+        for pair in evenly(pairs_of_run(model, part), count):
+            with contextlib.suppress(ImageError, OSError):
+                found.append(reader.resized(imaging.read_file(pair.image), card.image_size)[0][None])
+    return found
 
 
 def _odd(image_NHWC: np.ndarray, card: ModelCard) -> np.ndarray:
@@ -132,15 +164,23 @@ def _odd(image_NHWC: np.ndarray, card: ModelCard) -> np.ndarray:
     return np.ascontiguousarray(image_NHWC[:, : max(1, height - 3), : max(1, width - 5)])
 
 
-def _difference(runs: Runs, portable: Portable, image: np.ndarray) -> float:
+def _difference(runs: Runs, portable: Portable, image: np.ndarray, threshold: float | None) -> float:
+    """Returns the largest difference of a probability, or with a threshold the share of pixels of another class."""
     with torch.inference_mode():
         expected = portable(torch.from_numpy(image)).numpy()
     actual = runs(image)
     if actual.shape != expected.shape:
         return float("inf")
-    if portable.threshold is not None:
-        return float((actual != expected).mean())
-    return float(np.abs(actual.astype(np.float64) - expected).max())
+    if threshold is None:
+        return float(np.abs(actual.astype(np.float64) - expected).max())
+    if portable.threshold is None:
+        actual, expected = _decided(actual, threshold), _decided(expected, threshold)
+    return float((actual != expected).mean())
+
+
+def _decided(probability_NKHW: np.ndarray, threshold: float) -> np.ndarray:
+    one_class = probability_NKHW.shape[1] == 1
+    return probability_NKHW[:, 0] > threshold if one_class else probability_NKHW.argmax(axis=1)
 
 
 def _about(card: ModelCard, portable: Portable, form: str, precision: str, difference: float) -> dict[str, Any]:
