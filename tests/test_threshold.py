@@ -12,7 +12,15 @@ from PIL import Image
 import unet_ray
 from unet_ray.cli import main
 from unet_ray.config import EvaluateConfig, UserError
-from unet_ray.evaluation.choose_threshold import LEVELS, THRESHOLDS, USUAL, _choice, _counts, choose_threshold
+from unet_ray.evaluation.choose_threshold import (
+    LEVELS,
+    THRESHOLDS,
+    USUAL,
+    _choice,
+    _counts,
+    _nearest_that_is_as_good,
+    choose_threshold,
+)
 from unet_ray.evaluation.evaluate import evaluate
 from unet_ray.models import checkpoint
 from unet_ray.ray_backend.session import LOCAL
@@ -39,6 +47,17 @@ def test_a_threshold_that_gains_nothing_is_not_chosen():
     histogram[:, 1, 255], histogram[:, 1, 80] = 0, 50  # all foreground has a probability of 0.31
     assert 0.05 <= _choice(histogram).chosen <= 0.31
     assert _choice(histogram).precision[-1] is None, "nothing is predicted there"
+
+
+def test_of_thresholds_as_good_as_the_best_the_one_nearest_to_the_usual_is_chosen():
+    generator = np.random.default_rng(0)
+    dice = np.full((20, len(THRESHOLDS)), 0.9)
+    dice[:, THRESHOLDS < 0.3] -= 0.1
+    noisy = dice + generator.normal(0, 0.02, dice.shape)
+    assert THRESHOLDS[_nearest_that_is_as_good(noisy)] == pytest.approx(USUAL, abs=0.05), "better by chance only"
+    dice[:, THRESHOLDS < 0.7] -= 0.05 + 0.01 * generator.random((20, 1))
+    assert THRESHOLDS[_nearest_that_is_as_good(dice)] == 0.7, "better in every image"
+    assert THRESHOLDS[_nearest_that_is_as_good(dice[:1])] == USUAL, "one image proves nothing"
 
 
 @pytest.fixture(scope="module")

@@ -94,7 +94,7 @@ REASONS = 5
     SCORING,
     "--choose-threshold",
     is_flag=True,
-    help="Find the threshold with the best Dice (one class); predict then uses it.",
+    help="Find the threshold nearest to 0.5 that is as good as the best (one class); predict then uses it.",
 )
 @option(OUTPUT, "--table", metavar="FILE", help="Also write the scores of each image and class, as Parquet.")
 @as_json
