@@ -83,6 +83,20 @@ def as_json(found: unet_ray.SegmentedImage) -> dict[str, Any]:
     }
 
 
+def of_a_replica(replicas: int) -> dict[str, float]:
+    """Returns what Ray gives a replica: a GPU, or its share of the CPUs of a node. Raises UserError if the cluster has
+    not enough."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    kind = "GPU" if any(node.get("GPU") for node in nodes) else "CPU"
+    there = sum(int(node.get(kind, 0)) for node in nodes)
+    if replicas > there:
+        raise unet_ray.UserError(f"--replicas {replicas}: the cluster has {there} {kind}s, and each needs one")
+    if kind == "GPU":
+        return {"num_gpus": 1}
+    largest = max(int(node.get("CPU", 0)) for node in nodes)
+    return {"num_cpus": max(1, min(largest, there // replicas, largest // -(-replicas // len(nodes))))}
+
+
 @click.command(help=__doc__)
 @click.argument("model")
 @click.option("--replicas", default=1, show_default=True, help="Copies of the model.")
@@ -94,8 +108,7 @@ def as_json(found: unet_ray.SegmentedImage) -> dict[str, Any]:
 def main(model: str, replicas: int, host: str, port: int, **options: Any) -> None:
     unet_ray.Segmenter(model, **options)  # what is wrong with it is said here, at once
     with Runtime().started():
-        resources = ray.cluster_resources()
-        one = {"num_gpus": 1} if resources.get("GPU") else {"num_cpus": max(1, resources["CPU"] // replicas)}
+        one = of_a_replica(replicas)
         serve.start(http_options={"host": host, "port": port}, logging_config={"log_level": "WARNING"})
         deployment = Model.options(num_replicas=replicas, ray_actor_options=one)  # type: ignore[attr-defined]
         serve.run(deployment.bind(storage.absolute(model), options))
@@ -109,4 +122,5 @@ if __name__ == "__main__":
     try:
         main()
     except unet_ray.UserError as error:
-        sys.exit(f"Error: {error}")
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(2)

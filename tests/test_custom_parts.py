@@ -146,6 +146,7 @@ def test_each_command_asks_for_permission_and_works_with_it(run, folder, argumen
 def test_the_report_needs_permission_for_its_scores_only(run, folder):
     assert command(folder, "report", "RUN").exit_code == 0
     assert "runs code that is no part of unet_ray" in (run / "report.html").read_text()
+    assert "mine" not in sys.modules
     assert command(folder, "report", "RUN", "--allow-code").exit_code == 0
     assert "runs code that is no part of unet_ray" not in (run / "report.html").read_text()
 
@@ -162,6 +163,61 @@ def test_what_it_gives_is_the_own_network(run, folder, monkeypatch):
     assert np.abs(found.probabilities[0] / 255 - expected).max() < 0.01
     assert network.head is network.network.head
     assert network.embedding(torch.zeros(1, 3, 7, 9, dtype=torch.uint8)).shape == (1, 4)
+
+
+def test_a_file_of_settings_needs_permission_or_the_names_again(run, folder):
+    words = training("AGAIN", "--local", "--config", "RUN/config.yaml")
+    done = command(folder, *words)
+    assert done.exit_code == 2 and "the settings name code that is no part of unet_ray, mine:Net" in done.output
+    assert "mine" not in sys.modules
+    with pytest.raises(UserError, match="allow_code=True"):
+        unet_ray.train(config=run / "config.yaml", out=folder / "AGAIN", local=True)
+    assert command(folder, *words, "--set", NET, "--set", LOSS, "--set", CUSTOM).exit_code == 0
+    shutil.rmtree(folder / "AGAIN")
+    assert command(folder, *words, "--allow-code").exit_code == 0
+
+
+def test_a_network_of_ones_own_is_not_folded_and_its_kept_form_is_of_its_code(folder, tmp_path):
+    pytest.importorskip("openvino")
+    source = """
+import torch
+from torch import nn
+
+class Odd(nn.Sequential):
+    def forward(self, x):
+        return self[2](self[1](self[0](x) + x))
+
+class Net(nn.Module):
+    multiple_of = 1
+
+    def __init__(self, config):
+        super().__init__()
+        torch.manual_seed(0)
+        self.block = Odd(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.Conv2d(3, 1, 1))
+        self.block[1].running_mean += 0.5
+        self.block[1].running_var *= 3
+
+    def forward(self, x):
+        return self.block(x)
+"""
+    (tmp_path / "odd.py").write_text(source)
+    sys.path.append(str(tmp_path))
+    custom_parts.permit("odd:Net")
+    network = build(ModelConfig(name="odd:Net"))
+    config = load_train_config(settings=[("model.name", "odd:Net"), ("data.image_size", 32)])
+    checkpoint.save_model(str(tmp_path / "model"), network, config, {})
+    image = np.asarray(Image.open(folder / "discs/images/a_000.png"))
+    expected = network.eval()(torch.from_numpy(image.copy()).permute(2, 0, 1)[None]).sigmoid()[0, 0].detach().numpy()
+    given = {"allow_code": True, "precision": "fp32"}
+    for backend in ("torch", "openvino", "openvino"):  # kept, then read
+        found = unet_ray.Segmenter(tmp_path / "model", backend=backend, **given)(image, probabilities=True)
+        assert np.abs(found.probabilities[0] / 255 - expected).max() < 0.01
+    (tmp_path / "odd.py").write_text(source.replace("return self.block(x)", "return -self.block(x)"))
+    del sys.modules["odd"]
+    shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
+    importlib.invalidate_caches()
+    found = unet_ray.Segmenter(tmp_path / "model", backend="openvino", **given)(image, probabilities=True)
+    assert np.abs(found.probabilities[0] / 255 - (1 - expected)).max() < 0.01
 
 
 def test_weights_go_on_with_the_network_named(run, folder):

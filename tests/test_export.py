@@ -123,6 +123,15 @@ def test_the_file_beside_it_says_what_a_program_must_know(run, tmp_path):
     assert 0 < about["validation"]["val_dice"] <= 1 and about["largest_difference_from_torch"] <= 1e-4
 
 
+def test_the_chosen_threshold_is_told_and_used(run, tmp_path):
+    card = checkpoint.read_card(str(run / "RUN/model"))
+    checkpoint.save_choice(str(run / "RUN/model"), checkpoint.THRESHOLD, card, {"threshold": 0.2})
+    exporting.export(run / "RUN", tmp_path / "m.pt", decide=True)
+    about = json.loads((tmp_path / "m.pt.json").read_text())
+    (run / "RUN/model/threshold.json").unlink()
+    assert about["threshold"] == 0.2 and about["largest_share_of_differing_pixels"] <= 1e-4
+
+
 def test_a_file_that_differs_is_refused_and_not_written(run, tmp_path, monkeypatch):
     wrong = dataclasses.replace(
         exporting.FORMS["torchscript"],

@@ -1,12 +1,20 @@
 """Videos as inputs: every frame once, whatever the order in which they are read; what is no video, or needs PyAV."""
 
+import base64
+import io
 import json
+import os
+import struct
+import subprocess
+import sys
+import time
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import make_model
+from conftest import environment, make_model
 from PIL import Image
 
 from unet_ray.cli import main
@@ -30,15 +38,15 @@ def number_in(image: np.ndarray) -> int:
     return int(sum(1 << bit for bit in range(BITS) if blocks[bit] > 120))
 
 
-def make_video(path: Path, count: int, codec: str, **options: str) -> Path:
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=25, options=options)
+def make_video(path: Path, count: int, codec: str, *, container: dict[str, str] | None = None, **options: str) -> Path:
+    with av.open(str(path), "w", options=container) as file:
+        stream = file.add_stream(codec, rate=25, options=options)
         stream.width = stream.height = SIZE
         stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
         for number in range(count):
             frame = av.VideoFrame.from_ndarray(picture(number).astype(np.uint8), format="rgb24")
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode(None))
     return path
 
 
@@ -46,6 +54,7 @@ KINDS = {
     "key frames far apart.mp4": ("libx264", {"g": "200", "bf": "3", "x264-params": "scenecut=0"}),
     "open groups.mkv": ("libx264", {"g": "12", "bf": "2", "x264-params": "open-gop=1:scenecut=0"}),
     "old.avi": ("mpeg4", {"g": "12", "bf": "2"}),
+    "no times.avi": ("libx264", {"g": "12", "bf": "3"}),
     "still pictures.avi": ("mjpeg", {}),
     "web.webm": ("libvpx", {"g": "30"}),
     "broadcast.mpg": ("mpeg2video", {"g": "12", "bf": "2"}),
@@ -106,6 +115,116 @@ def test_training_and_machines_without_pyav_take_none(tmp_path, monkeypatch):
     assert [image.name for image in iter_images(str(tmp_path), frames=True)] == ["photo.png"]
     with pytest.raises(ImageError, match="pip install 'unet_ray"):
         pages.read_file(str(tmp_path / "a.mp4"), 10**6)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "turn"),
+    [
+        ((-1, 0, 0, 1), lambda image: image[:, ::-1]),
+        ((1, 0, 0, -1), lambda image: image[::-1]),
+        ((-1, 0, 0, -1), lambda image: image[::-1, ::-1]),
+        ((0, 1, -1, 0), lambda image: np.rot90(image, -1)),
+        ((0, -1, 1, 0), np.rot90),
+        ((0, 1, 1, 0), lambda image: image.swapaxes(0, 1)),
+    ],
+)
+def test_a_frame_is_turned_and_mirrored_as_its_video_says(tmp_path, matrix, turn):
+    path = make_video(tmp_path / "a.mp4", 3, "libx264")
+    plain = video.read_frame(str(path), 1, 10**6)
+    data = bytearray(path.read_bytes())
+    place = data.index(b"tkhd") + 44
+    a, b, c, d = (value << 16 for value in matrix)
+    data[place : place + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    (tmp_path / "turned.mp4").write_bytes(data)
+    assert np.array_equal(video.read_frame(str(tmp_path / "turned.mp4"), 1, 10**6), turn(plain))
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.avi", "a.webm"])
+@pytest.mark.parametrize("kept", [0.03, 0.5])
+def test_what_a_cut_off_video_lacks_are_rows_that_fail(tmp_path, name, kept):
+    codec = {"mp4": "libx264", "mkv": "libx264", "avi": "mpeg4", "webm": "libvpx"}[
+        name[-3:] if name[-4] == "." else "webm"
+    ]
+    options = {"movflags": "faststart"} if name == "a.mp4" else {}
+    path = make_video(tmp_path / name, 120, codec, container=options, g="10")
+    data = path.read_bytes()
+    path.write_bytes(data[: int(kept * len(data))])
+    images = list(iter_images(str(path), frames=True))
+    right, errors = 0, []
+    for number, image in enumerate(images):
+        try:
+            pages.read_file(image.path, 10**6)
+            right += number_in(video.read_frame(str(path), number, 10**6)) == number
+        except ImageError as error:
+            errors.append(str(error))
+    assert images and errors, "something is missing, and is said"
+    assert right + len(errors) == len(images)
+
+
+def test_frames_at_the_same_time_are_all_there(tmp_path):
+    path = tmp_path / "same.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mjpeg", rate=Fraction(3000))  # Matroska keeps milliseconds
+        stream.width = stream.height = SIZE
+        stream.pix_fmt = "yuvj420p"
+        for number in range(40):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture(number).astype(np.uint8), format="rgb24")))
+        container.mux(stream.encode(None))
+    assert video.count(str(path)) == 40
+    assert [number_in(video.read_frame(str(path), number, 10**6)) for number in (30, 31, 2, 39)] == [30, 31, 2, 39]
+
+
+def test_a_child_process_reads_with_a_video_that_its_parent_has_open(tmp_path):
+    path = str(make_video(tmp_path / "a.mp4", 60, "libx264"))
+    assert number_in(video.read_frame(path, 3, 10**6)) == 3
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if number_in(video.read_frame(path, 40, 10**6)) == 40 else 1)
+    deadline = time.monotonic() + 30
+    while (done := os.waitpid(child, os.WNOHANG))[0] == 0:
+        if time.monotonic() > deadline:
+            os.kill(child, 9)
+            pytest.fail("the child hangs")
+        time.sleep(0.05)
+    assert done[1] == 0
+
+
+def test_a_prediction_ends_with_openvino_and_a_video_open(tmp_path):
+    """OpenVINO's report to its maker forks a process, which hung with a video open."""
+    pytest.importorskip("openvino")
+    make_video(tmp_path / "a.mp4", 20, "libx264")
+    model = make_model(tmp_path / "model")
+    for out in ("first", "kept"):
+        words = [sys.executable, "-m", "unet_ray", "predict", model, tmp_path / "a.mp4", "--out", tmp_path / out]
+        words += ["--local", "--backend", "openvino", "--precision", "fp32"]
+        subprocess.run([*map(str, words)], check=True, env=environment(), timeout=120, capture_output=True)
+
+
+def test_labelme_gets_the_frame_and_select_sends_to_images(tmp_path):
+    make_video(tmp_path / "a.mp4", 3, "libx264")
+    model = make_model(tmp_path / "model")
+    words = [
+        "predict",
+        str(model),
+        str(tmp_path / "a.mp4"),
+        "--format",
+        "labelme",
+        "--out",
+        str(tmp_path / "OUT"),
+        "--local",
+    ]
+    assert CliRunner().invoke(main, words).exit_code == 0
+    annotation = json.loads((tmp_path / "OUT/labelme/a/000001.json").read_text())
+    with Image.open(io.BytesIO(base64.b64decode(annotation["imageData"]))) as frame:
+        assert np.array_equal(frame, video.read_frame(str(tmp_path / "a.mp4"), 1, 10**6))
+    words = ["select", str(model), str(tmp_path / "a.mp4"), "--count", "1", "--out", str(tmp_path / "PICKS"), "--local"]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 2 and "make images of them first" in result.output
+
+
+def test_globs_take_videos(tmp_path):
+    make_video(tmp_path / "a.mp4", 5, "libx264")
+    assert len(list(iter_images(str(tmp_path / "*.mp4"), frames=True))) == 5
 
 
 def test_what_is_wrong_with_a_video_is_said(tmp_path):

@@ -26,6 +26,7 @@ import numpy as np
 from PIL import Image
 
 from unet_ray.config import MAX_PIXELS, EvaluateConfig, MaskOptions, PredictConfig, TrainConfig, UserError, ValueRange
+from unet_ray.custom_parts import check_typed, names_in
 from unet_ray.data import imaging, masks, pictures, storage
 from unet_ray.data.chunks import objects
 from unet_ray.data.imaging import ImageError, Source
@@ -67,6 +68,7 @@ def train(
     local: bool = False,
     resume: bool = False,
     verbose: bool = False,
+    allow_code: bool = False,
     watch: Callbacks = Callbacks(),
 ) -> TrainResult:
     """Trains a U-Net on pairs of images and masks and writes the run directory `out`.
@@ -75,7 +77,8 @@ def train(
     pairs, or annotations, see `unet-ray train --help`. Settings are the defaults, or `recipe` (a name of `unet-ray
     recipes`), or `config` (a YAML file or a TrainConfig). `init` (a run or model directory) gives the first weights and
     the network's own settings. `settings` (dotted names, such as `train.epochs`) come last and win. `resume` goes on
-    from the last finished epoch in `out`. `verbose` shows Ray's own messages. `watch.on_epoch` receives each line of
+    from the last finished epoch in `out`. `verbose` shows Ray's own messages. `allow_code`: import code that a file
+    `config` names, see `unet_ray.custom_parts`. `watch.on_epoch` receives each line of
     metrics.jsonl.
 
     Raises UserError for what the user must fix.
@@ -97,6 +100,8 @@ def train(
     if init is not None:
         changed = {**dict(checkpoint.model_settings_of(os.fspath(init))), **changed}
     built = load_train_config(recipe=recipe, config_file=_yaml(config), settings=changed.items())
+    typed = names_in(config) if isinstance(config, TrainConfig) else []
+    check_typed(built, [*typed, *map(str, changed.values())], allow_code)
     # Paths don't go through `settings`, which are read as YAML.
     folders = _folders(images=images, masks=masks)
     built = dataclasses.replace(built, data=dataclasses.replace(built.data, **folders))

@@ -43,7 +43,8 @@ It comes before all other augmentations.
         return (image + noise).clip(0, 255).astype("uint8"), mask
 
 All are tried on small random data before the first epoch. A model whose network is yours needs its module wherever it
-is used, and `--allow-code` (in Python `allow_code=True`), since a model directory may come from somebody else.
+is used, and `--allow-code` (in Python `allow_code=True`), since a model directory may come from somebody else. So does
+`train --config FILE` with names that are not repeated by `--set`.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ import hashlib
 import inspect
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -77,6 +78,17 @@ def permit(*names: str) -> None:
     _permitted.update(names)
 
 
+def check_typed(config: TrainConfig, typed: Iterable[str], allow_code: bool) -> None:
+    """Raises UserError for custom parts that the user has not typed, but that a file of settings names."""
+    typed = list(typed)
+    named = [name for name in names_in(config) if not any(name in text for text in typed)]
+    if named and not allow_code:
+        raise UserError(
+            f"the settings name code that is no part of unet_ray, {', '.join(named)}: if you trust it, add "
+            "--allow-code (in Python allow_code=True)"
+        )
+
+
 def check_permission(model: str, name: str, allow_code: bool) -> bool:
     """Returns whether the network `name` of a model directory is a custom one. Raises UserError if it may not be
     imported; `allow_code` permits it."""
@@ -99,7 +111,8 @@ def load(choices: Mapping[str, str], name: str, *arguments: str) -> Any:
     """
     if not registry.is_custom(name):
         return registry.load(choices, name)
-    assert name in _permitted, f"{name} was not permitted"
+    if name not in _permitted:
+        raise UserError(f"{name} is no part of unet_ray, and was not allowed (--allow-code)")
     module_name, _, attribute = name.partition(":")
     here = str(Path.cwd())
     if is_own() and here not in sys.path:
@@ -155,7 +168,18 @@ def _place(error: Exception, packages: set[str]) -> str | None:
     return None
 
 
+def is_permitted(name: str) -> bool:
+    """Returns whether a custom part may be imported in this process."""
+    return name in _permitted
+
+
 def source_sha256(name: str) -> str:
-    """Returns the SHA-256 of the file of a custom part that has been loaded; an empty text if it has no file."""
-    file = getattr(sys.modules.get(name.partition(":")[0]), "__file__", None)
+    """Returns the SHA-256 of the file with the code of a custom part that has been loaded; an empty text for our own
+    parts, and if there is no such file."""
+    module, _, attribute = name.partition(":")
+    part = getattr(sys.modules.get(module), attribute, None) if registry.is_custom(name) else None
+    try:
+        file = None if part is None else inspect.getsourcefile(part)
+    except TypeError:  # it is not written in Python
+        file = None
     return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""

@@ -209,7 +209,7 @@ allow_code = option(
     WHERE,
     "--allow-code",
     is_flag=True,
-    help="Let MODEL import its network's code, which is no part of unet_ray: see `train --help`.",
+    help="Import code that is no part of unet_ray, where a model or its settings name it: trust who wrote both.",
 )
 mask_options = options(
     allow_code,

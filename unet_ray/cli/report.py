@@ -27,14 +27,8 @@ def report(location: str, on_cluster: bool, allow_code: bool, verbose: bool) -> 
 
     Writes RUN/report.html and prints its location.
     """
-    from unet_ray import custom_parts
-    from unet_ray.models import checkpoint
     from unet_ray.report.page import write
 
-    if allow_code:
-        model = checkpoint.model_directory(storage.absolute(location))
-        custom_parts.check_permission(model, checkpoint.read_card(model).model.name, allow_code)
-
     with ImagesDisplay("scored") as display:
-        place = write(location, runtime=Runtime(not on_cluster, verbose), on_progress=display)
+        place = write(location, runtime=Runtime(not on_cluster, verbose), on_progress=display, allow_code=allow_code)
     click.echo(storage.without_secrets(place))

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from unet_ray import custom_parts
 from unet_ray.cli.messages import print_next, print_places, training_callbacks, written_report
 from unet_ray.cli.options import (
     DATA,
@@ -17,6 +18,7 @@ from unet_ray.cli.options import (
     PRECISIONS,
     WHERE,
     Command,
+    allow_code,
     classes,
     device,
     no_report,
@@ -134,6 +136,7 @@ class Workers(click.ParamType):
     help="One setting, e.g. model.base_channels=32; may be repeated. It wins over --recipe and --config; other "
     "flags win over it.",
 )
+@allow_code
 @option(TRAINING, "--epochs", type=int, metavar="N", help="Passes over the images.", shown=DEFAULTS.train.epochs)
 @option(
     TRAINING,
@@ -198,6 +201,7 @@ def train(
     folds: int | None,
     resume: bool,
     no_report: bool,
+    allow_code: bool,
     runtime: Runtime,
     **flags: Any,
 ) -> None:
@@ -264,6 +268,7 @@ def train(
         config_file=_read_text(config_file, "--config") if config_file else None,
         settings=[*network, *_class_settings(flags.pop("classes")), *map(_setting, settings), *_flag_settings(flags)],
     )
+    custom_parts.check_typed(config, settings, allow_code)
     if folds is not None:
         _cross_validate(config, out, folds, runtime, resume)
         return

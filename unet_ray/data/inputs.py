@@ -263,7 +263,11 @@ def _of_glob(pattern: str, choice: Choice) -> Iterator[ImageFile]:
     root = fixed.rpartition("/")[0] or "/"
     for path in _matching(pattern) if storage.is_uri(pattern) else sorted(glob.iglob(pattern, recursive=True)):  # noqa: PTH207
         name = storage.split_options(path)[0][len(root) :].lstrip("/")
-        if _wanted(name.rpartition("/")[2]) and not storage.is_folder(path):
+        base_name = name.rpartition("/")[2]
+        is_video = (
+            choice.videos and not storage.is_uri(path) and PurePosixPath(base_name).suffix.lower() in video.SUFFIXES
+        )
+        if (_wanted(base_name) or is_video) and not storage.is_folder(path):
             yield _image(path, name, *storage.sizes_and_times([path])[0])
         elif "**" not in base and storage.is_folder(path):
             yield from _walk(path, f"{name}/", (), choice)

@@ -73,7 +73,7 @@ def _read_page(path: str, number: int, max_pixels: int) -> bytes:
     if os.path.splitext(path)[1].lower() in video.SUFFIXES:  # noqa: PTH122
         if storage.is_uri(path):
             raise ImageError("a video in a bucket: copy it to a disk, where its frames can be read")
-        return _encoded(Image.fromarray(video.read_frame(path, number, max_pixels)))
+        return _encoded(Image.fromarray(np.ascontiguousarray(video.read_frame(path, number, max_pixels))))
     with Path(path).open("rb") as stream:
         if path.lower().endswith(".gif"):
             with Image.open(stream) as image:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
 import importlib.util
 import json
 import logging
@@ -80,8 +82,10 @@ def export(
     location, form = checkpoint.model_directory(model), to or form_of(out)
     _check(form, out, precision)
     network, card = checkpoint.load_model(location, allow_code=allow_code)
-    backends.fold_batch_norm(network.eval())
-    portable = Portable(network, checkpoint.read_threshold(location, card) if decide else None).eval()
+    card = dataclasses.replace(card, threshold=checkpoint.read_threshold(location, card))
+    reference = Portable(copy.deepcopy(network.eval()), card.threshold if decide else None).eval()
+    backends.fold_batch_norm(network)
+    portable = Portable(network, reference.threshold).eval()
     images, real = _images(model, card, portable.step)
     calibration = _images_of(model, card, "train", CALIBRATION) if precision == "int8" else []
     if precision == "int8" and not calibration:
@@ -93,14 +97,15 @@ def export(
             runs = FORMS[form].write(work)
             by_class = decide or precision not in MAY_DIFFER
             threshold = card.threshold if by_class else None
-            difference = max(_difference(runs, portable, image, threshold) for image in images)
+            difference = max(_difference(runs, reference, image, threshold) for image in images)
         except Exception as error:  # exporters and runtimes raise many kinds
             raise UserError(f"this network can't be exported to {form}: {first_line(error)[:300]}") from error
         bound = (MAY_DIFFER_IN_CLASS if by_class else MAY_DIFFER)[precision]
         if not difference <= bound:
             raise UserError(f"refused: {form} differs from torch by {difference:.2g}, and {bound:g} is allowed")
         files = {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
-    about = _about(card, portable, form, precision, difference)
+    measured = "largest_share_of_differing_pixels" if by_class else "largest_difference_from_torch"
+    about = {**_about(card, portable, form, precision), measured: difference}
     parent = storage.parent(out)
     for name, data in files.items():
         storage.write_bytes(storage.join(parent, name), data)
@@ -192,7 +197,7 @@ def _decided(probability_NKHW: np.ndarray, threshold: float) -> np.ndarray:
     return probability_NKHW[:, 0] > threshold if one_class else probability_NKHW.argmax(axis=1)
 
 
-def _about(card: ModelCard, portable: Portable, form: str, precision: str, difference: float) -> dict[str, Any]:
+def _about(card: ModelCard, portable: Portable, form: str, precision: str) -> dict[str, Any]:
     """Returns what a program must know to use the file."""
     height, width = card.image_size
     channels = {1: "gray", 3: "RGB"}.get(card.model.in_channels, f"{card.model.in_channels} channels")
@@ -213,9 +218,8 @@ def _about(card: ModelCard, portable: Portable, form: str, precision: str, diffe
         "value_range": card.value_range,
         "classes": classes,
         "mask_values": list(card.of_masks.get("mask_values") or ()),
-        "threshold": portable.threshold if portable.threshold is not None else card.threshold,
+        "threshold": card.threshold,
         "validation": {name: value for name, value in card.scores.items() if name.startswith("val_dice")},
-        "largest_difference_from_torch": difference,
         "weights_sha256": card.weights_sha256,
     }
 

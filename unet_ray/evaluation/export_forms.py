@@ -23,7 +23,7 @@ Runs = Callable[[np.ndarray], np.ndarray]
 OPSET = 17
 """Of ONNX, of 2022: the oldest that has all that our networks need."""
 IN_INT8 = ["Conv", "ConvTranspose", "Relu", "MaxPool", "Concat", "Add", "Resize"]
-"""Operations of ONNX that are computed in int8: the network's. Normalisation and probabilities stay in fp32."""
+"""Operations of ONNX that are computed in int8. Probabilities stay in fp32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,9 +115,8 @@ def _torch_export(work: Work) -> Runs:
 
 
 def _openvino(work: Work) -> Runs:
+    openvino = backends.import_openvino()
     with backends.without_telemetry():
-        import openvino
-
         shape = [1, -1, -1, work.image.shape[-1]]
         network = openvino.convert_model(_traced(work), input=[("image_NHWC", shape)])
     network.inputs[0].get_tensor().set_names({"image"})

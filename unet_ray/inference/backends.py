@@ -32,6 +32,7 @@ from unet_ray.models.base import continue_edge
 from unet_ray.models.checkpoint import ModelCard
 from unet_ray.models.compiling import Compiled, without_weights
 from unet_ray.models.device import autocast
+from unet_ray.registry import is_custom
 
 log = logging.getLogger("unet_ray")
 
@@ -51,6 +52,7 @@ def load(location: str, arithmetic: Arithmetic, *, allow_code: bool = False) -> 
     if arithmetic.backend == "openvino":
         card = checkpoint.read_card(location)
         custom_parts.check_permission(location, card.model.name, allow_code)
+        checkpoint.say_if_code_changed(location, card)
         return OpenVino(_openvino_network(location, card, arithmetic.int8), card, arithmetic), card
     model, card = checkpoint.load_model(location, allow_code=allow_code)
     fold_batch_norm(model.eval())
@@ -99,9 +101,12 @@ class Torch:
             return self.model.embedding(image_NCHW).float()
 
 
-def fold_batch_norm(model: nn.Module) -> None:
+def fold_batch_norm(model: SegmentationModel) -> None:
     """Folds each batch norm into the convolution before it, in place. This saves a pass over the activations; results
-    change only by rounding. The model must be in evaluation mode."""
+    change only by rounding. The model must be in evaluation mode. Networks of the user's own stay as they are: who
+    knows in which order they use the layers of a Sequential."""
+    if is_custom(model.config.name):
+        return
     for block in model.modules():
         if isinstance(block, nn.Sequential):
             for number, (first, second) in enumerate(itertools.pairwise(block)):
@@ -116,8 +121,7 @@ class OpenVino:
     """
 
     def __init__(self, network: Any, card: ModelCard, arithmetic: Arithmetic) -> None:
-        import openvino
-
+        openvino = import_openvino()
         self.network, self.core, self.step = network, openvino.Core(), without_weights(card.model).step
         self.padded = card.model.padding == "same"
         self.settings = {
@@ -163,7 +167,8 @@ def exported(location: str, card: ModelCard) -> Any:
     that can be written. Files of other weights, or of another version of OpenVINO or this package, are not used."""
     folder = storage.join(location, EXPORTED)
     # The name has no dot, so that it has no suffix.
-    name = f"{card.weights_sha256[:16]}-{__version__}-{importlib.metadata.version('openvino')}".replace(".", "_")
+    code = custom_parts.source_sha256(card.model.name)[:16]
+    name = f"{card.weights_sha256[:16]}{code}-{__version__}-{importlib.metadata.version('openvino')}".replace(".", "_")
     stem = storage.join(folder, name)
     if _is_kept(stem):
         return _read(stem)
@@ -227,6 +232,15 @@ def without_telemetry() -> Iterator[None]:
             sys.modules.pop("openvino_telemetry", None)
 
 
+def import_openvino() -> Any:
+    """Imports OpenVINO without the package that reports each use to its maker. That one also forks this process, which
+    must not happen in the middle of its work."""
+    with without_telemetry():
+        import openvino
+
+    return openvino
+
+
 def export(model: SegmentationModel, card: ModelCard) -> Any:
     """Returns the network as an openvino.Model for images of any size, checked against torch at two sizes.
 
@@ -263,8 +277,7 @@ def _noise(channels: int, sides: list[int]) -> list[Tensor]:
 
 def _check_same(network: Any, model: nn.Module, image_NHWC: Tensor) -> None:
     """Raises _DiffersError unless OpenVINO's output equals torch's, within a tolerance."""
-    import openvino
-
+    openvino = import_openvino()
     network.reshape(list(image_NHWC.shape))
     compiled = openvino.Core().compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     actual = compiled([image_NHWC.numpy()])[0]
@@ -277,8 +290,7 @@ def _check_same(network: Any, model: nn.Module, image_NHWC: Tensor) -> None:
 
 def serialized(network: Any) -> dict[str, bytes]:
     """Returns suffix -> contents of the two files that hold an openvino.Model."""
-    import openvino
-
+    openvino = import_openvino()
     with tempfile.TemporaryDirectory() as folder:
         openvino.save_model(network, f"{folder}/network.xml", compress_to_fp16=False)
         return {suffix: Path(folder, f"network{suffix}").read_bytes() for suffix in (".bin", ".xml")}
@@ -297,8 +309,7 @@ def with_suffix(stem: str, suffix: str) -> str:
 
 
 def _read(stem: str) -> Any:
-    import openvino
-
+    openvino = import_openvino()
     core = openvino.Core()
     if not storage.is_uri(stem):
         return core.read_model(f"{stem}.xml")  # maps the weights into memory, without a copy

@@ -42,9 +42,11 @@ def settings_of(config: PredictConfig, pipeline: Pipeline, part: Part) -> dict[s
     """Returns the settings that affect the output: two runs with the same ones, and the same arithmetic, write the same
     files."""
     options = pipeline.options
+    others = [checkpoint.read_card(model) for model in options.ensemble]
+    code = [custom_parts.source_sha256(card.model.name) for card in (pipeline.card, *others)]
     return {
         "weights_sha256": pipeline.card.weights_sha256,
-        "ensemble": [checkpoint.read_card(model).weights_sha256 for model in options.ensemble],
+        "ensemble": [card.weights_sha256 for card in others],
         "inputs": naming.shown(config.inputs),
         "column": config.column,
         "formats": sorted(config.formats),
@@ -54,7 +56,7 @@ def settings_of(config: PredictConfig, pipeline: Pipeline, part: Part) -> dict[s
         "tta": config.tta,
         "cleanup": pipeline.cleanup_text,
         "threshold": None if pipeline.card.threshold == 0.5 else pipeline.card.threshold,
-        "code": custom_parts.source_sha256(pipeline.card.model.name) if options.allow_code else None,
+        "code": code if any(code) else None,
         "parts": part.of if part != WHOLE else None,
     }
 

@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 
 from unet_ray.config import PredictConfig, UserError
-from unet_ray.data import storage
+from unet_ray.data import storage, video
 from unet_ray.data.chunks import Chunk
 from unet_ray.data.darkness import SAMPLE, may_be_deep, warn_of_deep
 from unet_ray.data.inputs import Choice, ImageFile
@@ -122,6 +122,8 @@ def _say_what_was_passed_over(choice: Choice) -> None:
         log.warning(
             "%d files are no images, and were passed over: %s (--strict makes them rows that fail)", total, kinds
         )
+        if video.SUFFIXES & set(choice.passed) and not video.is_installed():
+            log.warning(video.INSTALL)
 
 
 class _Run:

@@ -47,6 +47,8 @@ def _load_custom(models: list[str], cards: list[ModelCard], allow_code: bool) ->
     ]
     for name in custom:
         custom_parts.load(registry.NETWORKS, name, "config")
+    for model, card in zip(models, cards, strict=True):
+        checkpoint.say_if_code_changed(model, card)
     return bool(custom)
 
 

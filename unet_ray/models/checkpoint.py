@@ -11,6 +11,7 @@ model/int8.json          which int8 network to use, its score and the network's 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -209,9 +210,19 @@ def load_model(location: str, *, allow_code: bool = False) -> tuple[Segmentation
     if not all(torch.isfinite(weight).all() for weight in weights.values()):
         raise UserError(f"{path}: some weights are not finite: the training went wrong, so train with a lower --lr")
     _fill(model, weights, path)
-    if card.code_sha256 and custom_parts.source_sha256(card.model.name) != card.code_sha256:
-        log.warning("%s: the code of %s has changed since it was trained", location, card.model.name)
+    say_if_code_changed(location, card)
     return model, card
+
+
+def say_if_code_changed(location: str, card: ModelCard) -> None:
+    """Says once if the code of a network of the user's own is not that of its training."""
+    if card.code_sha256 and custom_parts.source_sha256(card.model.name) != card.code_sha256:
+        _say_changed(location, card.model.name)
+
+
+@functools.cache
+def _say_changed(location: str, name: str) -> None:
+    log.warning("%s: the code of %s has changed since it was trained", location, name)
 
 
 def _fill(network: SegmentationModel, weights: Mapping[str, torch.Tensor], where: str) -> None:
@@ -292,13 +303,20 @@ def read_choice(location: str, name: str, card: ModelCard) -> dict[str, Any] | N
     if not storage.exists(path):
         return None
     chosen = json.loads(storage.read_bytes(path))
-    return chosen if chosen["weights_sha256"] == card.weights_sha256 else None
+    now = _of_network(card)
+    return chosen if all(chosen.get(name, "") == value for name, value in now.items()) else None
 
 
 def save_choice(location: str, name: str, card: ModelCard, chosen: dict[str, Any]) -> None:
     """Writes a choice that `read_choice` reads."""
-    chosen = {**chosen, "weights_sha256": card.weights_sha256}
+    chosen = {**chosen, **_of_network(card)}
     storage.write_bytes(storage.join(location, name), (json.dumps(chosen, indent=2) + "\n").encode(), durable=True)
+
+
+def _of_network(card: ModelCard) -> dict[str, str]:
+    """Returns what a choice holds for: the weights, and the code of a network of the user's own."""
+    code = custom_parts.source_sha256(card.model.name)
+    return {"weights_sha256": card.weights_sha256, **({"code_sha256": code} if code else {})}
 
 
 def text_entries(data: bytes) -> dict[str, str]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from unet_ray.config import ModelConfig, UserError, first_line
+from unet_ray.custom_parts import is_permitted
 from unet_ray.models import SegmentationModel, build
 from unet_ray.own_process import is_own
 from unet_ray.registry import is_custom
@@ -57,6 +58,8 @@ def floating_point_operations(config: ModelConfig, size_hw: tuple[int, int]) -> 
     from torch.utils.flop_counter import FlopCounterMode
 
     height, width = size_hw
+    if is_custom(config.name) and not is_permitted(config.name):
+        return 0
     try:
         model, margin = without_weights(config).eval(), 2 * config.margin
         with torch.device("meta"), FlopCounterMode(display=False) as counter:

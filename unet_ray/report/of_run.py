@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from unet_ray import __version__
+from unet_ray import __version__, custom_parts
 from unet_ray.config import EvaluateConfig, TrainConfig, UserError, locations
 from unet_ray.data import storage
 from unet_ray.data.inputs import evenly
@@ -42,14 +42,14 @@ class ScoredPairs:
     notes: list[str]
 
 
-def of_run(run: str, runtime: Runtime, on_progress: OnProgress) -> str:
-    """Returns the page of a run directory."""
+def of_run(run: str, runtime: Runtime, on_progress: OnProgress, allow_code: bool) -> str:
+    """Returns the page of a run directory. `allow_code`: see `custom_parts`."""
     config = load_train_config(config_file=storage.read_bytes(storage.join(run, run_files.CONFIG)).decode())
     result = result_of(run)
     card = checkpoint.read_card(checkpoint.model_directory(run))
     sides = Counter(read_split(storage.join(run, SPLIT)).values())
     if sides["val"]:
-        scored = _scored(run, config, runtime, on_progress)
+        scored = _scored(run, config, runtime, on_progress, allow_code)
     else:
         scored = ScoredPairs(pairs=[], notes=["No image was held out to validate on, so no score is known."])
     best, history = result.best, result.history
@@ -69,7 +69,8 @@ def of_run(run: str, runtime: Runtime, on_progress: OnProgress) -> str:
         Section(
             title="The same again",
             text="All settings are in config.yaml; the split of the images depends on their names alone.",
-            command=f"unet-ray train --config {shlex.quote(config_place)} --out NEW_RUN",
+            command=f"unet-ray train --config {shlex.quote(config_place)} --out NEW_RUN"
+            + (" --allow-code" if custom_parts.names_in(config) else ""),
             keep=True,
         ),
     ]
@@ -88,12 +89,12 @@ def of_run(run: str, runtime: Runtime, on_progress: OnProgress) -> str:
     ).html()
 
 
-def _scored(run: str, config: TrainConfig, runtime: Runtime, on_progress: OnProgress) -> ScoredPairs:
+def _scored(run: str, config: TrainConfig, runtime: Runtime, on_progress: OnProgress, allow_code: bool) -> ScoredPairs:
     """Scores up to `SCORED` validation images. If that fails, e.g. because they were moved, returns a note instead."""
     try:
         held_out = pairs_of_run(run, "val")
         pairs = evenly(held_out, SCORED)
-        options = EvaluateConfig(model=run, backend=BACKEND)
+        options = EvaluateConfig(model=run, backend=BACKEND, allow_code=allow_code)
         scores = evaluate(options, pairs=pairs, runtime=runtime, on_progress=on_progress)
     except UserError as error:
         reason = str(error)

@@ -23,16 +23,17 @@ def write(
     *,
     runtime: Runtime = LOCAL,
     on_progress: OnProgress = lambda _done, _failed, _all: None,
+    allow_code: bool = False,
 ) -> str:
     """Writes report.html into a run directory, or the output folder of a prediction or selection. Returns its location.
 
     For a run, it scores up to 128 validation images at their own size: in this process, or through Ray Data with
-    `runtime=Runtime(local=False)`. `on_progress` receives (done, failed, all). Raises UserError if `location` is
-    neither.
+    `runtime=Runtime(local=False)`. `on_progress` receives (done, failed, all). `allow_code`: see `custom_parts`. Raises
+    UserError if `location` is neither.
     """
     location = storage.absolute(location)
     if storage.exists(storage.join(location, run_files.METRICS)):
-        page = of_run(location, runtime, on_progress)
+        page = of_run(location, runtime, on_progress, allow_code)
     elif storage.exists(storage.join(location, SUMMARY)):
         page = of_prediction(location)
     elif storage.exists(storage.join(location, PICKS)):

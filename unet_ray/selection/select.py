@@ -13,12 +13,13 @@ import io
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
 
 from unet_ray.config import PredictConfig, UserError
-from unet_ray.data import storage
+from unet_ray.data import pages, storage, video
 from unet_ray.data.progress import OnProgress
 from unet_ray.evaluation.run_pairs import images_of_run
 from unet_ray.inference.formats import formats_of
@@ -102,6 +103,7 @@ def select(
             raise UserError(f"no image is left to choose: {pool.labelled} have labels, {summary.failed} can't be read")
         with progress("compared") as on_progress:
             rows, strata = _chosen(config, pool, count, runtime, on_progress)
+        _check_no_videos(pool, rows)
         picks = _picks(pool, rows, strata, card)
         _write(storage.join(out, PICKS), picks, config)
         place = storage.join(out, ANNOTATIONS)
@@ -134,6 +136,17 @@ def _chosen(
         orders.append([rows[place] for place in spread(pool.uncertainty[rows], matrix, stratum.seats)])
     rows = merged(orders)
     return rows, shows[rows].tolist()
+
+
+def _check_no_videos(pool: Pool, rows: Sequence[int]) -> None:
+    """Raises UserError for frames of videos, since neither annotation programs nor training read them."""
+    for image in pool.image_files(rows):
+        file = pages.file_of(image.path)
+        if PurePosixPath(file).suffix.lower() in video.SUFFIXES:
+            raise UserError(
+                f"{file}: its frames can't be labelled: make images of them first, such as by "
+                "`ffmpeg -i VIDEO FOLDER/%06d.png`, and choose from that folder"
+            )
 
 
 def _picks(pool: Pool, rows: Sequence[int], strata: Sequence[int], card: ModelCard) -> tuple[Pick, ...]:

@@ -6,12 +6,13 @@ import base64
 import io
 import json
 import os
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from unet_ray.data import pages, polygons, storage
+from unet_ray.data import imaging, pages, polygons, storage, video
 from unet_ray.inference.formats.base import ImageResult, OutputFormat, class_names
 from unet_ray.models.checkpoint import ModelCard
 
@@ -30,14 +31,15 @@ class Labelme(OutputFormat):
     def write(self, result: ImageResult) -> dict[str, Any]:
         [name] = self.files(result.output)
         place = storage.join(result.out, *name.split("/"))
-        image = pages.file_of(os.fsdecode(result.chunk["path"][result.row]))
+        location = os.fsdecode(result.chunk["path"][result.row])
+        image = pages.file_of(location)
         height, width = result.mask.shape
         file = {
             "version": VERSION,
             "flags": {},
             "shapes": _shapes(result.mask, self.card),
             "imagePath": _relative(image, place),
-            "imageData": None,
+            "imageData": _frame(location) if PurePosixPath(image).suffix.lower() in video.SUFFIXES else None,
             "imageHeight": height,
             "imageWidth": width,
         }
@@ -46,6 +48,14 @@ class Labelme(OutputFormat):
 
     def files(self, output: str) -> list[str]:
         return [f"{FOLDER}/{output.rpartition('.')[0]}.json"]
+
+
+def _frame(location: str) -> str:
+    """Returns a frame of a video as labelme stores an image in its file: PNG in base64."""
+    stream = io.BytesIO()
+    with Image.open(io.BytesIO(imaging.read_file(location))) as image:
+        image.save(stream, "PNG")
+    return base64.b64encode(stream.getvalue()).decode()
 
 
 def _relative(image: str, place: str) -> str:
