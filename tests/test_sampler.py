@@ -1,5 +1,8 @@
 """The rows of a batch, on one rank and on several."""
 
+import dataclasses
+
+import numpy as np
 import pytest
 
 from unet_ray.training.sampler import EpochBatches, MicroBatch, Sampler
@@ -69,8 +72,24 @@ def test_loaded_micro_batches_are_the_samplers_with_their_arrays():
     batches = EpochBatches(Rows(), micro_batches)
     assert batches.steps == sampler.steps == 2
     loaded = list(batches)
-    assert [(arrays["index"].tolist(), weight, ends) for arrays, weight, ends in loaded] == [
-        (micro.indices.tolist(), micro.weight, micro.ends_step) for micro in micro_batches
+    assert [(arrays["index"].tolist(), labeled, weight, ends) for arrays, labeled, weight, ends in loaded] == [
+        (micro.indices.tolist(), len(micro.indices), micro.weight, micro.ends_step) for micro in micro_batches
     ]
-    assert [ends for _, _, ends in loaded] == [False, True, False, True]
+
+    assert [ends for _, _, _, ends in loaded] == [False, True, False, True]
     assert batches.wait_seconds > 0
+
+
+@pytest.mark.parametrize("unlabeled", [3, 7, 100])
+def test_rows_without_masks_are_as_many_and_do_not_depend_on_the_ranks(unlabeled):
+    whole = Sampler(rows=22, batch_size=6, seed=1, unlabeled=unlabeled)
+    for epoch in (1, 2):
+        ranks = [dataclasses.replace(whole, rank=rank, world_size=3, accumulate=2).epoch(epoch) for rank in range(3)]
+        one = whole.epoch(epoch)
+        used = np.concatenate([micro.unlabeled for micro in one])
+        assert len(used) == 22 and len(set(used.tolist())) == min(22, unlabeled)
+        assert used.min() >= 22 and used.max() < 22 + unlabeled
+        assert [len(micro.unlabeled) for micro in one] == [len(micro.indices) for micro in one]
+        of_ranks = [micro.unlabeled for rank in ranks for micro in rank]
+        assert sorted(np.concatenate(of_ranks).tolist()) == sorted(used.tolist())
+    assert not np.array_equal(*(np.concatenate([m.unlabeled for m in whole.epoch(epoch)]) for epoch in (1, 2)))

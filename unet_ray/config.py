@@ -176,6 +176,8 @@ class DataConfig:
     masks: str | tuple[str, ...] = ""
     """Folder, glob or URI of the masks, or several; if they are as many as those of images, in the same order. A list
     of pairs holds them too. Or annotations, a file or a folder (`data.annotations`), which are drawn as masks."""
+    unlabeled: str | tuple[str, ...] = ""
+    """Images without masks, as `predict` takes them, for training to learn from, too (`training.unlabeled`)."""
     match: str | None = None
     """Regular expression that finds, in the relative paths of an image and its mask, the text that both have: its first
     group, or all of it. None: a mask has its image's relative path and stem, with or without `_mask`."""
@@ -440,6 +442,10 @@ class OptimizationConfig:
     al. 2015, equation 2: 10); 0: none."""
     border_sigma: float = 5.0
     """Sigma of that map, in pixels of the resized image (the paper: about 5)."""
+    unlabeled_weight: float = 1.0
+    """Weight of the loss of images without masks (Sohn et al. 2020: 1). A step sees as many as images with masks."""
+    unlabeled_confidence: float = 0.95
+    """A pixel of theirs counts where the average of the weights gives a class this probability (Sohn et al.: 0.95)."""
     seed: int = 42
     """Seed of the split, the first weights, the order of the images and the augmentation."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -454,7 +460,9 @@ class OptimizationConfig:
         _without_keys(self)
         _check_choices(self, "train", optimizer=OPTIMIZERS)
         _at_least(self, "train", epochs=1, batch_size=1, weight_decay=0, clip_norm=0, accumulate=1, patience=0)
-        _at_least(self, "train", focal_gamma=0, border_weight=0, plateau_patience=0)
+        _at_least(self, "train", focal_gamma=0, border_weight=0, plateau_patience=0, unlabeled_weight=0)
+        if not 0.5 <= self.unlabeled_confidence <= 1:
+            raise UserError(f"train.unlabeled_confidence is {self.unlabeled_confidence}: from 0.5 to 1")
         if self.learning_rate <= 0:
             raise UserError(f"train.learning_rate is {self.learning_rate}: must be above 0")
         if self.border_sigma <= 0:
@@ -533,6 +541,8 @@ class TrainConfig:
                 self.model.check_size(side, "--image-size")
         if self.augment.quarter_turns and height != width:
             raise UserError(f"augment.quarter_turns needs square images, not {height}x{width}")
+        if self.data.unlabeled and self.model.padding == "valid":
+            raise UserError("--unlabeled needs model.padding=same")
         terms = set(self.train.loss.split("+"))
         for term in {term for term in terms if not is_custom(term)} - {"auto", *LOSSES}:
             raise UserError(f"train.loss {self.train.loss!r}: {term!r} is not a loss{nearest(term, ['auto', *LOSSES])}")

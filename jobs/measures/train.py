@@ -79,7 +79,7 @@ def our_steps(config: TrainConfig, pairs: list[Pair], device: str, compiled: boo
 
     def steps() -> Iterator[float]:
         for epoch in itertools.count(1):
-            for arrays, weight, _ in EpochBatches(decoded, sampler.epoch(epoch)):
+            for arrays, _, weight, _ in EpochBatches(decoded, sampler.epoch(epoch)):
                 loss = prepared.backward(arrays, weight, epoch=epoch)
                 prepared.update()
                 yield float(loss)

@@ -54,7 +54,8 @@ def training_callbacks(config: TrainConfig, display: TrainingDisplay) -> Callbac
 
     def start(split: Split) -> None:
         validated = str(len(split.val)) if split.val else "none: the last epoch is kept"
-        display.tell(f"training on {len(split.train)} pairs, validating on {validated}")
+        without = f" and {split.unlabeled} images without masks" if split.unlabeled else ""
+        display.tell(f"training on {len(split.train)} pairs{without}, validating on {validated}")
         leak = leak_report(split.train_keys, split.val_keys, config.data.group_by)
         if leak.named and leak.groups < len(split.train) + len(split.val):
             display.tell(f"groups by {leak.pattern!r}: {leak.groups}, {leak.shared} shared by training and validation")

@@ -22,6 +22,7 @@ from unet_ray.cli.options import (
     classes,
     device,
     no_report,
+    one_or_several,
     option,
     overlap_order,
     pairs,
@@ -42,6 +43,7 @@ FLAGS = {
     "masks": "data.masks",
     "match": "data.match",
     "split": "data.split",
+    "unlabeled": "data.unlabeled",
     "overlap_order": "data.overlap_order",
     "rle_order": "data.rle_order",
     "epochs": "train.epochs",
@@ -62,6 +64,8 @@ CHOICES = f"""\b
 Some settings for --set (unet_ray/config.py has all, with meaning and source;
 an error about a misspelt name suggests the nearest):
   model.name             {", ".join(NETWORKS)}
+  model.encoder          efficientnet_lite0 with model.pretrained=true: U-Net
+                         on ImageNet's weights (the extra `pretrained`)
   model.num_classes      1: one class and background; K: ids 0 to K-1
   model.padding          same; valid with data.tile: the 2015 paper's network,
                          which then predicts by overlap-tiles
@@ -124,6 +128,15 @@ class Workers(click.ParamType):
 @classes("all are the foreground")
 @overlap_order
 @rle_order
+@option(
+    DATA,
+    "--unlabeled",
+    multiple=True,
+    callback=one_or_several,
+    metavar="DIR",
+    help="Images without masks to learn from, too: where the network is sure of one, it must see the same in a changed "
+    "copy (FixMatch).",
+)
 @option(DATA, "--cache", metavar="DIR", help="Keep the resized images in DIR, so that later runs don't decode them.")
 @option(SETTINGS, "--recipe", metavar="NAME", help="Settings that are known to work: see `unet-ray recipes`.")
 @option(SETTINGS, "--config", "config_file", metavar="FILE", help="YAML of settings, such as a run's config.yaml.")

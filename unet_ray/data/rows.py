@@ -18,7 +18,7 @@ from typing import Protocol
 import numpy as np
 import psutil
 
-from unet_ray.config import DataConfig, TrainConfig, UserError
+from unet_ray.config import IGNORE, DataConfig, TrainConfig, UserError
 from unet_ray.data import imaging, mask_files, masks
 from unet_ray.data.imaging import ImageError
 from unet_ray.data.pairs import Pair
@@ -68,8 +68,25 @@ class Decoder:
         return cls(config.data, config.model.in_channels, fit.border_sigma if fit.border_weight else 0.0)
 
     def __call__(self, image_path: str, mask_path: str) -> Row:
-        """Reads and decodes a pair. Raises UserError that names the file."""
+        """Reads and decodes a pair. Raises UserError that names the file.
+
+        Without a mask (an empty path) all its pixels are `IGNORE`, or 0 if the image can't be read.
+        """
+        if not mask_path:
+            return self._unlabeled(image_path)
         return self.row(self.read(image_path), self.read_mask(mask_path), image_path, mask_path)
+
+    def _unlabeled(self, path: str) -> Row:
+        row = {name: values[0] for name, values in self.empty(1).items()}
+        try:
+            data = imaging.read_file(path)
+            row["image"], _ = imaging.decode_image(
+                data, self.in_channels, self.data.size_hw, value_range=self.data.value_range
+            )
+        except (OSError, ImageError):
+            return row
+        row["mask"][:] = IGNORE
+        return row
 
     @staticmethod
     def read(path: str) -> bytes:

@@ -42,18 +42,21 @@ def fit(
     holder: Holder,
     *,
     device: torch.device,
+    unlabeled: int = 0,
     report: Report = lambda _line: None,
     on_step: OnStep = lambda _progress: None,
 ) -> None:
     """Trains from the run's last finished epoch, or from the start, and writes the run directory.
-    `holder`: of the run directory's lock; it is checked before each write.
+    `holder`: of the run directory's lock; it is checked before each write. `unlabeled`: the last rows of `train_rows`,
+    so many, have no masks.
 
     Each process of a training calls it in the same way. With an initialised torch.distributed group, only rank 0 writes
     and calls `on_step`. Raises UserError if the loss is not finite.
     """
     rank, world_size, out = distributed.rank(), distributed.world_size(), holder.out
     training, state = _start(config, out, device)
-    sampler = Sampler.of(config.train, len(train_rows), rank=rank, world_size=world_size)
+    labeled = len(train_rows) - unlabeled
+    sampler = Sampler.of(config.train, labeled, unlabeled=unlabeled, rank=rank, world_size=world_size)
     if _compiles(config, sampler, device):
         training.forward = compiling.Compiled(training.ddp_network)
     history = [line for line in read_metrics(out) if line["epoch"] <= state.epoch]
@@ -65,7 +68,7 @@ def fit(
         started = time.perf_counter()
         _seed_dropout(config.train.seed, epoch, rank)
         batches = EpochBatches(train_rows, sampler.epoch(epoch))
-        timer = ProgressTimer(on_step if rank == 0 else None, epoch, steps=batches.steps, images=len(train_rows))
+        timer = ProgressTimer(on_step if rank == 0 else None, epoch, steps=batches.steps, images=labeled)
         decay = decay_after_plateaus(config.train, val_dices)
         train_loss = train_epoch(training, batches, epoch=epoch, decay=decay, on_step=timer)
         for network in training.networks:
@@ -79,7 +82,7 @@ def fit(
             **scores,
             "learning_rate": training.optimizer.param_groups[-1]["lr"],
             "workers": world_size,
-            "images_per_second": len(train_rows) / train_seconds,
+            "images_per_second": labeled / train_seconds,
             "train_seconds": train_seconds,
             "wait_seconds": batches.wait_seconds,
             "seconds": time.perf_counter() - started,
@@ -110,8 +113,8 @@ def train_epoch(
     training.ddp_network.train()
     step, total_loss = 0, torch.zeros((), dtype=torch.float64, device=training.device)
     step_loss = torch.zeros((), device=training.device)
-    for arrays, weight, ends_step in batches:
-        step_loss += training.backward(arrays, weight, epoch=epoch, ends_step=ends_step)
+    for arrays, labeled, weight, ends_step in batches:
+        step_loss += training.backward(arrays, weight, epoch=epoch, labeled=labeled, ends_step=ends_step)
         if not ends_step:
             continue
         _set_learning_rate(training, (epoch - 1 + step / batches.steps) / training.config.train.epochs, decay)
@@ -194,5 +197,5 @@ def _compiles(config: TrainConfig, sampler: Sampler, device: torch.device) -> bo
     per_image = 3 * compiling.floating_point_operations(config.model, size_hw)
     operations = per_image * sampler.rows * config.train.epochs / sampler.world_size
     # All ranks use the sizes of rank 0, so that they decide alike.
-    sizes = len({len(micro.indices) for micro in dataclasses.replace(sampler, rank=0).epoch(1)})
+    sizes = len({len(micro.indices) + len(micro.unlabeled) for micro in dataclasses.replace(sampler, rank=0).epoch(1)})
     return compiling.pays(operations, device, bf16=in_bf16(device, config.train.precision), sizes=sizes)

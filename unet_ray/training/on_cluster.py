@@ -82,7 +82,7 @@ def _attempt(config: TrainConfig, split: Split, holder: Holder, device: str, fol
     holder.check()
     write_start(config, split, out)
     run_workers(
-        Worker(config, train_rows, val_rows, holder, threads if device == "cpu" else None),
+        Worker(config, train_rows, val_rows, split.unlabeled, holder, threads if device == "cpu" else None),
         out,
         RAY_FOLDER,
         workers=compute.workers,
@@ -101,6 +101,8 @@ def _check_nodes(config: TrainConfig, split: Split, out: str, device: str) -> No
     with _marked(out) as mark:
         one_mask = mask_files.first_file(first.mask)
         places = {f"--out {out}": mark, "--images": pages.file_of(first.image), "--masks": pages.file_of(one_mask)}
+        if split.unlabeled:
+            places["--unlabeled"] = pages.file_of(split.pairs[-1].image)
         if (init := first_weights(config, out)) is not None:
             places["--init"] = storage.join(checkpoint.model_directory(init), checkpoint.CARD)
         # Also before the room for workers is counted: this asks every node, and waits for a node that has just died
@@ -152,6 +154,8 @@ class Worker:
     config: TrainConfig
     train_rows: Subset
     val_rows: Subset
+    unlabeled: int
+    """The last of `train_rows`, so many, have no masks."""
     holder: Holder
     threads: int | None
     """Threads of torch; None leaves the number to torch."""
@@ -166,4 +170,12 @@ class Worker:
         # The driver reads the run directory. Nothing is reported to Ray, which takes two seconds for each report.
         out = self.holder.out
         with explained_errors(out, self.config), progress_writer(out) as on_step:
-            fit(self.config, self.train_rows, self.val_rows, self.holder, device=device, on_step=on_step)
+            fit(
+                self.config,
+                self.train_rows,
+                self.val_rows,
+                self.holder,
+                device=device,
+                unlabeled=self.unlabeled,
+                on_step=on_step,
+            )

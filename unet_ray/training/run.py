@@ -75,7 +75,10 @@ def train(
     custom.check(config)
     out = storage.absolute(out)
     config = with_absolute_paths(config)
-    split = Split.of(find_pairs(config.data, config.model.in_channels, say=True), config.data, config.train.seed)
+    pairs = find_pairs(config.data, config.model.in_channels, say=True)
+    split = Split.of(pairs, config.data, config.train.seed)
+    if config.data.unlabeled:
+        split = split.with_unlabeled(config.data, [pair.image for pair in pairs])
     _check_validation(config, split)
     config = resolved(config, split.train_masks)
     if not storage.exists(storage.join(out, run_files.LOCK)):  # else another training may be at work: the lock tells
@@ -187,4 +190,13 @@ def _fit_here(
     holder.check()
     write_start(config, split, out)
     with explained_errors(out, config):
-        fit(config, train_rows, val_rows, holder, device=device, report=on_epoch, on_step=on_step)
+        fit(
+            config,
+            train_rows,
+            val_rows,
+            holder,
+            device=device,
+            unlabeled=split.unlabeled,
+            report=on_epoch,
+            on_step=on_step,
+        )

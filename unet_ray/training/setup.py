@@ -6,7 +6,7 @@ import dataclasses
 import errno
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from unet_ray import custom_parts
 from unet_ray.config import IGNORE, DataConfig, TrainConfig, UserError, first_line, locations, shown_locations
 from unet_ray.data import cache, masks, storage
 from unet_ray.data.annotations import drawing, sources
+from unet_ray.data.inputs import find_images
 from unet_ray.data.pairs import Pair
 from unet_ray.data.rows import Decoder, Decodes, Rows, Subset
 from unet_ray.data.splits import SPLIT, divided, read_split, write_split
@@ -25,6 +26,8 @@ from unet_ray.training.schedules import learning_rate_at, stops_early
 
 log = logging.getLogger("unet_ray")
 
+EMA_OF_TEACHER = 0.99
+"""`train.ema` of a training with images without masks, whose teacher is the average, unless it is set."""
 MARK = ".seen"
 """Suffix of a file that a training on a cluster puts into the run directory for a moment."""
 
@@ -38,6 +41,8 @@ class Split(NamedTuple):
     val: list[int]
     test: tuple[str, ...] = ()
     """Keys of pairs that are neither: `evaluate --part test` scores them."""
+    unlabeled: int = 0
+    """The last of `pairs`, so many, are images without masks."""
 
     @classmethod
     def of(cls, pairs: list[Pair], config: DataConfig, seed: int) -> Split:
@@ -48,6 +53,19 @@ class Split(NamedTuple):
         number = {index: row for row, index in enumerate(used)}
         test_keys = tuple(keys[index] for index in test)
         return cls([pairs[i] for i in used], [number[i] for i in train], [number[i] for i in val], test_keys)
+
+    def with_unlabeled(self, config: DataConfig, left_out: Collection[str]) -> Split:
+        """Adds the images of `data.unlabeled`, without those that have masks or are in `left_out` (locations)."""
+        known = {pair.image for pair in self.pairs} | set(left_out)
+        found = [
+            Pair(image.name, image.path, "")
+            for location in filter(None, locations(config.unlabeled))
+            for image in find_images(location)
+            if image.path not in known
+        ]
+        if not found:
+            raise UserError(f"{shown_locations(config.unlabeled)}: --unlabeled has no image but those with masks")
+        return self._replace(pairs=[*self.pairs, *found], unlabeled=len(found))
 
     @property
     def train_masks(self) -> list[str]:
@@ -62,14 +80,22 @@ class Split(NamedTuple):
     def val_keys(self) -> list[str]:
         return [self.pairs[index].key for index in self.val]
 
+    def unlabeled_names(self) -> bytes:
+        """Returns the names of the images without masks, a line each."""
+        return "".join(f"{pair.key}\n" for pair in self.pairs[len(self.pairs) - self.unlabeled :]).encode(
+            errors="surrogateescape"
+        )
+
     def subset_by_key(self) -> dict[str, str]:
         """Returns key -> `train`, `val` or `test`."""
         known = dict.fromkeys(self.train_keys, "train") | dict.fromkeys(self.val_keys, "val")
         return known | dict.fromkeys(self.test, "test")
 
     def rows(self, decoded: Rows) -> tuple[Subset, Subset]:
-        """Divides the rows of `pairs` into those to train on and those to validate on."""
-        return Subset(decoded, self.train), Subset(decoded, self.val)
+        """Divides the rows of `pairs` into those to train on, with those without masks at the end, and those to
+        validate on."""
+        without_masks = range(len(self.pairs) - self.unlabeled, len(self.pairs))
+        return Subset(decoded, [*self.train, *without_masks]), Subset(decoded, self.val)
 
 
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:
@@ -80,19 +106,27 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
         return full if isinstance(several, tuple) else full[0]
 
     init = config.train.init
+    unlabeled = absolute(config.data.unlabeled) if config.data.unlabeled else ""
     return dataclasses.replace(
         config,
-        data=dataclasses.replace(config.data, images=absolute(config.data.images), masks=absolute(config.data.masks)),
+        data=dataclasses.replace(
+            config.data,
+            images=absolute(config.data.images),
+            masks=absolute(config.data.masks),
+            unlabeled=unlabeled,
+        ),
         train=dataclasses.replace(config.train, init=None if init is None else storage.absolute(init)),
     )
 
 
 def resolved(config: TrainConfig, train_masks: list[str]) -> TrainConfig:
-    """Fills in the settings that depend on the data: mask values and class weights.
+    """Fills in the settings that depend on the data: mask values, class weights, and the average that is a teacher.
 
     It looks at the masks to train on only: validation must not tell a training anything.
     """
     data, optimization = config.data, config.train
+    if data.unlabeled and not optimization.ema:
+        optimization = dataclasses.replace(optimization, ema=EMA_OF_TEACHER)
     if any(drawing.split_drawn(mask) for mask in train_masks[:1]):
         check_classes(data, config.model.num_classes)
         ids = tuple(range(max(2, config.model.num_classes)))
@@ -143,6 +177,7 @@ def _check_resumable(config: TrainConfig, split: Split, out: str, state: Trainin
             f"{out} was trained with other settings, so --resume can't go on: "
             f"`--config {storage.join(out, run_files.CONFIG)}` has the old ones, or choose another --out"
         )
+    _check_unlabeled(split, out)
     now, written = split.subset_by_key(), read_split(storage.join(out, SPLIT))
     changed = {key for key in now.keys() | written.keys() if now.get(key) != written.get(key)}
     if written and changed:
@@ -157,6 +192,17 @@ def _check_resumable(config: TrainConfig, split: Split, out: str, state: Trainin
         raise UserError(
             f"{out} stopped early after epoch {state.epoch}, since {patience} epochs were no better than the best: "
             f"--set train.patience={2 * patience} goes on, and 0 never stops early"
+        )
+
+
+def _check_unlabeled(split: Split, out: str) -> None:
+    """Raises UserError if the images without masks are others than before."""
+    place = storage.join(out, run_files.UNLABELED)
+    before = storage.read_bytes(place) if storage.exists(place) else b""
+    if before != split.unlabeled_names():
+        raise UserError(
+            f"the images of --unlabeled have changed since {out} was begun, so --resume can't go on: put them back, or "
+            "choose another --out"
         )
 
 
@@ -193,6 +239,8 @@ def _settings_that_must_match(config: TrainConfig) -> TrainConfig:
 def write_start(config: TrainConfig, split: Split, out: str) -> None:
     """Writes the files that a run has before its first epoch: split.csv and config.yaml."""
     write_split(storage.join(out, SPLIT), split.subset_by_key())
+    if split.unlabeled:
+        storage.write_bytes(storage.join(out, run_files.UNLABELED), split.unlabeled_names(), durable=True)
     storage.write_bytes(storage.join(out, run_files.CONFIG), config.to_yaml().encode(), durable=True)
 
 
@@ -200,7 +248,7 @@ def decoder_with_filled_cache(config: TrainConfig, pairs: list[Pair], run: cache
     """Returns the decoder of pairs into rows. With `compute.cache`, first adds all missing pairs to the cache, through
     `run`, and returns a decoder that reads the cache."""
     decoder, location = Decoder.of(config), config.compute.cache
-    return cache.filled(pairs, decoder, location, run) if location else decoder
+    return cache.filled([pair for pair in pairs if pair.mask], decoder, location, run) if location else decoder
 
 
 @contextmanager

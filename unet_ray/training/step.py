@@ -10,18 +10,19 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from unet_ray import custom_parts
-from unet_ray.config import TrainConfig
+from unet_ray.config import IGNORE, TrainConfig
 from unet_ray.data.rows import Batch
 from unet_ray.models import SegmentationModel, build, checkpoint
 from unet_ray.models.device import autocast, check_precision
 from unet_ray.models.tiles import mirror_margin
-from unet_ray.training import custom, losses
+from unet_ray.training import custom, losses, unlabeled
 from unet_ray.training.augment import augment
 from unet_ray.training.crops import random_tiles
 from unet_ray.training.optimizers import average_of, build_optimizer
@@ -75,17 +76,43 @@ class Training:
         image = tensors["image"].permute(0, 3, 1, 2)
         return image if data.tile else mirror_margin(image, model.margin), tensors["mask"], tensors.get("border")
 
-    def backward(self, arrays: Batch, weight: float, *, epoch: int, ends_step: bool = True) -> Tensor:
-        """Adds the gradients of a micro-batch to those of the step; returns its mean loss times `weight`."""
+    def backward(
+        self, arrays: Batch, weight: float, *, epoch: int, labeled: int | None = None, ends_step: bool = True
+    ) -> Tensor:
+        """Adds the gradients of a micro-batch to those of the step; returns its mean loss times `weight`.
+
+        `labeled`: the first rows, so many, have masks; None: all have.
+        """
         image, mask, border = self.inputs(arrays, epoch)
+        labeled = len(image) if labeled is None else labeled
+        if labeled < len(image):
+            image, mask = self._with_pseudo_masks(image, mask, labeled, arrays["index"], epoch)
         # Ranks exchange gradients once per step, with those of its last micro-batch.
         local = isinstance(self.ddp_network, DistributedDataParallel) and not ends_step
         with self.ddp_network.no_sync() if local else contextlib.nullcontext():  # type: ignore[operator]
             with autocast(self.device, self.config.train.precision):
                 logits = self.forward(image)
-            loss = self.loss(logits, mask, border).mean() * weight
+            loss = self.loss(logits[:labeled], mask[:labeled], border if border is None else border[:labeled]).mean()
+            if labeled < len(image):
+                theirs = unlabeled.consistency(logits[labeled:], mask[labeled:]).mean()
+                loss = loss + self.config.train.unlabeled_weight * theirs
+            loss = loss * weight
             self.scaler.scale(loss).backward()
         return loss.detach()
+
+    @torch.no_grad()
+    def _with_pseudo_masks(
+        self, image: Tensor, mask: Tensor, labeled: int, indices: np.ndarray, epoch: int
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the images, those without masks strongly changed, and masks, with the teacher's where none are."""
+        assert self.ema is not None, "`setup.resolved` sets it"
+        with autocast(self.device, self.config.train.precision):
+            logits = self.ema.module.eval()(image[labeled:])
+        found = unlabeled.pseudo_masks(logits, self.config.train.unlabeled_confidence)
+        found[mask[labeled:].amin(dim=(1, 2)) != IGNORE] = IGNORE  # an image that can't be read
+        seed = self.config.train.seed
+        strong, found = unlabeled.changed(image[labeled:], found, indices[labeled:], seed, epoch)
+        return torch.cat([image[:labeled], strong]), torch.cat([mask[:labeled], found])
 
     def update(self) -> None:
         """Changes the weights by the step's gradients, and clears the gradients."""
