@@ -176,7 +176,7 @@ class DataConfig:
     masks: str | tuple[str, ...] = ""
     """Folder, glob or URI of the masks, or several; if they are as many as those of images, in the same order. A list
     of pairs holds them too. Or annotations, a file or a folder (`data.annotations`), which are drawn as masks."""
-    unlabeled: str | tuple[str, ...] = ""
+    unlabeled: str | tuple[str, ...] | None = None
     """Images without masks, as `predict` takes them, for training to learn from, too (`training.unlabeled`)."""
     match: str | None = None
     """Regular expression that finds, in the relative paths of an image and its mask, the text that both have: its first

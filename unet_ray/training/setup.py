@@ -59,12 +59,12 @@ class Split(NamedTuple):
         known = {pair.image for pair in self.pairs} | set(left_out)
         found = [
             Pair(image.name, image.path, "")
-            for location in filter(None, locations(config.unlabeled))
+            for location in locations(config.unlabeled or ())
             for image in find_images(location)
             if image.path not in known
         ]
         if not found:
-            raise UserError(f"{shown_locations(config.unlabeled)}: --unlabeled has no image but those with masks")
+            raise UserError(f"{shown_locations(config.unlabeled or ())}: --unlabeled has no image but those with masks")
         return self._replace(pairs=[*self.pairs, *found], unlabeled=len(found))
 
     @property
@@ -106,7 +106,7 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
         return full if isinstance(several, tuple) else full[0]
 
     init = config.train.init
-    unlabeled = absolute(config.data.unlabeled) if config.data.unlabeled else ""
+    unlabeled = absolute(config.data.unlabeled) if config.data.unlabeled else None
     return dataclasses.replace(
         config,
         data=dataclasses.replace(
