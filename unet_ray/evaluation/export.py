@@ -38,6 +38,9 @@ CALIBRATION = 32
 """Training images that give the ranges of activations in int8."""
 MAY_DIFFER = {"fp32": 1e-4, "fp16": 0.02}
 """Precision -> the largest difference of a probability."""
+WITH_INSTANCE_NORM = 5e-3
+"""The same in fp32 for networks with instance norm. Where an image is nearly one colour, as the margins of MRI slices,
+it magnifies what programs round differently. Measured on BraTS: 3e-4 onnxruntime, 1.2e-3 OpenVINO."""
 MAY_DIFFER_IN_CLASS = {"fp32": 1e-4, "fp16": 5e-3, "int8": 5e-3}
 """Precision -> the largest share of pixels whose class differs. In int8 only this counts: probabilities near an edge
 differ more, without another decision."""
@@ -101,6 +104,8 @@ def export(
         except Exception as error:  # exporters and runtimes raise many kinds
             raise UserError(f"this network can't be exported to {form}: {first_line(error)[:300]}") from error
         bound = (MAY_DIFFER_IN_CLASS if by_class else MAY_DIFFER)[precision]
+        if card.model.norm == "instance" and not by_class:
+            bound = max(bound, WITH_INSTANCE_NORM)
         if not difference <= bound:
             raise UserError(f"refused: {form} differs from torch by {difference:.2g}, and {bound:g} is allowed")
         files = {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
