@@ -45,8 +45,9 @@ def export(model: str, out: str, form: str | None, decide: bool, precision: str,
       unet-ray export RUN --out model.onnx
 
     Before the file is written, its own program opens it and compares it with torch, on validation images of the run and
-    at odd sizes. It is refused if a probability differs by more than 1e-4 (with instance norm 0.005; fp16: 0.02; int8: if
-    the class of more than 0.5 % of an image's pixels differs). In int8, 32 training images give the ranges of values.
+    at odd sizes. It is refused if a probability differs by more than 1e-4 (with instance norm 0.005; fp16: 0.02), or in
+    int8 if the class of more than 0.5 % of an image's pixels differs. In int8, 32 training images give the ranges of
+    values.
 
     ONNX needs onnx and onnxruntime (the extra `export`), OpenVINO the extra `cpu`. A network in int8 for OpenVINO is
     what `unet-ray quantize` makes.

@@ -178,7 +178,7 @@ class _Video:
 
 def _turned(image: np.ndarray, frame: Any) -> np.ndarray:
     """Turns and mirrors an image as its frame's display matrix says: x' = a x + c y, y' = b x + d y."""
-    data = next((each for each in frame.side_data if each.type.name == "DISPLAYMATRIX"), None)
+    data = frame.side_data.get("DISPLAYMATRIX")
     if data is None:
         return image
     a, b, _, c, d = np.frombuffer(bytes(data), np.int32)[:5]
