@@ -60,7 +60,7 @@ def read_frame(path: str, number: int, max_pixels: int) -> np.ndarray:
         video = _opened_here(path)
         check_pixels(video.stream.width * video.stream.height, max_pixels)
         frame = video.frame(number)
-        return _turned(frame.to_ndarray(format="rgb24"), frame)
+        return _turned(video.converter.reformat(frame, format="rgb24").to_ndarray(), frame)
     except av.FFmpegError as error:  # some are OSError, some ValueError
         _forget()
         raise ImageError(f"frame {number} can't be decoded: {error.strerror or error}") from None
@@ -95,6 +95,8 @@ def _opened(path: str) -> Any:
     if not container.streams.video:
         container.close()
         raise ImageError("no video in it")
+    # Several processes decode at the same time; and a forked one would wait for ever for threads of its parent.
+    container.streams.video[0].codec_context.thread_count = 1
     return container
 
 
@@ -127,9 +129,12 @@ class _Video:
     """An open video. The decoder stands before the frame `next`."""
 
     def __init__(self, path: str, frames: _Frames) -> None:
+        from av.video.reformatter import VideoReformatter
+
         self.path, self.count, self.times = path, frames.total, frames.times
         self.places = {time: place for place, time in enumerate(frames.times)}
         self.container: Any = None
+        self.converter = VideoReformatter()  # the frame's own has threads, which a forked process lacks
         self.from_the_beginning()
 
     def from_the_beginning(self) -> None:
