@@ -177,6 +177,14 @@ def test_a_file_of_settings_needs_permission_or_the_names_again(run, folder):
     assert command(folder, *words, "--allow-code").exit_code == 0
 
 
+def test_a_name_is_typed_only_if_all_of_it_is():
+    for name in ("ine:Net", "mine:Net"):
+        config = load_train_config(settings=[("model.name", name)])
+        custom_parts.check_typed(config, [f"model.name={name}"], allow_code=False)
+        with pytest.raises(UserError, match=f"{name}: if you trust it"):
+            custom_parts.check_typed(config, ["model.name=mine:Net2", f"train.loss=m{name}+dice"], allow_code=False)
+
+
 def test_a_network_of_ones_own_is_not_folded_and_its_kept_form_is_of_its_code(folder, tmp_path):
     pytest.importorskip("openvino")
     source = """

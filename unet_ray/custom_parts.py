@@ -51,6 +51,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -79,9 +80,10 @@ def permit(*names: str) -> None:
 
 
 def check_typed(config: TrainConfig, typed: Iterable[str], allow_code: bool) -> None:
-    """Raises UserError for custom parts that the user has not typed, but that a file of settings names."""
-    typed = list(typed)
-    named = [name for name in names_in(config) if not any(name in text for text in typed)]
+    """Raises UserError for custom parts that the user has not typed, but that a file of settings names. `typed`: names,
+    sums of them, or `setting=name`."""
+    terms = {term.strip(" '\"") for text in typed for term in re.split("[=+]", text)}
+    named = [name for name in names_in(config) if name not in terms]
     if named and not allow_code:
         raise UserError(
             f"the settings name code that is no part of unet_ray, {', '.join(named)}: if you trust it, add "
