@@ -78,8 +78,7 @@ def train(
     recipes`), or `config` (a YAML file or a TrainConfig). `init` (a run or model directory) gives the first weights and
     the network's own settings. `settings` (dotted names, such as `train.epochs`) come last and win. `resume` goes on
     from the last finished epoch in `out`. `verbose` shows Ray's own messages. `allow_code`: import code that a file
-    `config` names, see `unet_ray.custom_parts`. `watch.on_epoch` receives each line of
-    metrics.jsonl.
+    `config` names, see `unet_ray.custom_parts`. `watch.on_epoch` receives each line of metrics.jsonl.
 
     Raises UserError for what the user must fix.
 

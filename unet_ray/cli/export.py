@@ -60,8 +60,7 @@ def export(model: str, out: str, form: str | None, decide: bool, precision: str,
     form = form or exporting.form_of(out)
     written = exporting.export(model, out, form, decide=decide, precision=precision, allow_code=allow_code)
     kind = "validation images" if written.real else "images of noise, since there are no validation images"
-    by_class = decide or precision == "int8"
-    what = "largest share of differing pixels" if by_class else "largest difference of a probability"
+    what = "largest share of differing pixels" if written.by_class else "largest difference of a probability"
     click.echo(f"compared with torch on {written.images} {kind}: {what} {written.difference:.2g}")
     print_places(network=f"{written.file} ({written.bytes / 2**20:.1f} MiB)", about=written.about)
     card = checkpoint.read_card(location)

@@ -168,14 +168,20 @@ def predict(
         click.echo(json.dumps(summary.to_json()))
     else:
         _print_summary(summary, "an earlier run" if config.part is None else "other parts or an earlier run")
-        masks = {"masks": storage.join(out, "masks")} if "png" in config.formats else {"output": out}
-        print_places(**masks, table=storage.join(out, "manifest.parquet"), **report)
-        if summary.parts_missing:
-            click.echo(f"summary and report follow when these parts are done: {', '.join(summary.parts_missing)}")
-        if summary.failed:
-            print_next("fix the files and give the same command again (others: --retry-failed)")
+        _print_files(summary, config, report)
     if summary.failed > allowed(summary.images):
         sys.exit(1)
+
+
+def _print_files(summary: PredictSummary, config: PredictConfig, report: dict[str, str]) -> None:
+    """Prints what was written, and what can be done about the rest."""
+    out = config.out
+    masks = {"masks": storage.join(out, "masks")} if "png" in config.formats else {"output": out}
+    print_places(**masks, table=storage.join(out, "manifest.parquet"), **report)
+    if summary.parts_missing:
+        click.echo(f"summary and report follow when these parts are done: {', '.join(summary.parts_missing)}")
+    if summary.failed:
+        print_next("fix the files and give the same command again (others: --retry-failed)")
 
 
 def _print_summary(summary: PredictSummary, others: str) -> None:

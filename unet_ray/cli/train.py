@@ -271,15 +271,10 @@ def train(
     """
     if recipe and config_file:
         raise UserError("--recipe and --config both say all settings: give one of them")
-    network: list[tuple[str, Any]] = []
-    if flags["init"] is not None:
-        from unet_ray.models.checkpoint import model_settings_of
-
-        network = model_settings_of(flags["init"])
     config = load_train_config(
         recipe=recipe,
         config_file=_read_text(config_file, "--config") if config_file else None,
-        settings=[*network, *_class_settings(flags.pop("classes")), *map(_setting, settings), *_flag_settings(flags)],
+        settings=_all_settings(settings, flags),
     )
     custom_parts.check_typed(config, settings, allow_code)
     if folds is not None:
@@ -294,10 +289,14 @@ def train(
         sys.exit(1)
     click.echo(result.kept)
     print_places(model=storage.join(out, "model"), **written_report(out, no_report))
+    print_next(*_next_commands(out, config, validated="val_dice" in result.best))
+
+
+def _next_commands(out: str, config: TrainConfig, *, validated: bool) -> tuple[str, str]:
     allow = " --allow-code" if is_custom(config.model.name) else ""
-    pairs = "" if "val_dice" in result.best else " --images IMAGES --masks MASKS"
+    pairs = "" if validated else " --images IMAGES --masks MASKS"
     model = shlex.quote(out)
-    print_next(f"unet-ray evaluate {model}{pairs}{allow}", f"unet-ray predict {model} FOLDER --out MASKS{allow}")
+    return f"unet-ray evaluate {model}{pairs}{allow}", f"unet-ray predict {model} FOLDER --out MASKS{allow}"
 
 
 def _cross_validate(config: TrainConfig, out: str, folds: int, runtime: Runtime, resume: bool) -> None:
@@ -317,6 +316,16 @@ def _cross_validate(config: TrainConfig, out: str, folds: int, runtime: Runtime,
     for label, name in (("Dice", "dice"), ("IoU", "iou"), ("pixel accuracy", "pixel_accuracy")):
         mean, sd = summary.mean_and_sd(name)
         click.echo(f"{label:<16} {mean:.4f} ± {sd:.4f} (mean and sd of {folds} folds)")
+
+
+def _all_settings(typed: tuple[str, ...], flags: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Returns the settings of the command line; later ones win: the network of --init, classes, --set, other flags."""
+    network: list[tuple[str, Any]] = []
+    if flags["init"] is not None:
+        from unet_ray.models.checkpoint import model_settings_of
+
+        network = model_settings_of(flags["init"])
+    return [*network, *_class_settings(flags.pop("classes")), *map(_setting, typed), *_flag_settings(flags)]
 
 
 def _setting(text: str) -> tuple[str, str]:

@@ -99,14 +99,16 @@ class Choice:
         kind = os.path.splitext(name)[1].lower()  # noqa: PTH122 - called often
         if kind in EXTENSIONS or self.strict:
             return True
-        if path is not None and kind in video.SUFFIXES:
-            taken = self.videos
-        else:
-            taken = path is not None and kind not in OTHER_EXTENSIONS and _begins_like_an_image(path)
-        if taken:
+        if path is not None and self._takes_other(kind, path):
             return True
         self.passed[kind] += 1
         return False
+
+    def _takes_other(self, kind: str, path: str) -> bool:
+        """Returns whether a file on a disk is an image although its extension is not one's, or a video to take."""
+        if kind in video.SUFFIXES:
+            return self.videos
+        return kind not in OTHER_EXTENSIONS and _begins_like_an_image(path)
 
 
 def _begins_like_an_image(path: str) -> bool:
@@ -164,7 +166,7 @@ def iter_images(
 def _pages(image: ImageFile, *, frames: bool) -> Iterator[ImageFile]:
     """Yields the pages of an image, or the image itself if it has one."""
     kind = image.name.rpartition(".")[2]
-    digits = 6 if f".{kind.lower()}" in video.SUFFIXES else 4
+    digits = 6 if video.is_video(image.name) else 4
     number = 1 if image.source or image.size <= 0 else count_pages(image.path, frames=frames)
     if number == 1:
         yield image
@@ -186,9 +188,8 @@ def iter_files(paths: Sequence[str], *, pages: bool = True, frames: bool = False
 def is_one_file(location: str) -> bool:
     """Returns whether an input names one image, and no folder, list or glob."""
     path = PurePosixPath(storage.split_options(location)[0])
-    return (_wanted(path.name) or path.suffix.lower() in video.SUFFIXES) and not (
-        _is_glob(location) or storage.is_folder(location)
-    )
+    wanted = _wanted(path.name) or video.is_video(path.name)
+    return wanted and not (_is_glob(location) or storage.is_folder(location))
 
 
 def common_folder(paths: Sequence[str]) -> str:
@@ -207,7 +208,7 @@ def root_name(location: str) -> str:
     path = PurePosixPath(storage.split_options(location)[0])
     if path.suffix in (*lists.SUFFIXES, ".parquet"):
         return path.stem
-    while glob.has_magic(path.name) or _wanted(path.name) or path.suffix.lower() in video.SUFFIXES:
+    while glob.has_magic(path.name) or _wanted(path.name) or video.is_video(path.name):
         path = path.parent
     return path.name or "input"
 
@@ -264,10 +265,8 @@ def _of_glob(pattern: str, choice: Choice) -> Iterator[ImageFile]:
     for path in _matching(pattern) if storage.is_uri(pattern) else sorted(glob.iglob(pattern, recursive=True)):  # noqa: PTH207
         name = storage.split_options(path)[0][len(root) :].lstrip("/")
         base_name = name.rpartition("/")[2]
-        is_video = (
-            choice.videos and not storage.is_uri(path) and PurePosixPath(base_name).suffix.lower() in video.SUFFIXES
-        )
-        if (_wanted(base_name) or is_video) and not storage.is_folder(path):
+        takes_video = choice.videos and not storage.is_uri(path) and video.is_video(base_name)
+        if (_wanted(base_name) or takes_video) and not storage.is_folder(path):
             yield _image(path, name, *storage.sizes_and_times([path])[0])
         elif "**" not in base and storage.is_folder(path):
             yield from _walk(path, f"{name}/", (), choice)

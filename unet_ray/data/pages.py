@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import os
 import re
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -70,7 +70,7 @@ def count(path: str, *, frames: bool) -> int:
 
 def _read_page(path: str, number: int, max_pixels: int) -> bytes:
     """Returns one page or frame as a file of its own, with the same values. Raises ImageError, OSError."""
-    if os.path.splitext(path)[1].lower() in video.SUFFIXES:  # noqa: PTH122
+    if video.is_video(path):
         if storage.is_uri(path):
             raise ImageError("a video in a bucket: copy it to a disk, where its frames can be read")
         return _encoded(Image.fromarray(np.ascontiguousarray(video.read_frame(path, number, max_pixels))))
@@ -101,7 +101,7 @@ def read_file(location: str, max_pixels: int) -> bytes:
     if cell := parquet_images.split_cell(location):
         return parquet_images.read_cell(*cell)
     path, page = _split(location)
-    if page is None and PurePosixPath(path).suffix.lower() in video.SUFFIXES:
+    if page is None and video.is_video(path):
         page = 0  # the only frame, or else it says what is wrong with the video
     return headers.read_file(path, max_pixels) if page is None else _read_page(path, page, max_pixels)
 

@@ -39,6 +39,11 @@ class _Frames(NamedTuple):
     """Number of frames, with those that the file names but does not hold."""
 
 
+def is_video(name: str) -> bool:
+    """Returns whether a file is a video, by its name."""
+    return os.path.splitext(name)[1].lower() in SUFFIXES  # noqa: PTH122 - called often
+
+
 def is_installed() -> bool:
     """Returns whether PyAV is there."""
     return importlib.util.find_spec("av") is not None

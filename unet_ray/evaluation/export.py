@@ -54,7 +54,9 @@ class Exported:
     about: str
     """The JSON file beside it, for people and programs."""
     difference: float
-    """Largest difference of a probability; of class ids, and in int8, the largest share of differing pixels."""
+    """Largest difference of a probability, or with `by_class` the largest share of pixels of another class."""
+    by_class: bool
+    """Whether classes were compared: those of a network that decides, and those of int8."""
     images: int
     """Images that were compared."""
     real: bool
@@ -103,9 +105,7 @@ def export(
             difference = max(_difference(runs, reference, image, threshold) for image in images)
         except Exception as error:  # exporters and runtimes raise many kinds
             raise UserError(f"this network can't be exported to {form}: {first_line(error)[:300]}") from error
-        bound = (MAY_DIFFER_IN_CLASS if by_class else MAY_DIFFER)[precision]
-        if card.model.norm == "instance" and not by_class:
-            bound = max(bound, WITH_INSTANCE_NORM)
+        bound = _bound(card, precision, by_class)
         if not difference <= bound:
             raise UserError(f"refused: {form} differs from torch by {difference:.2g}, and {bound:g} is allowed")
         files = {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
@@ -116,7 +116,14 @@ def export(
         storage.write_bytes(storage.join(parent, name), data)
     beside = backends.with_suffix(out, ".json")
     storage.write_bytes(beside, (json.dumps(about, indent=2) + "\n").encode())
-    return Exported(out, beside, difference, len(images), real, sum(map(len, files.values())))
+    return Exported(out, beside, difference, by_class, len(images), real, sum(map(len, files.values())))
+
+
+def _bound(card: ModelCard, precision: str, by_class: bool) -> float:
+    """Returns the difference from torch with which a file is accepted."""
+    if by_class:
+        return MAY_DIFFER_IN_CLASS[precision]
+    return max(MAY_DIFFER[precision], WITH_INSTANCE_NORM if card.model.norm == "instance" else 0)
 
 
 def form_of(out: str) -> str:

@@ -39,17 +39,13 @@ def pipeline_of(model: str, options: MaskOptions) -> Pipeline:
 def _load_custom(models: list[str], cards: list[ModelCard], allow_code: bool) -> bool:
     """Imports the networks of the user's own here, before a cluster starts. Returns whether there is one. Raises
     UserError if it is not allowed, or can't be imported."""
-    names = [card.model.name for card in cards]
-    custom = [
-        name
-        for model, name in zip(models, names, strict=True)
-        if custom_parts.check_permission(model, name, allow_code)
-    ]
-    for name in custom:
-        custom_parts.load(registry.NETWORKS, name, "config")
+    found = False
     for model, card in zip(models, cards, strict=True):
-        checkpoint.say_if_code_changed(model, card)
-    return bool(custom)
+        if custom_parts.check_permission(model, card.model.name, allow_code):
+            custom_parts.load(registry.NETWORKS, card.model.name, "config")
+            checkpoint.say_if_code_changed(model, card)
+            found = True
+    return found
 
 
 def _check_tile(card: ModelCard, options: MaskOptions) -> None:

@@ -13,7 +13,6 @@ import io
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -142,7 +141,7 @@ def _check_no_videos(pool: Pool, rows: Sequence[int]) -> None:
     """Raises UserError for frames of videos, since neither annotation programs nor training read them."""
     for image in pool.image_files(rows):
         file = pages.file_of(image.path)
-        if PurePosixPath(file).suffix.lower() in video.SUFFIXES:
+        if video.is_video(file):
             raise UserError(
                 f"{file}: its frames can't be labelled: make images of them first, such as by "
                 "`ffmpeg -i VIDEO FOLDER/%06d.png`, and choose from that folder"

@@ -36,8 +36,7 @@ def augmented(arrays: Arrays, indices: Iterable[int], config: TrainConfig, epoch
     device, images, found = arrays["image"].device, [], []
     for index, image, mask in zip(indices, arrays["image"].cpu().numpy(), arrays["mask"].cpu().numpy(), strict=True):
         generator = np.random.default_rng([config.train.seed, epoch, int(index), STREAM])
-        with custom_parts.explained(name):
-            changed = function(image.copy(), mask.copy(), generator)
+        changed = function(image.copy(), mask.copy(), generator)  # `setup.explained_errors` explains its exceptions
         _check_changed(name, changed, image, mask, max(2, config.model.num_classes))
         images.append(changed[0])
         found.append(changed[1])

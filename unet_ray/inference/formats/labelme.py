@@ -6,7 +6,6 @@ import base64
 import io
 import json
 import os
-from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -39,7 +38,7 @@ class Labelme(OutputFormat):
             "flags": {},
             "shapes": _shapes(result.mask, self.card),
             "imagePath": _relative(image, place),
-            "imageData": _frame(location) if PurePosixPath(image).suffix.lower() in video.SUFFIXES else None,
+            "imageData": _frame(location) if video.is_video(image) else None,
             "imageHeight": height,
             "imageWidth": width,
         }
