@@ -620,6 +620,9 @@ class MaskOptions:
     threshold: float | None = None
     """A pixel is foreground where its probability is above this (one class). None: what `evaluate --choose-threshold`
     chose for this model, or 0.5."""
+    adapt: bool = False
+    """First adapt the model to these images: blend the statistics of a sample of them into its batch norms
+    (`inference.adapt`)."""
     allow_code: bool = False
     """Let a model import its network's code, where that is no part of unet_ray (`custom_parts`)."""
     max_pixels: int = MAX_PIXELS
@@ -645,6 +648,10 @@ class MaskOptions:
             raise UserError(f"--threshold {self.threshold}: between 0 and 1")
         if self.cleanup is not None:
             Cleanup.parse(self.cleanup)
+        if self.adapt and self.ensemble:
+            raise UserError("--adapt is for one model: leave --ensemble out")
+        if self.adapt and self.precision == "int8":
+            raise UserError("--adapt makes other weights, and int8 is for those of `unet-ray quantize`: leave one out")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -684,6 +691,11 @@ class PredictConfig(MaskOptions):
         for name in self.formats:
             if name not in FORMATS:
                 raise UserError(f"--format {name!r} is not one{nearest(name, FORMATS)}")
+        if self.part is not None and self.adapt:
+            raise UserError(
+                "--adapt with --part: parts would adapt on their own. Adapt once, `unet-ray predict MODEL SOME_IMAGES "
+                "--out OTHER --adapt`, then name OTHER/adapted as the model of all parts"
+            )
         if self.part is not None and self.overwrite:
             raise UserError("--part and --overwrite: it would remove the other parts, too: choose another --out")
         fields = {"relpath", "stem", "name", "ext"}

@@ -87,7 +87,8 @@ REASONS = 5
     SCORING,
     "--against",
     metavar="OTHER",
-    help="Score OTHER on the same images too, and test the difference (Wilcoxon's signed-rank test).",
+    help="Score OTHER on the same images too, and test the difference (Wilcoxon's signed-rank test). --adapt is for "
+    "MODEL alone.",
 )
 @option(SCORING, "--choose-cleanup", is_flag=True, help="Find the clean-up with the best Dice; predict then uses it.")
 @option(
@@ -140,6 +141,8 @@ def evaluate(
     """
     if (choose_cleanup or choose_threshold) and (against is not None or table is not None or predictions):
         raise UserError("--choose-cleanup and --choose-threshold go without --against, --table and --predictions")
+    if (choose_cleanup or choose_threshold) and options["adapt"]:
+        raise UserError("--choose-cleanup and --choose-threshold are for the model as it is: leave --adapt out")
     if predictions:
         scores, other = _scores_of_files(predictions, model, against, _mask_values(mask_values), options)
     elif model is None:
@@ -229,7 +232,7 @@ def _scores(
         if against is None:
             return scores, None
         with ImagesDisplay("scored") as display:
-            other_config = dataclasses.replace(config, model=against)
+            other_config = dataclasses.replace(config, model=against, adapt=False)
             return scores, run(other_config, pairs=scored_pairs, runtime=runtime, on_progress=display)
 
 

@@ -230,6 +230,12 @@ mask_options = options(
         shown=default_of(PredictConfig, "overlap"),
     ),
     option(MASKS, "--tta", is_flag=True, help="Average over the flips that the network was trained with."),
+    option(
+        MASKS,
+        "--adapt",
+        is_flag=True,
+        help="First adapt the model to these images, which look unlike those of its training; without masks.",
+    ),
     option(MASKS, "--ensemble", multiple=True, metavar="MODEL", help="Average with another model; may be repeated."),
     option(
         MASKS,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import pyarrow as pa
@@ -15,13 +17,16 @@ from unet_ray.data import mask_files, pages, storage
 from unet_ray.data.annotations import drawing
 from unet_ray.data.chunks import Chunk, objects, readable, to_parquet
 from unet_ray.data.darkness import SAMPLE, may_be_deep, warn_of_deep
+from unet_ray.data.imaging import Source
 from unet_ray.data.inputs import evenly
 from unet_ray.data.pairs import Pair
 from unet_ray.data.progress import OnProgress
 from unet_ray.evaluation.compare import Compare
 from unet_ray.evaluation.run_pairs import pairs_of
+from unet_ray.inference import adapt
 from unet_ray.inference.chunk_size import chunk_rows
 from unet_ray.inference.pipeline import Pipeline
+from unet_ray.inference.reader import Reader
 from unet_ray.inference.resolve import pipeline_of
 from unet_ray.inference.stages import Chunks, MaskSink
 from unet_ray.metrics import ImageScores, Scores
@@ -48,8 +53,26 @@ def evaluate(
     pair could be used.
     """
     pipeline = pipeline or pipeline_of(config.model, config)
-    versions, failures = measure(config, pipeline, (), pairs, runtime, on_progress)
+    pairs = pairs_of(config) if pairs is None else pairs
+    with _adapted(pipeline, pairs) if config.adapt else nullcontext(pipeline) as pipeline:
+        versions, failures = measure(config, pipeline, (), pairs, runtime, on_progress)
     return metrics.score(versions[0], config.tolerance, failures)
+
+
+@contextmanager
+def _adapted(pipeline: Pipeline, pairs: list[Pair]) -> Iterator[Pipeline]:
+    """Gives the pipeline with a model that is adapted to the images. All nodes see it, beside the model itself, until
+    the evaluation is done."""
+    location = storage.join(pipeline.model, f".{adapt.FOLDER}-{uuid.uuid4().hex[:12]}")
+    try:
+        yield adapt.adapted(pipeline, _encoded(evenly(pairs, adapt.SAMPLE), pipeline.reader()), location)
+    finally:
+        storage.delete_folder(location)
+
+
+def _encoded(pairs: list[Pair], reader: Reader) -> Iterator[Source | str]:
+    """Yields the file of each image, or the reason why it can't be read."""
+    return reader.encoded({"path": objects([os.fsencode(pair.image) for pair in pairs])})
 
 
 def measure(
@@ -84,11 +107,10 @@ def measure(
 def _look(pairs: list[Pair], pipeline: Pipeline) -> None:
     """Warns if some images look nearly black to the model."""
     reader = pipeline.reader()
-    some = evenly([pair.image for pair in pairs if may_be_deep(pair.image)], SAMPLE)
+    some = evenly([pair for pair in pairs if may_be_deep(pair.image)], SAMPLE)
     if some:
-        encoded = reader.encoded({"path": objects([os.fsencode(path) for path in some])})
-        where = storage.without_secrets(storage.parent(pages.file_of(some[0])))
-        warn_of_deep(encoded, reader.channels, reader.value_range, where)
+        where = storage.without_secrets(storage.parent(pages.file_of(some[0].image)))
+        warn_of_deep(_encoded(some, reader), reader.channels, reader.value_range, where)
 
 
 def card_for(config: EvaluateConfig, card: ModelCard, pairs: list[Pair]) -> ModelCard:

@@ -25,12 +25,9 @@ from unet_ray.inference import backends
 from unet_ray.inference.arithmetic import INSTALL, Arithmetic
 from unet_ray.inference.choose_arithmetic import choose
 from unet_ray.inference.pipeline import Pipeline
-from unet_ray.inference.reader import Reader
 from unet_ray.inference.resolve import pipeline_of
 from unet_ray.models import checkpoint, compiling
-from unet_ray.models.checkpoint import ModelCard
 from unet_ray.models.device import instruction_set
-from unet_ray.models.tiles import mirrored
 from unet_ray.own_process import is_own
 from unet_ray.ray_backend.session import LOCAL
 
@@ -102,7 +99,7 @@ def _calibration_images(run: str, pipeline: Pipeline, count: int) -> list[np.nda
     """Returns `count` training images of a run, drawn with a fixed seed. Raises UserError if none can be read."""
     known = pairs_of_run(run, "train")
     chosen = np.random.default_rng(0).choice(len(known), min(count, len(known)), replace=False)
-    images = list(_images([known[number] for number in sorted(chosen)], pipeline.reader(), pipeline.card))
+    images = list(_images([known[number] for number in sorted(chosen)], pipeline))
     if not images:
         raise UserError(f"{run}: none of its training images can be read")
     return images
@@ -122,20 +119,14 @@ def _delete_networks(model: str) -> None:
             storage.delete_file(storage.join(model, name))
 
 
-def _images(pairs: Sequence[Pair], reader: Reader, card: ModelCard) -> Iterator[np.ndarray]:
+def _images(pairs: Sequence[Pair], pipeline: Pipeline) -> Iterator[np.ndarray]:
     """Yields images in the form in which prediction passes them to the network, uint8 [1,H,W,C]. Skips images that
     can't be read."""
-    side, margin = card.tile if card.model.padding == "valid" else 0, card.model.margin
     for pair in pairs:
         try:
-            image, _ = reader.resized(imaging.read_file(pair.image), card.image_size)
+            yield pipeline.network_input(imaging.read_file(pair.image))
         except (ImageError, OSError):
             continue
-        rows, columns = (
-            mirrored(((length - side) // 2 if side else 0) - margin, (side or length) + 2 * margin, length)
-            for length in card.image_size
-        )
-        yield image[rows][:, columns][None]
 
 
 def _in_int8(network: Any, images: Sequence[np.ndarray]) -> Any:

@@ -18,7 +18,7 @@ from unet_ray import custom_parts
 from unet_ray.config import PredictConfig, UserError
 from unet_ray.data import storage
 from unet_ray.data.output_lock import OutputLock, output_lock
-from unet_ray.inference import naming
+from unet_ray.inference import adapt, naming
 from unet_ray.inference.arithmetic import NOT_RECORDED, Arithmetic
 from unet_ray.inference.choose_arithmetic import begun_otherwise
 from unet_ray.inference.formats import all_owned_names
@@ -54,6 +54,7 @@ def settings_of(config: PredictConfig, pipeline: Pipeline, part: Part) -> dict[s
         "tile": config.tile,
         "overlap": config.overlap if config.tile else None,
         "tta": config.tta,
+        "adapt": adapt.STRENGTH if config.adapt else None,
         "cleanup": pipeline.cleanup_text,
         "threshold": None if pipeline.card.threshold == 0.5 else pipeline.card.threshold,
         "code": code if any(code) else None,
@@ -182,7 +183,7 @@ def _write(out: str, settings: dict[str, Any]) -> None:
 
 def remove(out: str) -> None:
     """Removes an earlier prediction, except for the lock."""
-    for name in (*all_owned_names(), MANIFEST, SUMMARY, REPORT, WORK):
+    for name in (*all_owned_names(), adapt.FOLDER, MANIFEST, SUMMARY, REPORT, WORK):
         location = storage.join(out, name)
         if name == WORK:
             for inner in set(storage.names_in(location)) - {LOCK}:

@@ -8,6 +8,9 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
+import torch
+
 from unet_ray.config import Cleanup, MaskOptions, PredictConfig, UserError
 from unet_ray.data import storage
 from unet_ray.data.chunks import Chunk, Stage, objects
@@ -30,9 +33,11 @@ from unet_ray.inference.stages import (
     ToOwnSize,
     unchanged,
 )
+from unet_ray.inference.tiles import Grid
 from unet_ray.models import checkpoint, compiling
 from unet_ray.models.checkpoint import ModelCard
 from unet_ray.models.device import device_here
+from unet_ray.models.tiles import mirrored
 from unet_ray.ray_backend.session import Runtime
 
 READ_SECONDS = 0.0065
@@ -78,6 +83,16 @@ class Pipeline(ABC):
     ) -> Iterator[Prediction]:
         """Segments images in this process. Yields the mask of each, or the reason of the failure; `images` may have
         that in the place of an image."""
+
+    @abstractmethod
+    def network_input(self, image: Source | str) -> np.ndarray:
+        """Returns an image as the network gets it, uint8 [1,H,W,C]; of several tiles the middle one. Raises
+        ImageError."""
+
+    def of_model(self, model: str) -> Pipeline:
+        """Returns the pipeline with another model directory, of a copy of the model with other weights."""
+        weights = checkpoint.read_card(model).weights_sha256
+        return dataclasses.replace(self, model=model, card=dataclasses.replace(self.card, weights_sha256=weights))
 
     def reader(self) -> Reader:
         column = self.options.column if isinstance(self.options, PredictConfig) else None
@@ -193,6 +208,16 @@ class WholeImagePipeline(Pipeline):
         to_own_size = ToOwnSize(self.card, self.cleanup, probabilities)
         return to_own_size(Segment(segmenter)(decode(_without_paths(images))))
 
+    def network_input(self, image: Source | str) -> np.ndarray:
+        model, size_hw = self.card.model, self.card.image_size
+        pixels, _ = self.reader().resized(image, size_hw)
+        side, margin = self.card.tile if model.padding == "valid" else 0, model.margin
+        rows, columns = (
+            mirrored(((length - side) // 2 if side else 0) - margin, (side or length) + 2 * margin, length)
+            for length in size_hw
+        )
+        return pixels[rows][:, columns][None]
+
 
 def _without_paths(images: Sequence[Source | str]) -> Chunk:
     return {"path": objects([b""] * len(images))}
@@ -217,6 +242,15 @@ class TilePipeline(Pipeline):
         self, segmenter: BatchSegmenter, images: Sequence[Source | str], *, probabilities: bool
     ) -> Iterator[Prediction]:
         return self._by_tiles(segmenter, GivenReader.of(self.reader(), images), probabilities)(_without_paths(images))
+
+    def network_input(self, image: Source | str) -> np.ndarray:
+        pixels = self.reader().pixels(image)
+        model, options = self.card.model, self.options
+        grid = Grid.of(model, pixels.size_hw, options.tile, options.overlap, torch.device("cpu"))
+        rows, columns = (
+            axis.window(axis.starts[len(axis.starts) // 2], model.margin) for axis in (grid.rows, grid.columns)
+        )
+        return pixels.window(rows, columns)[None]
 
     def _by_tiles(self, segmenter: BatchSegmenter, reader: Reader, probabilities: bool) -> SegmentByTiles:
         return SegmentByTiles(

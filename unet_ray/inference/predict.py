@@ -16,10 +16,12 @@ from unet_ray.config import PredictConfig, UserError
 from unet_ray.data import storage, video
 from unet_ray.data.chunks import Chunk
 from unet_ray.data.darkness import SAMPLE, may_be_deep, warn_of_deep
-from unet_ray.data.inputs import Choice, ImageFile
+from unet_ray.data.imaging import Source
+from unet_ray.data.inputs import Choice, ImageFile, evenly
 from unet_ray.data.output_lock import LOOK_SECONDS, OutputLock
 from unet_ray.data.progress import OnProgress
-from unet_ray.inference import output_folder
+from unet_ray.inference import adapt, output_folder
+from unet_ray.inference.adapt import adapted
 from unet_ray.inference.arithmetic import Arithmetic
 from unet_ray.inference.choose_arithmetic import Work, choose, go_on
 from unet_ray.inference.formats import OutputFormat, formats_of
@@ -29,6 +31,7 @@ from unet_ray.inference.naming import Naming, images_of
 from unet_ray.inference.output_folder import SETTINGS
 from unet_ray.inference.parts import WHOLE, Part
 from unet_ray.inference.pipeline import Pipeline
+from unet_ray.inference.reader import Reader
 from unet_ray.inference.resolve import pipeline_of
 from unet_ray.inference.stages import TIMES
 from unet_ray.inference.summary import Outcome, PredictSummary, finish
@@ -72,6 +75,8 @@ def predict(
         begun = output_folder.begin(out, settings, part)
         listed = _survey(config, images, ledger, pipeline, begun, on_progress)
         run = _Run(ledger, on_progress, allow_mixed=config.allow_mixed)
+        if config.adapt and run.images:
+            pipeline = adapted(pipeline, run.sample(pipeline.reader()), storage.join(out, adapt.FOLDER))
         run.segment(pipeline, Write(ledger, formats, pipeline.card, pipeline.reader()), runtime, lock)
         outcome = Outcome(listed, run.done - run.already_done, started, run.seconds_by_stage(started))
         return finish(ledger, formats, pipeline, outcome)
@@ -144,9 +149,22 @@ class _Run:
         self.ended = self.listed
         on_progress(self.done, self.failed, self.images)
 
+    @property
+    def numbers(self) -> list[int]:
+        """The numbers of the chunks with work."""
+        return [number for state in self.states.values() for number in state.todo]
+
+    def sample(self, reader: Reader) -> Iterator[Source | str]:
+        """Yields images that are to be done, evenly spaced: encoded, or the reason why one can't be read."""
+        numbers = evenly(self.numbers, adapt.SAMPLE)
+        for number in numbers:
+            chunk = self.ledger.load(number)
+            rows = evenly(range(len(chunk["path"])), -(-adapt.SAMPLE // len(numbers)))
+            yield from reader.encoded({name: column[rows] for name, column in chunk.items()})
+
     def segment(self, pipeline: Pipeline, write: Write, runtime: Runtime, lock: OutputLock) -> None:
         """Runs the chunks with work through the pipeline, and merges each shard after its last chunk."""
-        numbers = [number for state in self.states.values() for number in state.todo]
+        numbers = self.numbers
         if numbers:
             _look(self.ledger.load(numbers[0]), pipeline)
         shared = {f"--out {self.ledger.out}": storage.join(self.ledger.out, SETTINGS)}

@@ -103,7 +103,6 @@ def save_model(
 ) -> None:
     """Writes a model directory and replaces an older one there."""
     data, augment = config.data, config.augment
-    tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
     card = {
         "format": FORMAT,
         "package_version": __version__,
@@ -116,10 +115,26 @@ def save_model(
         "flips": "h" * bool(augment.hflip) + "v" * bool(augment.vflip or augment.quarter_turns),
         "threshold": threshold,
         "scores": scores,
-        "weights_sha256": hashlib.sha256(_split(safetensors.torch.save(tensors))[1]).hexdigest(),
+        "weights_sha256": "",
     }
     if is_custom(config.model.name):
         card["code_sha256"] = custom_parts.source_sha256(config.model.name)
+    _write(location, _tensors(model), card)
+
+
+def save_copy(location: str, source: str, model: nn.Module) -> None:
+    """Writes a model directory with the card of `source`, and other weights of the same network."""
+    card = json.loads(storage.read_bytes(storage.join(source, CARD)))
+    _write(location, _tensors(model), {**card, "weights_sha256": ""})
+
+
+def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+
+
+def _write(location: str, tensors: dict[str, torch.Tensor], card: dict[str, Any]) -> None:
+    """Writes weights and card; the card's checksum of the weights is filled in."""
+    card["weights_sha256"] = hashlib.sha256(_split(safetensors.torch.save(tensors))[1]).hexdigest()
     weights = safetensors.torch.save(tensors, {"card": json.dumps(card)})
     storage.write_bytes(storage.join(location, WEIGHTS), weights, durable=True)
     storage.write_bytes(storage.join(location, CARD), (json.dumps(card, indent=2) + "\n").encode(), durable=True)
