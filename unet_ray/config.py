@@ -446,6 +446,9 @@ class OptimizationConfig:
     """Weight of the loss of images without masks (Sohn et al. 2020: 1). A step sees as many as images with masks."""
     unlabeled_confidence: float = 0.95
     """A pixel of theirs counts where the average of the weights gives a class this probability (Sohn et al.: 0.95)."""
+    teacher: str | None = None
+    """Run or model directory whose probabilities the network learns, too, of the images with masks and of those of
+    `data.unlabeled` (`training.teacher`; `unet-ray distill` sets it)."""
     seed: int = 42
     """Seed of the split, the first weights, the order of the images and the augmentation."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -541,8 +544,8 @@ class TrainConfig:
                 self.model.check_size(side, "--image-size")
         if self.augment.quarter_turns and height != width:
             raise UserError(f"augment.quarter_turns needs square images, not {height}x{width}")
-        if self.data.unlabeled and self.model.padding == "valid":
-            raise UserError("--unlabeled needs model.padding=same")
+        if (self.data.unlabeled or self.train.teacher) and self.model.padding == "valid":
+            raise UserError("--unlabeled and train.teacher need model.padding=same")
         terms = set(self.train.loss.split("+"))
         for term in {term for term in terms if not is_custom(term)} - {"auto", *LOSSES}:
             raise UserError(f"train.loss {self.train.loss!r}: {term!r} is not a loss{nearest(term, ['auto', *LOSSES])}")

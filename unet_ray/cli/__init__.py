@@ -17,6 +17,7 @@ import click
 from unet_ray import __version__, keys
 from unet_ray.cli import (
     demo,
+    distill,
     doctor,
     evaluate,
     export,
@@ -103,6 +104,7 @@ for command in (
     evaluate.evaluate,
     report.report,
     quantize.quantize,
+    distill.distill,
     export.export,
     recipes.recipes,
     slices.slices,

@@ -14,6 +14,7 @@ from unet_ray.ray_backend.session import Runtime
 
 F = TypeVar("F", bound=Callable[..., Any])
 DATA, MASKS, WHERE, OUTPUT = "Data", "How masks are made", "Where it runs", "Output"
+SETTINGS, TRAINING = "Settings", "Training"
 RUNS = "Starting again, and failures"
 """Headings that several commands share."""
 
@@ -81,6 +82,37 @@ def numbers(text: str, flag: str, example: str) -> tuple[int, ...]:
 def one_or_several(_ctx: click.Context, _param: click.Parameter, values: tuple[str, ...]) -> Any:
     """Returns the value of an option that may be repeated as a setting takes it: None, a text, or several."""
     return values if len(values) > 1 else values[0] if values else None
+
+
+class Workers(click.ParamType):
+    """Parses `4` or `1-4`."""
+
+    name = "N"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | tuple[int, int]:
+        try:
+            counts = [int(number) for number in str(value).split("-")]
+        except ValueError:
+            counts = []
+        if len(counts) == 1:
+            return counts[0]
+        if len(counts) == 2:
+            return counts[0], counts[1]
+        return self.fail(f"{value!r}: a number such as 4, or two such as 1-4", param, ctx)
+
+
+def settings(more: str) -> Callable[[Callable], Callable]:
+    """Returns the option `--set`. `more`: what wins."""
+    text = f"One setting, e.g. model.base_channels=32; may be repeated. {more}"
+    return option(SETTINGS, "--set", "settings", multiple=True, metavar="KEY=VALUE", help=text)
+
+
+def setting(text: str) -> tuple[str, str]:
+    """Returns name and value of a `--set`. Raises UserError."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise UserError(f"--set {text!r}: write KEY=VALUE, e.g. --set model.base_channels=32")
+    return name.strip(), value
 
 
 pairs = options(

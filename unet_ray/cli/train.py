@@ -16,8 +16,11 @@ from unet_ray.cli.options import (
     DATA,
     OUTPUT,
     PRECISIONS,
+    SETTINGS,
+    TRAINING,
     WHERE,
     Command,
+    Workers,
     allow_code,
     classes,
     device,
@@ -28,6 +31,8 @@ from unet_ray.cli.options import (
     pairs,
     rle_order,
     runtime,
+    setting,
+    settings,
 )
 from unet_ray.config import AugmentConfig, TrainConfig, UserError
 from unet_ray.data import storage
@@ -36,7 +41,6 @@ from unet_ray.registry import LOSSES, NETWORKS, OPTIMIZERS, is_custom
 from unet_ray.report.progress import TrainingDisplay
 from unet_ray.settings import load_train_config
 
-SETTINGS, TRAINING = "Settings", "Training"
 DEFAULTS = TrainConfig()
 FLAGS = {
     "images": "data.images",
@@ -92,23 +96,6 @@ an error about a misspelt name suggests the nearest):
   compute.               compile, mlflow, retries, memory_fraction"""
 
 
-class Workers(click.ParamType):
-    """Parses `4` or `1-4`."""
-
-    name = "N"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | tuple[int, int]:
-        try:
-            counts = [int(number) for number in str(value).split("-")]
-        except ValueError:
-            counts = []
-        if len(counts) == 1:
-            return counts[0]
-        if len(counts) == 2:
-            return counts[0], counts[1]
-        return self.fail(f"{value!r}: a number such as 4, or two such as 1-4", param, ctx)
-
-
 @click.command(cls=Command, epilog=CHOICES)
 @pairs
 @option(
@@ -140,15 +127,7 @@ class Workers(click.ParamType):
 @option(DATA, "--cache", metavar="DIR", help="Keep the resized images in DIR, so that later runs don't decode them.")
 @option(SETTINGS, "--recipe", metavar="NAME", help="Settings that are known to work: see `unet-ray recipes`.")
 @option(SETTINGS, "--config", "config_file", metavar="FILE", help="YAML of settings, such as a run's config.yaml.")
-@option(
-    SETTINGS,
-    "--set",
-    "settings",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="One setting, e.g. model.base_channels=32; may be repeated. It wins over --recipe and --config; other "
-    "flags win over it.",
-)
+@settings("It wins over --recipe and --config; other flags win over it.")
 @allow_code
 @option(TRAINING, "--epochs", type=int, metavar="N", help="Passes over the images.", shown=DEFAULTS.train.epochs)
 @option(
@@ -325,14 +304,7 @@ def _all_settings(typed: tuple[str, ...], flags: dict[str, Any]) -> list[tuple[s
         from unet_ray.models.checkpoint import model_settings_of
 
         network = model_settings_of(flags["init"])
-    return [*network, *_class_settings(flags.pop("classes")), *map(_setting, typed), *_flag_settings(flags)]
-
-
-def _setting(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise UserError(f"--set {text!r}: write KEY=VALUE, e.g. --set model.base_channels=32")
-    return name.strip(), value
+    return [*network, *_class_settings(flags.pop("classes")), *map(setting, typed), *_flag_settings(flags)]
 
 
 def _class_settings(picked: tuple[str, ...]) -> list[tuple[str, Any]]:

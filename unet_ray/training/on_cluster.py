@@ -105,6 +105,8 @@ def _check_nodes(config: TrainConfig, split: Split, out: str, device: str) -> No
             places["--unlabeled"] = pages.file_of(split.pairs[-1].image)
         if (init := first_weights(config, out)) is not None:
             places["--init"] = storage.join(checkpoint.model_directory(init), checkpoint.CARD)
+        if (teacher := config.train.teacher) is not None:
+            places["train.teacher"] = storage.join(checkpoint.model_directory(teacher), checkpoint.CARD)
         # Also before the room for workers is counted: this asks every node, and waits for a node that has just died
         # until Ray knows of it.
         check_shared(places)

@@ -17,7 +17,7 @@ from unet_ray.data.pairs import find_pairs
 from unet_ray.models import checkpoint, run_files
 from unet_ray.models.device import check_precision, device_here
 from unet_ray.ray_backend.session import Runtime
-from unet_ray.training import custom, tracking
+from unet_ray.training import custom, teacher, tracking
 from unet_ray.training.first_look import look
 from unet_ray.training.follower import Follower, OnEpoch
 from unet_ray.training.loop import fit
@@ -75,6 +75,7 @@ def train(
     custom.check(config)
     out = storage.absolute(out)
     config = with_absolute_paths(config)
+    teacher.check(config)
     pairs = find_pairs(config.data, config.model.in_channels, say=True)
     split = Split.of(pairs, config.data, config.train.seed)
     if config.data.unlabeled:

@@ -105,7 +105,7 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
         full = tuple(map(storage.absolute, locations(several)))
         return full if isinstance(several, tuple) else full[0]
 
-    init = config.train.init
+    init, teacher = (path and storage.absolute(path) for path in (config.train.init, config.train.teacher))
     unlabeled = absolute(config.data.unlabeled) if config.data.unlabeled else None
     return dataclasses.replace(
         config,
@@ -115,7 +115,7 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
             masks=absolute(config.data.masks),
             unlabeled=unlabeled,
         ),
-        train=dataclasses.replace(config.train, init=None if init is None else storage.absolute(init)),
+        train=dataclasses.replace(config.train, init=init, teacher=teacher),
     )
 
 
@@ -125,7 +125,7 @@ def resolved(config: TrainConfig, train_masks: list[str]) -> TrainConfig:
     It looks at the masks to train on only: validation must not tell a training anything.
     """
     data, optimization = config.data, config.train
-    if data.unlabeled and not optimization.ema:
+    if data.unlabeled and not optimization.ema and optimization.teacher is None:
         optimization = dataclasses.replace(optimization, ema=EMA_OF_TEACHER)
     if any(drawing.split_drawn(mask) for mask in train_masks[:1]):
         check_classes(data, config.model.num_classes)

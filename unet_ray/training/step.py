@@ -22,7 +22,7 @@ from unet_ray.data.rows import Batch
 from unet_ray.models import SegmentationModel, build, checkpoint
 from unet_ray.models.device import autocast, check_precision
 from unet_ray.models.tiles import mirror_margin
-from unet_ray.training import custom, losses, unlabeled
+from unet_ray.training import custom, losses, teacher, unlabeled
 from unet_ray.training.augment import augment
 from unet_ray.training.crops import random_tiles
 from unet_ray.training.optimizers import average_of, build_optimizer
@@ -47,6 +47,8 @@ class Training:
     scaler: torch.amp.GradScaler
     """Has no effect except with fp16."""
     ema: AveragedModel | None
+    teacher: nn.Module | None
+    """The network of `train.teacher`."""
     config: TrainConfig
     device: torch.device
 
@@ -85,7 +87,9 @@ class Training:
         """
         image, mask, border = self.inputs(arrays, epoch)
         labeled = len(image) if labeled is None else labeled
-        if labeled < len(image):
+        if self.teacher is not None:
+            theirs = self._logits(self.teacher, image)
+        elif labeled < len(image):
             image, mask = self._with_pseudo_masks(image, mask, labeled, arrays["index"], epoch)
         # Ranks exchange gradients once per step, with those of its last micro-batch.
         local = isinstance(self.ddp_network, DistributedDataParallel) and not ends_step
@@ -93,23 +97,31 @@ class Training:
             with autocast(self.device, self.config.train.precision):
                 logits = self.forward(image)
             loss = self.loss(logits[:labeled], mask[:labeled], border if border is None else border[:labeled]).mean()
-            if labeled < len(image):
-                theirs = unlabeled.consistency(logits[labeled:], mask[labeled:]).mean()
-                loss = loss + self.config.train.unlabeled_weight * theirs
+            if self.teacher is not None:
+                valid = torch.ones(len(image), device=self.device)
+                valid[labeled:] = unlabeled.can_be_read(mask[labeled:]).float()
+                loss = loss + teacher.WEIGHT * teacher.distance(logits, theirs, valid).mean()
+            elif labeled < len(image):
+                of_others = unlabeled.consistency(logits[labeled:], mask[labeled:]).mean()
+                loss = loss + self.config.train.unlabeled_weight * of_others
             loss = loss * weight
             self.scaler.scale(loss).backward()
         return loss.detach()
 
     @torch.no_grad()
+    def _logits(self, network: nn.Module, image: Tensor) -> Tensor:
+        """Returns what another network finds."""
+        with autocast(self.device, self.config.train.precision):
+            return network(image)
+
     def _with_pseudo_masks(
         self, image: Tensor, mask: Tensor, labeled: int, indices: np.ndarray, epoch: int
     ) -> tuple[Tensor, Tensor]:
         """Returns the images, those without masks strongly changed, and masks, with the teacher's where none are."""
         assert self.ema is not None, "`setup.resolved` sets it"
-        with autocast(self.device, self.config.train.precision):
-            logits = self.ema.module.eval()(image[labeled:])
+        logits = self._logits(self.ema.module.eval(), image[labeled:])
         found = unlabeled.pseudo_masks(logits, self.config.train.unlabeled_confidence)
-        found[mask[labeled:].amin(dim=(1, 2)) != IGNORE] = IGNORE  # an image that can't be read
+        found[~unlabeled.can_be_read(mask[labeled:])] = IGNORE
         seed = self.config.train.seed
         strong, found = unlabeled.changed(image[labeled:], found, indices[labeled:], seed, epoch)
         return torch.cat([image[:labeled], strong]), torch.cat([mask[:labeled], found])
@@ -151,6 +163,7 @@ def prepare(config: TrainConfig, device: torch.device, *, resumes: bool = False)
         loss=losses.build(settings, config.model.num_classes),
         scaler=torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16"),
         ema=average_of(network, settings.ema) if settings.ema else None,
+        teacher=teacher.load(config, device),
         config=config,
         device=device,
     )

@@ -37,6 +37,11 @@ def pseudo_masks(logits_NKHW: Tensor, confidence: float) -> Tensor:
     return torch.where(sure >= confidence, found.to(torch.uint8), IGNORE)
 
 
+def can_be_read(mask_NHW: Tensor) -> Tensor:
+    """Returns which images without masks have been read, bool [N]: their rows have `IGNORE` alone (`rows.Decoder`)."""
+    return mask_NHW.amin(dim=(1, 2)) == IGNORE
+
+
 def changed(image_NCHW: Tensor, mask_NHW: Tensor, indices: np.ndarray, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
     """Returns images uint8 with other colours and a hole, and their masks with `IGNORE` in the hole. The draws of an
     image depend on `seed`, `epoch` and its number alone."""

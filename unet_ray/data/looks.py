@@ -1,0 +1,75 @@
+"""Says how images look in a few numbers, so that images unlike those of a training are noticed before masks are trusted.
+
+Each number is of an image as the model reads it, resized to `SIDE`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from unet_ray.config import ValueRange
+from unet_ray.data import imaging
+from unet_ray.data.imaging import ImageError, Source
+
+SAMPLE = 32
+"""Images that are looked at."""
+SIDE = 64
+FAR = 2.0
+"""Images are unlike others if the means of a number differ by more than this many of its standard deviations."""
+SMALLEST = 0.02
+"""Least standard deviation of a number, as a share of white: images of one microscope differ by less, and by chance."""
+HIGHER = {"brightness": "brighter", "contrast": "of more contrast", "sharpness": "sharper"}
+LOWER = {"brightness": "darker", "contrast": "of less contrast", "sharpness": "less sharp"}
+
+Looks = Mapping[str, tuple[float, float]]
+"""Name of a number -> its mean and standard deviation over images, as shares of white."""
+
+
+def looks_of(images: Iterable[Source | str], channels: int, value_range: ValueRange) -> Looks:
+    """Returns how some images look; nothing if none can be read.
+
+    `images`: encoded, or the reason why one can't be read.
+    """
+    found = []
+    for data in images:
+        if isinstance(data, str):
+            continue
+        try:
+            image, _ = imaging.decode_image(data, channels, (SIDE, SIDE), value_range=value_range)
+        except ImageError:
+            continue
+        found.append(_numbers(image))
+    if not found:
+        return {}
+    return {
+        name: (float(np.mean(values)), float(np.std(values)))
+        for name in found[0]
+        for values in ([each[name] for each in found],)
+    }
+
+
+def _numbers(image_HWC: np.ndarray) -> dict[str, float]:
+    """Returns the numbers of one image, as shares of white."""
+    image = image_HWC.astype(np.float32) / 255
+    gray = image.mean(axis=2)
+    steps = np.abs(np.diff(gray, axis=0)).mean() + np.abs(np.diff(gray, axis=1)).mean()
+    numbers = {"brightness": gray.mean(), "contrast": gray.std(), "sharpness": steps}
+    if image.shape[2] == 3:
+        colours = image.mean(axis=(0, 1)) - gray.mean()
+        numbers |= {f"share of {name}": colours[number] for number, name in enumerate(("red", "green", "blue"))}
+    return {name: float(value) for name, value in numbers.items()}
+
+
+def differences(trained_on: Looks, new: Looks) -> list[str]:
+    """Returns in what new images differ from those of a training, such as `darker (0.21 of white, not 0.45 ± 0.05)`;
+    nothing if they look alike."""
+    found = []
+    for name in trained_on.keys() & new.keys():
+        (mean, sd), (now, _) = trained_on[name], new[name]
+        distance = (now - mean) / max(sd, SMALLEST)
+        if abs(distance) > FAR:
+            word = (HIGHER if distance > 0 else LOWER).get(name, f"another {name}")
+            found.append((-abs(distance), f"{word} ({now:.2f} of white, not {mean:.2f} ± {sd:.2f})"))
+    return [text for _, text in sorted(found)]
