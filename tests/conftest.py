@@ -104,6 +104,7 @@ RUN_FILES = [
     "config.yaml",
     "last/state.safetensors",
     "metrics.jsonl",
+    "model/looks.json",
     "model/model.json",
     "model/model.safetensors",
     "split.csv",

@@ -78,9 +78,9 @@ def distill(run: Path, out: Path, *more: object):
 
 def test_a_small_network_is_accepted_or_refused_by_its_score_and_is_a_run(run, tmp_path):
     small = ["--local", "--set", "model.base_channels=2", "--epochs", 2]
-    done = distill(run, tmp_path / "SMALL", *small, "--may-fall", 1, "--json")
+    done = distill(run, tmp_path / "SMALL", *small, "--may-fall", 1)
     assert done.exit_code == 0, done.output
-    result = json.loads(done.stdout)
+    result = json.loads((tmp_path / "SMALL/distilled.json").read_text())
     assert result["kept"] and result["gflop_small"] < result["gflop"] / 2 and result["images"] == 4
     names = set((tmp_path / "SMALL/unlabeled.txt").read_text().split())
     assert len(names) == 8, "those without masks"
@@ -88,13 +88,18 @@ def test_a_small_network_is_accepted_or_refused_by_its_score_and_is_a_run(run, t
     scored = CliRunner().invoke(main, ["evaluate", str(tmp_path / "SMALL"), "--local", "--json"])
     assert json.loads(scored.stdout)["dice"]["mean"] == pytest.approx(result["dice_small"], abs=1e-6)
 
+    # As if it had been stopped before the scores were there.
+    (tmp_path / "SMALL/distilled.json").unlink()
+    assert distill(run, tmp_path / "SMALL", *small, "--may-fall", 1, "--resume").exit_code == 0
+    assert json.loads((tmp_path / "SMALL/distilled.json").read_text()) == result
+
     refused = distill(run, tmp_path / "B", *small, "--may-fall", 0, "--set", "train.learning_rate=1e-9")
     assert refused.exit_code == 2 and "refused: " in refused.output
     assert (tmp_path / "B/model/model.safetensors").exists()
 
 
 def test_it_goes_on_after_a_stop_with_the_same_network(run, tmp_path):
-    options = ["--local", "--may-fall", 1]
+    options = ["--local", "--may-fall", 1, "--set", "train.schedule=constant"]
     assert distill(run, tmp_path / "whole", *options, "--epochs", 4).exit_code == 0
     # As if it had been stopped after the second epoch.
     assert distill(run, tmp_path / "two", *options, "--epochs", 2).exit_code == 0

@@ -47,6 +47,7 @@ def examples(command: str) -> list[str]:
 
 
 SMALL = ["--local", "--no-report", *flags(TINY)]
+DISTILLED = ["--set", "model.base_channels=4", "--epochs", "1", "--may-fall", "1"]
 MORE = {
     "train": SMALL,
     "predict": ["--local", "--no-report"],
@@ -59,6 +60,7 @@ MORE = {
     "recipes": [],
     "import": [],
     "report": [],
+    "distill": [*DISTILLED, "--local", "--no-report"],
 }
 """Flags that the tests add to each example, so that it is quick and needs no Ray."""
 
@@ -74,7 +76,7 @@ def test_the_examples_of_the_help_run(command, here):
     if command in ("predict", "evaluate", "export", "select"):
         for name in ("RUN", "OTHER_RUN"):
             make_model(here / name)
-    if command == "report":
+    if command in ("report", "doctor", "distill"):
         run("train", ["--images", "train", "--masks", "train_masks", "--out", "RUN", *SMALL])
     if command == "import":
         torch.save(StandIn(3, 2).state_dict(), "checkpoint_epoch5.pth")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
+import shlex
 import sys
 
 import click
@@ -17,7 +16,6 @@ from unet_ray.cli.options import (
     WHERE,
     Command,
     Workers,
-    as_json,
     device,
     no_report,
     option,
@@ -55,7 +53,6 @@ from unet_ray.settings import load_train_config
 @option(TRAINING, "--resume", is_flag=True, help="Go on from the last finished epoch in SMALL.")
 @option(OUTPUT, "--out", required=True, metavar="SMALL", help="Run directory to write.")
 @no_report
-@as_json
 @option(WHERE, "--workers", type=Workers(), metavar="N|FEWEST-MOST", help="Processes that train.", shown=1)
 @device
 @runtime
@@ -69,7 +66,6 @@ def distill(
     resume: bool,
     out: str,
     no_report: bool,
-    as_json: bool,
     workers: int | tuple[int, int] | None,
     device: str | None,
     runtime: Runtime,
@@ -85,7 +81,7 @@ def distill(
       unet-ray distill RUN --images photos --out SMALL
 
     SMALL is a run as any other: predict, quantize and export take it. Both networks are scored on the images that RUN
-    held out. Exit code 2: refused; SMALL stays, to go on from: --resume with more --epochs.
+    held out, and SMALL/distilled.json keeps the scores. Exit code 2: refused; SMALL stays.
     """
     from unet_ray.evaluation.distillation import config_of
     from unet_ray.evaluation.distillation import distill as make_small
@@ -97,15 +93,11 @@ def distill(
     with TrainingDisplay(config) as display:
         callbacks = training_callbacks(config, display)
         result = make_small(config, out, may_fall=may_fall, runtime=runtime, resume=resume, callbacks=callbacks)
-    if as_json:
-        click.echo(json.dumps(dataclasses.asdict(result)))
-    else:
-        click.echo(f"scored on {result.images} images of validation")
-        click.echo(f"Dice {result.dice:.4f} with {result.gflop:.2f} GFLOP an image: {run}")
-        click.echo(f"Dice {result.dice_small:.4f} with {result.gflop_small:.2f} GFLOP: {out}")
-        print_places(model=storage.join(out, "model"), **written_report(out, no_report))
+    click.echo(f"scored on {result.images} images of validation")
+    click.echo(f"Dice {result.dice:.4f} with {result.gflop:.2f} GFLOP an image: {run}")
+    click.echo(f"Dice {result.dice_small:.4f} with {result.gflop_small:.2f} GFLOP: {out}")
+    print_places(model=storage.join(out, "model"), **written_report(out, no_report))
     if not result.kept:
         click.echo(f"refused: {result.dice - result.dice_small:.4f} is more than {may_fall:g}", err=True)
         sys.exit(2)
-    if not as_json:
-        print_next(f"unet-ray predict {out} FOLDER --out MASKS")
+    print_next(f"unet-ray predict {shlex.quote(out)} FOLDER --out MASKS")

@@ -24,6 +24,12 @@ EXAMINATION = "Examination"
     help="Number of evenly spaced pairs whose pixels are read; names and headers of all files are read.",
     shown=200,
 )
+@option(
+    EXAMINATION,
+    "--against",
+    metavar="MODEL",
+    help="Also say if the images look unlike those that MODEL was trained on.",
+)
 @option(EXAMINATION, "--no-timing", is_flag=True, help="Don't time a training step.")
 @as_json
 def doctor(
@@ -31,6 +37,7 @@ def doctor(
     masks: str | tuple[str, ...] | None,
     match: str | None,
     samples: int | None,
+    against: str | None,
     no_timing: bool,
     as_json: bool,
 ) -> None:
@@ -47,6 +54,7 @@ def doctor(
     \b
     Example:
       unet-ray doctor --images photos --masks photo_masks
+      unet-ray doctor --images photos --against RUN
 
     Exit code 0: only notes; 1: warnings; 2: errors, at which training would stop.
     """
@@ -57,7 +65,7 @@ def doctor(
     from unet_ray.doctor import examine, table
 
     with ImagesDisplay("looked at") as display:
-        options = given({"samples": samples, "match": match})
+        options = given({"samples": samples, "match": match, "against": against})
         found = examine(images, masks, timing=not no_timing, on_progress=display, **options)
     click.echo(json.dumps(found.to_json()) if as_json else table(found))
     sys.exit(found.exit_code)

@@ -1,11 +1,11 @@
-"""Says how images look in a few numbers, so that images unlike those of a training are noticed before masks are trusted.
+"""Says how images look, in a few numbers: images unlike those of a training are noticed before their masks are trusted.
 
 Each number is of an image as the model reads it, resized to `SIDE`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -13,8 +13,8 @@ from unet_ray.config import ValueRange
 from unet_ray.data import imaging
 from unet_ray.data.imaging import ImageError, Source
 
-SAMPLE = 32
-"""Images that are looked at."""
+SAMPLE = 16
+"""The most images that are looked at."""
 SIDE = 64
 FAR = 2.0
 """Images are unlike others if the means of a number differ by more than this many of its standard deviations."""
@@ -34,25 +34,25 @@ def looks_of(images: Iterable[Source | str], channels: int, value_range: ValueRa
     """
     found = []
     for data in images:
-        if isinstance(data, str):
-            continue
         try:
-            image, _ = imaging.decode_image(data, channels, (SIDE, SIDE), value_range=value_range)
+            if not isinstance(data, str):
+                found.append(numbers_of(data, channels, value_range))
         except ImageError:
-            continue
-        found.append(_numbers(image))
-    if not found:
-        return {}
-    return {
-        name: (float(np.mean(values)), float(np.std(values)))
-        for name in found[0]
-        for values in ([each[name] for each in found],)
-    }
+            continue  # its row fails, with the reason
+    return summary(found)
 
 
-def _numbers(image_HWC: np.ndarray) -> dict[str, float]:
-    """Returns the numbers of one image, as shares of white."""
-    image = image_HWC.astype(np.float32) / 255
+def summary(numbers: Sequence[Mapping[str, float]]) -> Looks:
+    """Returns mean and standard deviation of each number over images; nothing for no images."""
+    names = numbers[0] if numbers else ()
+    values = {name: [each[name] for each in numbers] for name in names}
+    return {name: (round(float(np.mean(v)), 4), round(float(np.std(v)), 4)) for name, v in values.items()}
+
+
+def numbers_of(data: Source, channels: int, value_range: ValueRange) -> dict[str, float]:
+    """Returns the numbers of one image, as shares of white. Raises ImageError."""
+    array, _ = imaging.decode_image(data, channels, (SIDE, SIDE), value_range=value_range)
+    image = array.astype(np.float32) / 255
     gray = image.mean(axis=2)
     steps = np.abs(np.diff(gray, axis=0)).mean() + np.abs(np.diff(gray, axis=1)).mean()
     numbers = {"brightness": gray.mean(), "contrast": gray.std(), "sharpness": steps}

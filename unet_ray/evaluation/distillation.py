@@ -1,8 +1,9 @@
-"""Distills a run: trains a small network on what the run's own network finds, and accepts it by its validation score."""
+"""Distills a run: trains a small network on what the run's own network finds, and accepts it by its score."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass
 
 from unet_ray.config import EvaluateConfig, TrainConfig, UserError
@@ -10,12 +11,13 @@ from unet_ray.data import storage
 from unet_ray.data.splits import SPLIT
 from unet_ray.evaluation.evaluate import evaluate
 from unet_ray.evaluation.run_pairs import pairs_of_run
-from unet_ray.models import checkpoint, compiling
-from unet_ray.models.run_files import CONFIG
+from unet_ray.models import checkpoint, compiling, training_state
+from unet_ray.models.run_files import CONFIG, LAST
 from unet_ray.ray_backend.session import Runtime
 from unet_ray.settings import load_train_config
 from unet_ray.training.run import Callbacks, train
 
+DISTILLED = "distilled.json"
 MAY_FALL = 0.001
 """Largest loss of mean validation Dice with which the small network is accepted."""
 OF_TEACHER = ("in_channels", "num_classes", "pixel_mean", "pixel_std")
@@ -85,10 +87,11 @@ def distill(
     The small network is accepted if its mean Dice is lower by `may_fall` at most. It stays in `out` in any case.
     Raises UserError as `train` does.
     """
-    teacher = config.train.teacher
+    out, teacher = storage.absolute(out), config.train.teacher
     assert teacher is not None, "config_of sets it"
     with runtime.started():
-        train(config, out, runtime=runtime, resume=resume, callbacks=callbacks)
+        if not (resume and _is_trained(out, config)):
+            train(config, out, runtime=runtime, resume=resume, callbacks=callbacks)
         scores, scores_small = (
             evaluate(
                 EvaluateConfig(model=model, device=config.compute.device),
@@ -100,4 +103,13 @@ def distill(
     dice, dice_small = float(scores.dice.mean or 0), float(scores_small.dice.mean or 0)
     networks = (checkpoint.read_card(teacher).model, config.model)
     gflop, gflop_small = (compiling.floating_point_operations(each, config.data.size_hw) / 1e9 for each in networks)
-    return Distillation(dice - dice_small <= may_fall, dice, dice_small, scores.images, gflop, gflop_small)
+    result = Distillation(dice - dice_small <= may_fall, dice, dice_small, scores.images, gflop, gflop_small)
+    text = json.dumps(dataclasses.asdict(result), indent=2) + "\n"
+    storage.write_bytes(storage.join(out, DISTILLED), text.encode(), durable=True)
+    return result
+
+
+def _is_trained(out: str, config: TrainConfig) -> bool:
+    """Returns whether the training is done, so that only the scores are missing."""
+    state = training_state.read_state(storage.join(out, LAST))
+    return state is not None and state.epoch >= config.train.epochs

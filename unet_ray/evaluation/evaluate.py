@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from unet_ray import metrics
 from unet_ray.config import IGNORE, Cleanup, EvaluateConfig, UserError
-from unet_ray.data import mask_files, pages, storage
+from unet_ray.data import looks, mask_files, pages, storage
 from unet_ray.data.annotations import drawing
 from unet_ray.data.chunks import Chunk, objects, readable, to_parquet
 from unet_ray.data.darkness import SAMPLE, may_be_deep, warn_of_deep
@@ -29,6 +29,7 @@ from unet_ray.inference.pipeline import Pipeline
 from unet_ray.inference.reader import Reader
 from unet_ray.inference.resolve import pipeline_of
 from unet_ray.inference.stages import Chunks, MaskSink
+from unet_ray.inference.unlike import say_if_unlike
 from unet_ray.metrics import ImageScores, Scores
 from unet_ray.models.checkpoint import ModelCard
 from unet_ray.ray_backend.session import Runtime
@@ -90,6 +91,7 @@ def measure(
     pairs = pairs_of(config) if pairs is None else pairs
     card = card_for(config, pipeline.card, pairs)
     _look(pairs, pipeline)
+    say_if_unlike(_encoded(evenly(pairs, looks.SAMPLE), pipeline.reader()), pipeline)
     compare = Compare(card, config.tolerance, tuple(map(Cleanup.parse, cleanups)))
     compared = results(pipeline, compare, pairs, runtime)
     scored, failures = _collected(compared, card.model.num_classes, len(pairs), on_progress)

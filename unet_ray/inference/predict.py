@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 
 from unet_ray.config import PredictConfig, UserError
-from unet_ray.data import storage, video
+from unet_ray.data import looks, storage, video
 from unet_ray.data.chunks import Chunk
 from unet_ray.data.darkness import SAMPLE, may_be_deep, warn_of_deep
 from unet_ray.data.imaging import Source
@@ -36,6 +36,7 @@ from unet_ray.inference.resolve import pipeline_of
 from unet_ray.inference.stages import TIMES
 from unet_ray.inference.summary import Outcome, PredictSummary, finish
 from unet_ray.inference.survey import survey
+from unet_ray.inference.unlike import say_if_unlike
 from unet_ray.inference.write import Write
 from unet_ray.ray_backend.session import Runtime
 
@@ -75,10 +76,12 @@ def predict(
         begun = output_folder.begin(out, settings, part)
         listed = _survey(config, images, ledger, pipeline, begun, on_progress)
         run = _Run(ledger, on_progress, allow_mixed=config.allow_mixed)
+        unlike = say_if_unlike(run.sample(pipeline.reader(), looks.SAMPLE), pipeline)
         if config.adapt and run.images:
-            pipeline = adapted(pipeline, run.sample(pipeline.reader()), storage.join(out, adapt.FOLDER))
+            sample = run.sample(pipeline.reader(), adapt.SAMPLE)
+            pipeline = adapted(pipeline, sample, storage.join(out, adapt.FOLDER))
         run.segment(pipeline, Write(ledger, formats, pipeline.card, pipeline.reader()), runtime, lock)
-        outcome = Outcome(listed, run.done - run.already_done, started, run.seconds_by_stage(started))
+        outcome = Outcome(listed, run.done - run.already_done, started, run.seconds_by_stage(started), unlike)
         return finish(ledger, formats, pipeline, outcome)
 
 
@@ -154,12 +157,13 @@ class _Run:
         """The numbers of the chunks with work."""
         return [number for state in self.states.values() for number in state.todo]
 
-    def sample(self, reader: Reader) -> Iterator[Source | str]:
-        """Yields images that are to be done, evenly spaced: encoded, or the reason why one can't be read."""
-        numbers = evenly(self.numbers, adapt.SAMPLE)
+    def sample(self, reader: Reader, count: int) -> Iterator[Source | str]:
+        """Yields about `count` images that are to be done, evenly spaced: encoded, or the reason why one can't be
+        read."""
+        numbers = evenly(self.numbers, count)
         for number in numbers:
             chunk = self.ledger.load(number)
-            rows = evenly(range(len(chunk["path"])), -(-adapt.SAMPLE // len(numbers)))
+            rows = evenly(range(len(chunk["path"])), -(-count // len(numbers)))
             yield from reader.encoded({name: column[rows] for name, column in chunk.items()})
 
     def segment(self, pipeline: Pipeline, write: Write, runtime: Runtime, lock: OutputLock) -> None:

@@ -57,6 +57,8 @@ class PredictSummary:
     stages: dict[str, float]
     """Seconds of listing, of starting (Ray and the model, up to the first image done), of running, and of the work in
     each stage, summed over all processes."""
+    unlike: tuple[str, ...] = ()
+    """In what the images of this run look unlike those of the training (`data.looks`)."""
     parts_missing: tuple[str, ...] = ()
     """With `--part`: the parts that are not done yet. Until they are, the counts are those of this part."""
 
@@ -85,6 +87,7 @@ class Outcome(NamedTuple):
     """`time.perf_counter()` at the beginning."""
     stages: dict[str, float]
     """See `PredictSummary`."""
+    unlike: tuple[str, ...]
 
 
 def finish(ledger: Ledger, formats: Sequence[OutputFormat], pipeline: Pipeline, outcome: Outcome) -> PredictSummary:
@@ -164,4 +167,5 @@ def _summary(ledger: Ledger, pipeline: Pipeline, outcome: Outcome) -> PredictSum
         seconds=round(seconds, 3),
         images_per_second=round(outcome.new / seconds, 3),
         stages={name: round(value, 3) for name, value in outcome.stages.items()},
+        unlike=outcome.unlike,
     )

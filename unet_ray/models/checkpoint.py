@@ -4,6 +4,7 @@ model/model.safetensors  the weights; the card is in its header too, so one file
 model/model.json         the card, for people and other programs
 model/cleanup.json       the clean-up of masks that `evaluate --choose-cleanup` has chosen
 model/threshold.json     the threshold that `evaluate --choose-threshold` has chosen
+model/looks.json         how the images look that the model was trained on (`data.looks`)
 model/int8-*.xml, .bin   the network in int8 for OpenVINO, made by `unet-ray quantize`
 model/int8.json          which int8 network to use, its score and the network's own; absent if the score was too low
 """
@@ -27,6 +28,7 @@ from torch import nn
 from unet_ray import __version__, custom_parts
 from unet_ray.config import DataConfig, ModelConfig, TrainConfig, UserError, ValueRange
 from unet_ray.data import storage
+from unet_ray.data.looks import Looks
 from unet_ray.models import SegmentationModel, build
 from unet_ray.registry import is_custom
 from unet_ray.settings import from_mapping
@@ -39,7 +41,7 @@ WEIGHTS, CARD = "model.safetensors", "model.json"
 WEIGHTS_OF_OTHERS = (".pth", ".pt", ".ckpt")
 MOST_HEADER_BYTES = 100 * 2**20
 """As safetensors itself allows."""
-CLEANUP, THRESHOLD, INT8 = "cleanup.json", "threshold.json", "int8.json"
+CLEANUP, THRESHOLD, INT8, LOOKS = "cleanup.json", "threshold.json", "int8.json", "looks.json"
 ALWAYS = ("mask_values", "ignore_index")
 MASK_SETTINGS = (
     *ALWAYS, "mask_colors", "mask_nearest", "mask_resize", "mask_turn", "several_masks", "match", "overlap_order",
@@ -298,6 +300,21 @@ def _of_head(network: SegmentationModel) -> set[str]:
     """Returns the names of the last layer's tensors."""
     mine = {id(tensor) for tensor in network.head.state_dict(keep_vars=True).values()}
     return {name for name, tensor in network.state_dict(keep_vars=True).items() if id(tensor) in mine}
+
+
+def save_looks(location: str, looks: Looks) -> None:
+    """Writes how the images of a training look into its model directory."""
+    storage.write_bytes(storage.join(location, LOOKS), (json.dumps(looks, indent=2) + "\n").encode(), durable=True)
+
+
+def read_looks(location: str) -> Looks:
+    """Returns how the images look that a model was trained on; nothing if it is not known."""
+    path = storage.join(location, LOOKS)
+    return (
+        {name: tuple(pair) for name, pair in json.loads(storage.read_bytes(path)).items()}
+        if storage.exists(path)
+        else {}
+    )
 
 
 def read_cleanup(location: str, card: ModelCard) -> str:

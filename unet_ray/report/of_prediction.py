@@ -80,6 +80,8 @@ def _notes(summary: dict[str, Any], sample: ManifestSample | None) -> list[str]:
         notes.append(f"{summary['already_done']} of the images were done by an earlier run.")
     if len(summary.get("arithmetic", ())) > 1:
         notes.append(f"Masks are of several arithmetics: {', then '.join(summary['arithmetic'])}.")
+    if summary.get("unlike"):
+        notes.append(f"The images look unlike those of the training: {', '.join(summary['unlike'])}.")
     if summary["cleanup"] != "none":
         notes.append(f"Masks were cleaned up: {summary['cleanup']}.")
     return notes

@@ -89,7 +89,9 @@ def train(
         _check_out(config, split, out, resume)
         say_if_rate_rises(config, out)
         callbacks.on_start(split)
-        look([split.pairs[index] for index in split.train], config)
+        looks = look([split.pairs[index] for index in split.train], config)
+        lock.check()
+        checkpoint.save_looks(storage.join(out, run_files.MODEL), looks)
         _train(config, split, out, runtime, lock, callbacks)
     return _explained(storage.patiently(lambda: result_of(out), out), split, config)
 
