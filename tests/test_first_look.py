@@ -12,7 +12,8 @@ from unet_ray.training.first_look import look
 
 def said(images, masks, caplog, *settings: tuple[str, object]) -> str:
     caplog.clear()
-    config = load_train_config(settings=[*TINY, ("data.images", str(images)), ("data.masks", str(masks)), *settings])
+    folders = [("data.images", str(images)), ("data.masks", str(masks)), ("data.mask_values", [0, 255])]
+    config = load_train_config(settings=[*TINY, *folders, *settings])
     look(find_pairs(config.data), config)
     return caplog.text
 
@@ -40,6 +41,28 @@ def test_images_that_are_nearly_black_as_they_are_read_are_said(tmp_path, caplog
     assert said(images, masks, caplog, ("model.in_channels", 1), bright) == ""
     sorted(images.iterdir())[0].write_bytes(b"damaged")
     assert said(images, masks, caplog, ("model.in_channels", 1), bright) == ""
+
+
+def test_objects_that_are_too_small_for_the_network_are_said(tmp_path, caplog):
+    images, masks = make_discs(tmp_path / "d", 6, size=256)
+    for number, path in enumerate(sorted(masks.iterdir())):
+        mask = np.zeros((256, 256), np.uint8)
+        mask[10 + number, 100] = 255 * (number < 5)
+        Image.fromarray(mask).save(path)
+    text = said(images, masks, caplog)
+    assert (
+        "% of the pixels at 32x32, and nothing is left of it in " in text and "of 5 masks: raise --image-size" in text
+    )
+    mask[100:103, 100:103] = 255  # 0.01 % of the pixels at its own size, and at the network's
+    for path in masks.iterdir():
+        Image.fromarray(mask).save(path)
+    assert "covers 0.01 % of the pixels at 256x256, and nothing is left of it in 0 of 6 masks" in said(
+        images, masks, caplog, ("data.image_size", 256)
+    )
+    mask[100:120, 100:120] = 255
+    for path in masks.iterdir():
+        Image.fromarray(mask).save(path)
+    assert said(images, masks, caplog, ("data.image_size", 256)) == said(images, masks, caplog) == ""
 
 
 def test_predict_and_evaluate_say_that_deep_images_look_black_to_the_model(tmp_path, caplog):

@@ -1,4 +1,4 @@
-"""Looks at some images before a training: how they look, and what may spoil it, pictures turned or nearly black."""
+"""Looks at some pairs before a training: how the images look, and what may spoil it, such as turned pictures."""
 
 from __future__ import annotations
 
@@ -7,19 +7,22 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from unet_ray.config import TrainConfig, shown_locations
+import numpy as np
+
+from unet_ray.config import IGNORE, TrainConfig, shown_locations
 from unet_ray.data import imaging, mask_files
 from unet_ray.data.darkness import NEARLY_BLACK, brightest
 from unet_ray.data.inputs import evenly
 from unet_ray.data.looks import SAMPLE, Looks, numbers_of, summary
 from unet_ray.data.pairs import Pair
+from unet_ray.training.nothing_found import SMALL
 
 log = logging.getLogger("unet_ray")
 
 
 def look(pairs: Sequence[Pair], config: TrainConfig) -> Looks:
-    """Logs a warning for images that are turned by EXIF while their masks are not, or that are nearly black. Returns
-    how the images look."""
+    """Logs a warning for images that are turned by EXIF while their masks are not, or that are nearly black, and for
+    objects that are too small at the network's size. Returns how the images look."""
     with ThreadPoolExecutor() as threads:
         seen = [found for found in threads.map(lambda pair: _seen(pair, config), evenly(pairs, SAMPLE)) if found]
     if not seen:
@@ -41,7 +44,24 @@ def look(pairs: Sequence[Pair], config: TrainConfig) -> Looks:
             len(seen),
             top,
         )
+    _say_if_too_small([image.shares for image in seen if image.shares[0]], config.data.size_hw)
     return summary([image.numbers for image in seen])
+
+
+def _say_if_too_small(shares: Sequence[tuple[float, float]], size_hw: tuple[int, int]) -> None:
+    """Logs a warning if what there is to find is too small, or gone, at the network's size. `shares`: of masks with
+    foreground, see `_Seen`."""
+    gone = sum(not here for _, here in shares)
+    small = sum(here for _, here in shares) < SMALL * len(shares)
+    if gone or small:
+        log.warning(
+            "what there is to find covers %.2f %% of the pixels at %dx%d, and nothing is left of it in %d of %d masks: "
+            "raise --image-size, and with --set data.tile=512 train on squares of the larger images",
+            100 * sum(here for _, here in shares) / len(shares),
+            *size_hw,
+            gone,
+            len(shares),
+        )
 
 
 class _Seen(NamedTuple):
@@ -52,6 +72,8 @@ class _Seen(NamedTuple):
     brightest: int
     numbers: dict[str, float]
     """See `looks`."""
+    shares: tuple[float, float]
+    """Share of the mask's pixels that are foreground: at its own size, and at the network's."""
 
 
 def _seen(pair: Pair, config: TrainConfig) -> _Seen | None:
@@ -61,9 +83,16 @@ def _seen(pair: Pair, config: TrainConfig) -> _Seen | None:
         data = imaging.read_file(pair.image)
         top = brightest(data, channels, value_range)
         numbers = numbers_of(data, channels, value_range)
-        first_mask = mask_files.first_file(pair.mask)
+        mask = mask_files.read(pair.mask)
         turned = not config.data.mask_turn and imaging.orientation(data) > 1
-        turned = turned and imaging.orientation(imaging.read_file(first_mask)) == 1
+        turned = turned and imaging.orientation(imaging.read_file(mask_files.first_file(pair.mask))) == 1
+        own, here = (
+            _foreground(imaging.decode_mask(mask, config.data, size, data)[0]) for size in (None, config.data.size_hw)
+        )
     except (imaging.ImageError, OSError, ValueError):
         return None  # the training stops at it, and names it
-    return _Seen(turned, top, numbers)
+    return _Seen(turned, top, numbers, (own, here))
+
+
+def _foreground(ids: np.ndarray) -> float:
+    return float(np.mean((ids > 0) & (ids != IGNORE)))
