@@ -1,15 +1,23 @@
 """The U-Net on a pretrained encoder: any size and channels, and weights that know what they see."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
+from click.testing import CliRunner
+from conftest import TINY, flags
 from PIL import Image
 
+from unet_ray.cli import main
 from unet_ray.config import ModelConfig, UserError
 from unet_ray.models import build
 from unet_ray.models.compiling import floating_point_operations
 from unet_ray.models.encoders import Block, EncoderUNet
+from unet_ray.settings import load_train_config
+from unet_ray.training.step import prepare
 
 NAME = "efficientnet_lite0"
 CARS = {436, 468, 479, 511, 609, 656, 661, 717, 734, 751, 817, 864}
@@ -94,3 +102,59 @@ def test_the_pretrained_encoder_knows_cars_when_it_sees_them(real_data):
             found = F.relu6(F.batch_norm(found, *norm, eps=1e-3)).mean(dim=(2, 3))
             right += int(F.linear(found, weights["_fc.weight"], weights["_fc.bias"]).argmax()) in CARS
     assert len(photos) >= 2 and right >= 0.8 * len(photos)
+
+
+def test_an_encoder_takes_its_first_weights_from_a_file(tmp_path, discs):
+    theirs = build(ModelConfig(encoder="efficientnet_lite0"))
+    file = tmp_path / "weights.safetensors"
+    tensors = {f"encoder.{name}": tensor for name, tensor in theirs.encoder.state_dict().items()}
+    safetensors.torch.save_file({**tensors, "classifier.weight": torch.zeros(3)}, file)
+    settings = [*TINY, ("model.encoder", "efficientnet_lite0"), ("train.encoder_weights", str(file))]
+    network = prepare(load_train_config(settings=settings), torch.device("cpu")).network
+    for name, tensor in theirs.encoder.state_dict().items():
+        assert torch.equal(network.encoder.state_dict()[name], tensor), name
+    assert not torch.equal(network.head.weight, theirs.head.weight)
+
+    images, masks = discs
+    command = ["train", "--images", images, "--masks", masks, "--local", "--no-report", "--out", tmp_path / "RUN"]
+    done = CliRunner().invoke(main, [*map(str, command), *flags(settings)])
+    assert done.exit_code == 0, done.output
+    assert "encoder_weights" not in (tmp_path / "RUN/model/model.json").read_text(), "the model has its own weights"
+    file.unlink()  # a run that goes on needs it no more than predict does
+    predicted = CliRunner().invoke(
+        main, ["predict", str(tmp_path / "RUN"), str(images), "--out", str(tmp_path / "OUT"), "--local"]
+    )
+    assert predicted.exit_code == 0, predicted.output
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ([], "it lacks stem.1.weight, "),
+        ([("model.name", "attention_unet")], "model.name=attention_unet has no encoder"),
+        ([("train.encoder_weights", "gone.safetensors")], "a .safetensors file is needed"),
+        ([("train.encoder_weights", "text.safetensors")], "a .safetensors file is needed"),
+        ([("train.init", "RUN")], "leave one out"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named_before_anything_is_written(tmp_path, discs, monkeypatch, settings, text):
+    monkeypatch.chdir(tmp_path)
+    safetensors.torch.save_file({"stem.0.weight": torch.zeros(3)}, "weights.safetensors")
+    Path("text.safetensors").write_text("no tensors")
+    command = ["train", "--images", discs[0], "--masks", discs[1], "--local", "--no-report", "--out", "NEW"]
+    given = [*TINY, ("model.encoder", NAME), ("train.encoder_weights", "weights.safetensors"), *settings]
+    done = CliRunner().invoke(main, [*map(str, command), *flags(given)])
+    assert done.exit_code == 2 and text in done.output, done.output
+    assert not Path("NEW").exists()
+
+
+@pytest.mark.parametrize("name", ["segformer/mit_b0", "dpt/tu-vit_tiny_patch16_224"])
+def test_architectures_of_smp_by_name(name):
+    pytest.importorskip("segmentation_models_pytorch")
+    network = build(ModelConfig(name="smp", encoder=name, num_classes=3)).eval()
+    pixels = torch.zeros(1, 3, 70, 90, dtype=torch.uint8)
+    with torch.no_grad():
+        assert network(pixels).shape == (1, 3, 70, 90) and network.embedding(pixels).ndim == 2
+    assert network.head.out_channels == 3
+    with pytest.raises(UserError, match="Wrong architecture"):
+        build(ModelConfig(name="smp", encoder="nothing/resnet18"))

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from unet_ray.config import ModelConfig
+from unet_ray.config import IGNORE, ModelConfig, UserError
 from unet_ray.models import build
 from unet_ray.models.tiles import by_tiles, mirror_margin
+from unet_ray.settings import load_train_config
 from unet_ray.training.crops import random_tiles
 
 
@@ -55,3 +56,30 @@ def test_a_random_tile_is_a_part_of_image_and_mask_with_its_surroundings():
     assert len(corners) > 20 and max(corners) <= 6 * 12 + 8
     again = random_tiles({"mask": mask[:1]}, [1], 4, margin=0, seed=0, epoch=1)
     assert torch.equal(again["mask"][0], cut["mask"][1])
+
+
+def test_a_share_of_the_tiles_has_an_object_in_its_middle_each_class_equally_often():
+    mask = torch.zeros(1, 64, 96, dtype=torch.uint8)
+    mask[0, 2:50, 4:60] = 1
+    mask[0, 40, 90] = 2  # one pixel, near the edge
+    mask[0, 60:, :10] = IGNORE
+
+    def middles(foreground: float) -> list[set[int]]:
+        tiles = (
+            random_tiles({"mask": mask}, [0], 8, margin=0, seed=0, epoch=epoch, foreground=foreground)["mask"][0]
+            for epoch in range(300)
+        )
+        return [set(tile.flatten().tolist()) for tile in tiles]
+
+    rare = sum(2 in values for values in middles(1.0))
+    assert 120 < rare < 180, "half of them, though it is one pixel"
+    assert all(values & {1, 2} for values in middles(1.0))
+    assert 20 < sum(2 in values for values in middles(0.33)) < 80
+    assert sum(2 in values for values in middles(0.0)) < 10
+    empty = torch.zeros(1, 64, 96, dtype=torch.uint8)
+    at = {"margin": 0, "seed": 0, "epoch": 3}
+    plain = random_tiles({"mask": mask}, [5], 8, **at)["mask"]
+    assert torch.equal(random_tiles({"mask": mask, "border": empty}, [5], 8, **at, foreground=1e-9)["mask"], plain)
+    assert random_tiles({"mask": empty}, [5], 8, **at, foreground=1.0)["mask"].shape == (1, 8, 8)
+    with pytest.raises(UserError, match=r"it needs data\.tile"):
+        load_train_config(settings=[("train.foreground", 0.33)])

@@ -65,7 +65,8 @@ class ModelConfig:
     """Side in pixels of a square that is folded into channels before the first convolution and unfolded after the last
     (sub-pixel convolution, Shi et al. 2016). 2 takes a quarter of the time of 1, at the same mask resolution."""
     encoder: str = NO_ENCODER
-    """Encoder of `smp`: a name that segmentation_models_pytorch knows. Of `unet`: one of `registry.ENCODERS`, with a
+    """Encoder of `smp`: a name that segmentation_models_pytorch knows, for its U-Net, or architecture/encoder, such as
+    `segformer/mit_b0`. Of `unet`: one of `registry.ENCODERS`, with a
     narrow expanding path of its own, for which the settings of the shape do not count; the default stands for none."""
     pretrained: bool = False
     """Start from ImageNet weights: `unet` with an encoder (the extra `pretrained` has them), or `fcn`, `deeplabv3` and
@@ -399,6 +400,9 @@ class OptimizationConfig:
     init: str | None = None
     """Run or model directory whose weights the network starts from (fine-tuning). Its `model.` settings must be the
     same, except dropout and num_classes. With another num_classes the last layer is initialised anew."""
+    encoder_weights: str | None = None
+    """A .safetensors file with the first weights of the encoder (`unet` with one, or `smp`), for machines that can't
+    download any; of timm or torchvision, too, if the names are the same."""
     learning_rate: float = 3e-4
     """The highest learning rate of the schedule."""
     weight_decay: float = 0.01
@@ -446,6 +450,9 @@ class OptimizationConfig:
     """Weight of the loss of images without masks (Sohn et al. 2020: 1). A step sees as many as images with masks."""
     unlabeled_confidence: float = 0.95
     """A pixel of theirs counts where the average of the weights gives a class this probability (Sohn et al.: 0.95)."""
+    foreground: float = 0.0
+    """Share of the tiles (`data.tile`) whose middle is a pixel of a class other than 0, each class equally often, so
+    that rare ones are seen (nnU-Net, Isensee et al. 2021: 0.33)."""
     teacher: str | None = None
     """Run or model directory whose probabilities the network learns, too, of the images with masks and of those of
     `data.unlabeled` (`training.teacher`; `unet-ray distill` sets it)."""
@@ -464,6 +471,8 @@ class OptimizationConfig:
         _check_choices(self, "train", optimizer=OPTIMIZERS)
         _at_least(self, "train", epochs=1, batch_size=1, weight_decay=0, clip_norm=0, accumulate=1, patience=0)
         _at_least(self, "train", focal_gamma=0, border_weight=0, plateau_patience=0, unlabeled_weight=0)
+        if not 0 <= self.foreground <= 1:
+            raise UserError(f"train.foreground is {self.foreground}: from 0 to 1")
         if not 0.5 <= self.unlabeled_confidence <= 1:
             raise UserError(f"train.unlabeled_confidence is {self.unlabeled_confidence}: from 0.5 to 1")
         if self.learning_rate <= 0:
@@ -544,6 +553,10 @@ class TrainConfig:
                 self.model.check_size(side, "--image-size")
         if self.augment.quarter_turns and height != width:
             raise UserError(f"augment.quarter_turns needs square images, not {height}x{width}")
+        if self.train.encoder_weights and self.train.init:
+            raise UserError("--init and train.encoder_weights both give the first weights: leave one out")
+        if self.train.foreground and not self.data.tile:
+            raise UserError(f"train.foreground={self.train.foreground:g} places tiles: it needs data.tile")
         if (self.data.unlabeled or self.train.teacher) and self.model.padding == "valid":
             raise UserError("--unlabeled and train.teacher need model.padding=same")
         terms = set(self.train.loss.split("+"))

@@ -81,6 +81,8 @@ an error about a misspelt name suggests the nearest):
   train.schedule         constant, plateau, cosine, poly, one_cycle
   train.                 ema, clip_norm, accumulate, patience, warm_up,
                          class_weights, border_weight, checkpoint_activations
+  train.foreground       0.33: so many tiles (data.tile) around an object
+  train.encoder_weights  FILE.safetensors: the encoder's first weights
   data.mask_values       [0, 255]: the stored value of each class; [[0], [1, 3]]
                          gives a class several; [0, '>0'], [0, '>=128']
   data.mask_colors       ['#000000', '#ff0000']: the colour of each class

@@ -42,30 +42,39 @@ class Torchvision(SegmentationModel):
 
 
 class Smp(SegmentationModel):
-    """segmentation_models_pytorch's U-Net on one of its encoders."""
+    """A network of segmentation_models_pytorch: `model.encoder` names one of its encoders, for its U-Net, or
+    architecture/encoder, such as `segformer/mit_b0`."""
 
     def __init__(self, config: ModelConfig) -> None:
         try:
-            import segmentation_models_pytorch
+            import segmentation_models_pytorch as smp
         except ImportError:
             raise UserError("model.name=smp needs segmentation_models_pytorch: pip install 'unet_ray[smp]'") from None
         super().__init__(config, multiple_of=32)
+        architecture, _, encoder = config.encoder.rpartition("/")
         try:
-            self.network = segmentation_models_pytorch.Unet(
-                config.encoder,
+            self.network = smp.create_model(
+                architecture or "unet",
+                encoder,
                 encoder_weights="imagenet" if config.pretrained else None,
                 in_channels=config.in_channels * config.patch**2,
                 classes=self.out_channels,
+                **({"dynamic_img_size": True} if architecture == "dpt" else {}),
             )
-        except KeyError as error:
+        except (KeyError, ValueError) as error:
             raise UserError(f"model.encoder {config.encoder!r}: {' '.join(str(error).split())[:200]}") from None
 
     @property
     def head(self) -> nn.Module:  # type: ignore[override]
-        return self.network.segmentation_head[0]
+        return [module for module in self.network.segmentation_head.modules() if isinstance(module, nn.Conv2d)][-1]
+
+    @property
+    def encoder(self) -> nn.Module:
+        return self.network.encoder
 
     def bottleneck(self, x: Tensor) -> Tensor:
-        return self.network.encoder(x)[-1]
+        levels = self.network.encoder(x)
+        return (levels[0] if self.config.encoder.startswith("dpt/") else levels)[-1]  # dpt's has tokens beside them
 
     def body(self, x: Tensor) -> Tensor:
         return self.network(x)

@@ -25,7 +25,7 @@ from unet_ray.training.setup import (
     Split,
     decoder_with_filled_cache,
     explained_errors,
-    first_weights,
+    has_weights,
     write_start,
 )
 
@@ -103,10 +103,12 @@ def _check_nodes(config: TrainConfig, split: Split, out: str, device: str) -> No
         places = {f"--out {out}": mark, "--images": pages.file_of(first.image), "--masks": pages.file_of(one_mask)}
         if split.unlabeled:
             places["--unlabeled"] = pages.file_of(split.pairs[-1].image)
-        if (init := first_weights(config, out)) is not None:
-            places["--init"] = storage.join(checkpoint.model_directory(init), checkpoint.CARD)
-        if (teacher := config.train.teacher) is not None:
-            places["train.teacher"] = storage.join(checkpoint.model_directory(teacher), checkpoint.CARD)
+        models = {"--init": None if has_weights(out) else config.train.init, "train.teacher": config.train.teacher}
+        for name, model in models.items():
+            if model is not None:
+                places[name] = storage.join(checkpoint.model_directory(model), checkpoint.CARD)
+        if (weights := config.train.encoder_weights) is not None and not has_weights(out):
+            places["train.encoder_weights"] = weights
         # Also before the room for workers is counted: this asks every node, and waits for a node that has just died
         # until Ray knows of it.
         check_shared(places)

@@ -14,7 +14,7 @@ from unet_ray.config import TrainConfig, UserError
 from unet_ray.data import cache, rows, storage
 from unet_ray.data.output_lock import Holder, OutputLock, output_lock
 from unet_ray.data.pairs import find_pairs
-from unet_ray.models import checkpoint, run_files
+from unet_ray.models import checkpoint, encoder_weights, run_files
 from unet_ray.models.device import check_precision, device_here
 from unet_ray.ray_backend.session import Runtime
 from unet_ray.training import custom, teacher, tracking
@@ -30,7 +30,7 @@ from unet_ray.training.setup import (
     check_out,
     decoder_with_filled_cache,
     explained_errors,
-    first_weights,
+    has_weights,
     resolved,
     say_if_rate_rises,
     with_absolute_paths,
@@ -115,8 +115,12 @@ def _explained(result: TrainResult, split: Split, config: TrainConfig) -> TrainR
 def _check_out(config: TrainConfig, split: Split, out: str, resume: bool) -> None:
     """Raises UserError if this training can't write into `out`, or can't begin with the weights it is given."""
     check_out(config, split, out, resume)
-    if (init := first_weights(config, out)) is not None:
-        checkpoint.check_init(init, config.model)
+    if has_weights(out):
+        return
+    if config.train.init is not None:
+        checkpoint.check_init(config.train.init, config.model)
+    if config.train.encoder_weights is not None:
+        encoder_weights.check(config.model, config.train.encoder_weights)
 
 
 def _train(

@@ -105,7 +105,9 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
         full = tuple(map(storage.absolute, locations(several)))
         return full if isinstance(several, tuple) else full[0]
 
-    init, teacher = (path and storage.absolute(path) for path in (config.train.init, config.train.teacher))
+    def full(path: str | None) -> str | None:
+        return None if path is None else storage.absolute(path)
+
     unlabeled = absolute(config.data.unlabeled) if config.data.unlabeled else None
     return dataclasses.replace(
         config,
@@ -115,7 +117,12 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
             masks=absolute(config.data.masks),
             unlabeled=unlabeled,
         ),
-        train=dataclasses.replace(config.train, init=init, teacher=teacher),
+        train=dataclasses.replace(
+            config.train,
+            init=full(config.train.init),
+            teacher=full(config.train.teacher),
+            encoder_weights=full(config.train.encoder_weights),
+        ),
     )
 
 
@@ -224,9 +231,9 @@ def say_if_rate_rises(config: TrainConfig, out: str) -> None:
         log.warning(text, before, now, train.schedule, train.epochs)
 
 
-def first_weights(config: TrainConfig, out: str) -> str | None:
-    """Returns `train.init`, or None if the run has weights of its own already."""
-    return None if training_state.has_state(storage.join(out, run_files.LAST)) else config.train.init
+def has_weights(out: str) -> bool:
+    """Returns whether the run has weights of its own already, and needs no first ones."""
+    return training_state.has_state(storage.join(out, run_files.LAST))
 
 
 def _settings_that_must_match(config: TrainConfig) -> TrainConfig:

@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 from unet_ray import custom_parts
 from unet_ray.config import IGNORE, TrainConfig
 from unet_ray.data.rows import Batch
-from unet_ray.models import SegmentationModel, build, checkpoint
+from unet_ray.models import SegmentationModel, build, checkpoint, encoder_weights
 from unet_ray.models.device import autocast, check_precision
 from unet_ray.models.tiles import mirror_margin
 from unet_ray.training import custom, losses, teacher, unlabeled
@@ -74,7 +74,15 @@ class Training:
         tensors = custom.augmented(tensors, arrays["index"], self.config, epoch)
         tensors = augment(tensors, arrays["index"], config=self.config.augment, seed=seed, epoch=epoch)
         if data.tile:
-            tensors = random_tiles(tensors, arrays["index"], data.tile, margin=model.margin, seed=seed, epoch=epoch)
+            tensors = random_tiles(
+                tensors,
+                arrays["index"],
+                data.tile,
+                margin=model.margin,
+                seed=seed,
+                epoch=epoch,
+                foreground=self.config.train.foreground,
+            )
         image = tensors["image"].permute(0, 3, 1, 2)
         return image if data.tile else mirror_margin(image, model.margin), tensors["mask"], tensors.get("border")
 
@@ -147,10 +155,12 @@ def prepare(config: TrainConfig, device: torch.device, *, resumes: bool = False)
     custom_parts.permit(*custom_parts.names_in(config))  # who trains has typed them
     check_precision(settings.precision, device.type)
     torch.manual_seed(settings.seed)
-    weights_follow = resumes or settings.init is not None
+    weights_follow = resumes or settings.init is not None or settings.encoder_weights is not None
     network = build(dataclasses.replace(config.model, pretrained=False) if weights_follow else config.model)
     if settings.init is not None and not resumes:
         checkpoint.start_from(settings.init, network)
+    elif settings.encoder_weights is not None and not resumes:
+        encoder_weights.load(network, settings.encoder_weights)
     network = network.to(device)
     network.checkpoint_activations = settings.checkpoint_activations
     if settings.channels_last:
