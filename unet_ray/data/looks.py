@@ -15,6 +15,8 @@ from unet_ray.data.imaging import ImageError, Source
 
 SAMPLE = 16
 """The most images that are looked at."""
+MOST_BYTES = 64 * 2**20
+"""It looks at fewer if their files are larger than this together: decoding those takes long."""
 SIDE = 64
 FAR = 2.0
 """Images are unlike others if the means of a number differ by more than this many of its standard deviations."""
@@ -32,13 +34,16 @@ def looks_of(images: Iterable[Source | str], channels: int, value_range: ValueRa
 
     `images`: encoded, or the reason why one can't be read.
     """
-    found = []
+    found, read = [], 0
     for data in images:
         try:
             if not isinstance(data, str):
                 found.append(numbers_of(data, channels, value_range))
         except ImageError:
             continue  # its row fails, with the reason
+        read += len(data) if isinstance(data, bytes) else 0
+        if read > MOST_BYTES:
+            break
     return summary(found)
 
 
