@@ -16,7 +16,7 @@ from unet_ray.config import IGNORE, UserError
 from unet_ray.data.rows import Decoder
 from unet_ray.settings import load_train_config
 from unet_ray.training.step import prepare
-from unet_ray.training.unlabeled import HOLE, changed, consistency, pseudo_masks
+from unet_ray.training.unlabeled import HOLE, changed, consistency, pseudo_masks, ramp
 
 
 def test_only_pixels_that_the_teacher_is_sure_of_count():
@@ -30,6 +30,10 @@ def test_only_pixels_that_the_teacher_is_sure_of_count():
         float(consistency(logits, sure.to(torch.uint8))) / 2
     )
     assert consistency(logits, torch.full((1, 1, 4), IGNORE, dtype=torch.uint8)) == 0
+
+
+def test_their_weight_rises_to_that_of_the_settings():
+    assert ramp(0.02) < 0.01 and ramp(0.5) == pytest.approx(0.2865, abs=1e-4) and ramp(1.0) == 1.0
 
 
 def test_a_change_depends_on_seed_epoch_and_image_alone_and_its_hole_counts_for_nothing():
@@ -58,7 +62,7 @@ def test_a_row_without_a_mask_is_all_ignored_and_one_that_cant_be_read_never_cou
 
 
 def test_unlabeled_rows_add_to_the_gradients_only_where_the_teacher_is_sure():
-    config = load_train_config(settings=[*TINY, ("train.ema", 0.9), ("augment.hflip", 0)])
+    config = load_train_config(settings=[*TINY, ("train.epochs", 1), ("train.ema", 0.9), ("augment.hflip", 0)])
     generator = np.random.default_rng(0)
     arrays = {
         "image": generator.integers(0, 256, (4, 32, 32, 3)).astype(np.uint8),

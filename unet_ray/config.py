@@ -447,7 +447,8 @@ class OptimizationConfig:
     border_sigma: float = 5.0
     """Sigma of that map, in pixels of the resized image (the paper: about 5)."""
     unlabeled_weight: float = 1.0
-    """Weight of the loss of images without masks (Sohn et al. 2020: 1). A step sees as many as images with masks."""
+    """Weight of the loss of images without masks at the end of the training, to which it rises (Sohn et al. 2020: 1). A
+    step sees as many as images with masks."""
     unlabeled_confidence: float = 0.95
     """A pixel of theirs counts where the average of the weights gives a class this probability (Sohn et al.: 0.95)."""
     foreground: float = 0.0

@@ -111,7 +111,8 @@ class Training:
                 loss = loss + teacher.WEIGHT * teacher.distance(logits, theirs, valid).mean()
             elif labeled < len(image):
                 of_others = unlabeled.consistency(logits[labeled:], mask[labeled:]).mean()
-                loss = loss + self.config.train.unlabeled_weight * of_others
+                ramp = unlabeled.ramp(epoch / self.config.train.epochs)
+                loss = loss + ramp * self.config.train.unlabeled_weight * of_others
             loss = loss * weight
             self.scaler.scale(loss).backward()
         return loss.detach()
