@@ -1,5 +1,6 @@
 """`--adapt`: the statistics of other images in the batch norms, without masks."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -121,6 +122,22 @@ def test_a_stopped_prediction_goes_on_with_the_same_adapted_model(run, foggy, tm
     assert masks_in(tmp_path / "again") == masks_in(tmp_path / "whole")
     with pytest.raises(UserError, match=r"other .*adapt"):
         predict(settings(run, photos, tmp_path / "again"), runtime=LOCAL)
+
+
+def test_the_model_stays_as_it_is_for_images_that_look_like_those_of_its_training(run, tmp_path, caplog):
+    same, _ = make_discs(tmp_path / "same", 12, seed=2)
+    predict(settings(run, same, tmp_path / "OUT"), runtime=LOCAL)
+    assert "the images look like those of the training, so the model stays as it is" in caplog.text
+    predict(dataclasses.replace(settings(run, same, tmp_path / "plain"), adapt=False), runtime=LOCAL)
+    assert masks_in(tmp_path / "OUT") == masks_in(tmp_path / "plain")
+    weights = [read_card(str(place)).weights_sha256 for place in (tmp_path / "OUT/adapted", run / "model")]
+    assert weights[0] == weights[1]
+    (run / "model/looks.json").rename(tmp_path / "looks.json")  # a model of an earlier version: it is adapted
+    try:
+        predict(settings(run, same, tmp_path / "old"), runtime=LOCAL)
+    finally:
+        (tmp_path / "looks.json").rename(run / "model/looks.json")
+    assert read_card(str(tmp_path / "old/adapted")).weights_sha256 != weights[1]
 
 
 def test_overwrite_adapts_anew(run, foggy, tmp_path):

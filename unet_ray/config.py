@@ -638,8 +638,8 @@ class MaskOptions:
     """A pixel is foreground where its probability is above this (one class). None: what `evaluate --choose-threshold`
     chose for this model, or 0.5."""
     adapt: bool = False
-    """First adapt the model to these images: blend the statistics of a sample of them into its batch norms
-    (`inference.adapt`)."""
+    """First adapt the model to these images if they look unlike those of its training: blend the statistics of a sample
+    of them into its batch norms (`inference.adapt`)."""
     allow_code: bool = False
     """Let a model import its network's code, where that is no part of unet_ray (`custom_parts`)."""
     max_pixels: int = MAX_PIXELS

@@ -266,7 +266,7 @@ mask_options = options(
         MASKS,
         "--adapt",
         is_flag=True,
-        help="First adapt the model to these images, which look unlike those of its training; without masks.",
+        help="First adapt the model to these images if they look unlike those of its training; without masks.",
     ),
     option(MASKS, "--ensemble", multiple=True, metavar="MODEL", help="Average with another model; may be repeated."),
     option(

@@ -55,18 +55,19 @@ def evaluate(
     """
     pipeline = pipeline or pipeline_of(config.model, config)
     pairs = pairs_of(config) if pairs is None else pairs
-    with _adapted(pipeline, pairs) if config.adapt else nullcontext(pipeline) as pipeline:
+    unlike = say_if_unlike(_encoded(evenly(pairs, looks.SAMPLE), pipeline.reader()), pipeline)
+    with _adapted(pipeline, pairs, unlike) if config.adapt else nullcontext(pipeline) as pipeline:
         versions, failures = measure(config, pipeline, (), pairs, runtime, on_progress)
     return metrics.score(versions[0], config.tolerance, failures)
 
 
 @contextmanager
-def _adapted(pipeline: Pipeline, pairs: list[Pair]) -> Iterator[Pipeline]:
+def _adapted(pipeline: Pipeline, pairs: list[Pair], unlike: tuple[str, ...] | None) -> Iterator[Pipeline]:
     """Gives the pipeline with a model that is adapted to the images. All nodes see it, beside the model itself, until
     the evaluation is done."""
     location = storage.join(pipeline.model, f".{adapt.FOLDER}-{uuid.uuid4().hex[:12]}")
     try:
-        yield adapt.adapted(pipeline, _encoded(evenly(pairs, adapt.SAMPLE), pipeline.reader()), location)
+        yield adapt.adapted(pipeline, _encoded(evenly(pairs, adapt.SAMPLE), pipeline.reader()), location, unlike)
     finally:
         storage.delete_folder(location)
 
@@ -91,7 +92,6 @@ def measure(
     pairs = pairs_of(config) if pairs is None else pairs
     card = card_for(config, pipeline.card, pairs)
     _look(pairs, pipeline)
-    say_if_unlike(_encoded(evenly(pairs, looks.SAMPLE), pipeline.reader()), pipeline)
     compare = Compare(card, config.tolerance, tuple(map(Cleanup.parse, cleanups)))
     compared = results(pipeline, compare, pairs, runtime)
     scored, failures = _collected(compared, card.model.num_classes, len(pairs), on_progress)

@@ -6,6 +6,7 @@ written before the first mask: a stopped run goes on with it, and other commands
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from itertools import islice
 
@@ -18,6 +19,8 @@ from unet_ray.data.imaging import ImageError, Source
 from unet_ray.inference.pipeline import Pipeline
 from unet_ray.models import blend_norms, checkpoint
 
+log = logging.getLogger("unet_ray")
+
 FOLDER = "adapted"
 """The adapted model, below the output folder of a prediction."""
 SAMPLE = 64
@@ -27,19 +30,24 @@ STRENGTH = 0.5
 AT_ONCE = 8
 
 
-def adapted(pipeline: Pipeline, images: Iterable[Source | str], location: str) -> Pipeline:
+def adapted(
+    pipeline: Pipeline, images: Iterable[Source | str], location: str, unlike: tuple[str, ...] | None
+) -> Pipeline:
     """Returns the pipeline with a model that is adapted to some images, `SAMPLE` at most. If `location` holds one, it
     takes that; else it writes the model there.
 
-    `images`: encoded, or the reason why one can't be read. Raises UserError if none can be read, or if the model has no
-    batch norms.
+    `images`: encoded, or the reason why one can't be read. `unlike`: in what they look unlike those of the training,
+    None if that is not known. If they look like those, the model stays as it is, since adapted it scores lower on them.
+    Raises UserError if none can be read, or if the model has no batch norms.
     """
     if not storage.exists(storage.join(location, checkpoint.CARD)):
-        _write(pipeline, images, location)
+        if unlike == ():
+            log.warning("--adapt: the images look like those of the training, so the model stays as it is")
+        _write(pipeline, images, location, STRENGTH if unlike != () else 0.0)
     return pipeline.of_model(location)
 
 
-def _write(pipeline: Pipeline, images: Iterable[Source | str], location: str) -> None:
+def _write(pipeline: Pipeline, images: Iterable[Source | str], location: str, strength: float) -> None:
     network, card = checkpoint.load_model(pipeline.model, allow_code=pipeline.options.allow_code)
     if not blend_norms.batch_norms(network):
         raise UserError(
@@ -50,7 +58,7 @@ def _write(pipeline: Pipeline, images: Iterable[Source | str], location: str) ->
     device = torch.device("cuda" if gpu else "cpu")
     network = network.to(device)
     batches = _batches(pipeline, images)
-    blend_norms.blend(network, (torch.from_numpy(batch).to(device) for batch in batches), STRENGTH)
+    blend_norms.blend(network, (torch.from_numpy(batch).to(device) for batch in batches), strength)
     checkpoint.save_copy(location, pipeline.model, network.cpu())
 
 

@@ -79,9 +79,9 @@ def predict(
         unlike = say_if_unlike(run.sample(pipeline.reader(), looks.SAMPLE), pipeline)
         if config.adapt and run.images:
             sample = run.sample(pipeline.reader(), adapt.SAMPLE)
-            pipeline = adapted(pipeline, sample, storage.join(out, adapt.FOLDER))
+            pipeline = adapted(pipeline, sample, storage.join(out, adapt.FOLDER), unlike)
         run.segment(pipeline, Write(ledger, formats, pipeline.card, pipeline.reader()), runtime, lock)
-        outcome = Outcome(listed, run.done - run.already_done, started, run.seconds_by_stage(started), unlike)
+        outcome = Outcome(listed, run.done - run.already_done, started, run.seconds_by_stage(started), unlike or ())
         return finish(ledger, formats, pipeline, outcome)
 
 

@@ -14,17 +14,19 @@ from unet_ray.models import checkpoint
 log = logging.getLogger("unet_ray")
 
 
-def say_if_unlike(images: Iterable[Source | str], pipeline: Pipeline) -> tuple[str, ...]:
-    """Logs a warning if images look unlike those of the training. Returns in what they differ.
+def say_if_unlike(images: Iterable[Source | str], pipeline: Pipeline) -> tuple[str, ...] | None:
+    """Logs a warning if images look unlike those of the training. Returns in what they differ; None if that is not
+    known.
 
     `images`: encoded, or the reason why one can't be read. With tiles it does not look, since images may then be too
     large to be decoded for that.
     """
     trained_on = {} if pipeline.options.tile else checkpoint.read_looks(pipeline.model)
-    if not trained_on:
-        return ()
     reader = pipeline.reader()
-    found = differences(trained_on, looks_of(images, reader.channels, reader.value_range))
+    new = looks_of(images, reader.channels, reader.value_range) if trained_on else {}
+    if not new:
+        return None
+    found = differences(trained_on, new)
     if found:
         log.warning(
             "these images look unlike those that %s was trained on: %s. Look at some masks before you trust them%s",
