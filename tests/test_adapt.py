@@ -19,8 +19,17 @@ from unet_ray.config import EvaluateConfig, PredictConfig, UserError
 from unet_ray.evaluation.evaluate import evaluate
 from unet_ray.inference.predict import predict
 from unet_ray.models.blend_norms import blend
-from unet_ray.models.checkpoint import read_card
+from unet_ray.models.checkpoint import (
+    CLEANUP,
+    THRESHOLD,
+    read_card,
+    read_cleanup,
+    read_looks,
+    read_threshold,
+    save_choice,
+)
 from unet_ray.ray_backend.session import LOCAL
+from unet_ray.selection.select import select
 
 
 def network() -> nn.Sequential:
@@ -120,6 +129,8 @@ def test_a_stopped_prediction_goes_on_with_the_same_adapted_model(run, foggy, tm
     )
     predict(plain, runtime=LOCAL)
     assert masks_in(tmp_path / "again") == masks_in(tmp_path / "whole")
+    with pytest.raises(UserError, match="would remove the model"):
+        predict(dataclasses.replace(plain, out=str(tmp_path / "OUT"), overwrite=True), runtime=LOCAL)
     with pytest.raises(UserError, match=r"other .*adapt"):
         predict(settings(run, photos, tmp_path / "again"), runtime=LOCAL)
 
@@ -130,14 +141,25 @@ def test_the_model_stays_as_it_is_for_images_that_look_like_those_of_its_trainin
     assert "the images look like those of the training, so the model stays as it is" in caplog.text
     predict(dataclasses.replace(settings(run, same, tmp_path / "plain"), adapt=False), runtime=LOCAL)
     assert masks_in(tmp_path / "OUT") == masks_in(tmp_path / "plain")
-    weights = [read_card(str(place)).weights_sha256 for place in (tmp_path / "OUT/adapted", run / "model")]
-    assert weights[0] == weights[1]
+    assert [file.name for file in (tmp_path / "OUT/adapted").iterdir()] == ["adapted.json"]
     (run / "model/looks.json").rename(tmp_path / "looks.json")  # a model of an earlier version: it is adapted
     try:
         predict(settings(run, same, tmp_path / "old"), runtime=LOCAL)
     finally:
         (tmp_path / "looks.json").rename(run / "model/looks.json")
-    assert read_card(str(tmp_path / "old/adapted")).weights_sha256 != weights[1]
+    assert read_card(str(tmp_path / "old/adapted")).weights_sha256 != read_card(str(run / "model")).weights_sha256
+
+
+def test_an_adapted_model_keeps_the_chosen_threshold_and_clean_up(run, foggy, tmp_path):
+    model = str(tmp_path / "model")
+    shutil.copytree(run / "model", model)
+    card = read_card(model)
+    save_choice(model, THRESHOLD, card, {"threshold": 0.3})
+    save_choice(model, CLEANUP, card, {"cleanup": "largest"})
+    predict(settings(Path(model), foggy[0], tmp_path / "OUT"), runtime=LOCAL)
+    adapted = str(tmp_path / "OUT/adapted")
+    assert read_threshold(adapted, read_card(adapted)) == 0.3 and read_cleanup(adapted, read_card(adapted)) == "largest"
+    assert read_looks(adapted) == read_looks(model) != {}
 
 
 def test_overwrite_adapts_anew(run, foggy, tmp_path):
@@ -148,20 +170,24 @@ def test_overwrite_adapts_anew(run, foggy, tmp_path):
     assert (tmp_path / "OUT/adapted/model.safetensors").read_bytes() != adapted
 
 
-def test_tiles_and_images_that_cant_be_read(run, foggy, tmp_path):
+def test_tiles_and_images_that_cant_be_read(run, foggy, tmp_path, caplog):
     shutil.copytree(foggy[0], tmp_path / "photos")
     bad = len(make_bad(tmp_path / "photos/bad"))
     summary = predict(settings(run, tmp_path / "photos", tmp_path / "OUT", tile=16, strict=True), runtime=LOCAL)
     assert summary.ok == 40 and summary.failed == bad
     assert len(pq.read_table(tmp_path / "OUT/manifest.parquet")) == 40 + bad
-    with pytest.raises(UserError, match="none of the sampled images can be read"):
-        predict(settings(run, tmp_path / "photos/bad", tmp_path / "none", strict=True), runtime=LOCAL)
+    none = predict(settings(run, tmp_path / "photos/bad", tmp_path / "none", strict=True), runtime=LOCAL)
+    assert none.failed == bad and not none.ok, "rows, not the end of the job"
+    assert "can't be read, as far as they were tried, so the model stays as it is" in caplog.text
 
 
 def test_what_cant_be_adapted_is_refused(tmp_path, discs):
     model = make_model(tmp_path / "model", ("model.norm", "group"))
     with pytest.raises(UserError, match=r"has none \(model.norm=group\): leave --adapt out"):
         predict(settings(model, discs[0], tmp_path / "OUT"), runtime=LOCAL)
+    predict(dataclasses.replace(settings(model, discs[0], tmp_path / "OUT"), adapt=False), runtime=LOCAL)  # as it says
+    with pytest.raises(UserError, match="leave it out"):
+        select(settings(model, discs[0], tmp_path / "PICKS"), 3, runtime=LOCAL)
     with pytest.raises(UserError, match="leave --ensemble out"):
         EvaluateConfig(model="RUN", adapt=True, ensemble=("OTHER",))
     with pytest.raises(UserError, match="int8 is for those of"):

@@ -1,6 +1,7 @@
 """`distill`: a small network learns what a run's network finds, and is accepted by its score."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from unet_ray.settings import load_train_config
 from unet_ray.training.step import prepare
 from unet_ray.training.teacher import distance
 
-SMALL = flags([*TINY[:2], *TINY[3:], ("model.patch", 1)])
+SMALL = flags([*(pair for pair in TINY if not pair[0].startswith("data.")), ("model.patch", 1)])
 
 
 def test_the_distance_is_the_divergence_from_the_teachers_probabilities():
@@ -130,4 +131,33 @@ def test_wrong_teachers_are_named_before_the_first_epoch(run, tmp_path):
         settings = flags([*TINY, ("train.teacher", str(run)), setting])
         done = CliRunner().invoke(main, [*map(str, command), "--out", str(tmp_path / "C"), *settings])
         assert done.exit_code == 2 and text in done.output, done.output
+    command = ["train", "--images", run.parent / "images", "--masks", run.parent / "masks", "--local"]
+    settings = flags([*TINY, ("train.teacher", str(run)), ("data.mask_values", [255, 0])])
+    done = CliRunner().invoke(main, [*map(str, command), "--out", str(tmp_path / "C"), *settings])
+    assert done.exit_code == 2 and "[0, 255], in another order than [255, 0]" in done.output, done.output
     assert not (tmp_path / "C").exists() and not (tmp_path / "A").exists()
+
+
+def test_settings_of_the_run_are_not_changed_and_a_run_is_not_its_own_small_one(run, tmp_path):
+    for setting in ("data.image_size=64", "augment.rotation=5", "train.seed=1", "model.in_channels=1"):
+        done = distill(run, tmp_path / "A", "--set", setting)
+        assert done.exit_code == 2 and f"--set {setting.partition('=')[0]}: it is that of" in done.output, done.output
+    done = distill(run, run, "--local", "--resume", "--epochs", 1)
+    assert done.exit_code == 2 and "is the run itself" in done.output
+    # A finished training of other settings is not scored as if it were this one.
+    assert distill(run, tmp_path / "B", "--local", "--may-fall", 1, "--epochs", 1).exit_code == 0
+    done = distill(run, tmp_path / "B", "--local", "--epochs", 1, "--resume", "--batch-size", 2)
+    assert done.exit_code == 2 and "trained with other settings" in done.output
+
+
+def test_a_run_that_held_nothing_out_and_foreign_code_are_refused(run, tmp_path):
+    shutil.copytree(run, tmp_path / "RUN")
+    split = (tmp_path / "RUN/split.csv").read_text()
+    (tmp_path / "RUN/split.csv").write_text(split.replace(",val", ",train"))
+    done = distill(tmp_path / "RUN", tmp_path / "A")
+    assert done.exit_code == 2 and "has held out no images" in done.output
+    (tmp_path / "RUN/split.csv").write_text(split)
+    config = tmp_path / "RUN/config.yaml"
+    config.write_text(config.read_text().replace("custom: null", "custom: mine:speckle"))
+    done = distill(tmp_path / "RUN", tmp_path / "A")
+    assert done.exit_code == 2 and "add --allow-code" in done.output, done.output

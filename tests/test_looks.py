@@ -12,7 +12,7 @@ from PIL import Image
 
 from unet_ray.cli import main
 from unet_ray.config import UserError
-from unet_ray.data.looks import differences, looks_of
+from unet_ray.data.looks import differences, numbers_of_images, summary
 from unet_ray.doctor import examine
 
 
@@ -24,25 +24,32 @@ def encoded(pixels: np.ndarray, file: Path) -> bytes:
 def test_the_numbers_of_images(tmp_path):
     stripes = np.zeros((64, 64, 3), np.uint8)
     stripes[:, ::2, 0] = 255
-    looks = looks_of([encoded(stripes, tmp_path / "a.png"), b"no image", "gone"], 3, None)
+    looks = summary(numbers_of_images([encoded(stripes, tmp_path / "a.png"), b"no image", "gone"], 3, None))
     mean, sd = looks["brightness"]
     assert (mean, sd) == (pytest.approx(1 / 6, abs=1e-3), 0)
     assert looks["contrast"][0] == pytest.approx(1 / 6, abs=1e-3)
     assert looks["sharpness"][0] == pytest.approx(1 / 3, abs=1e-3), "between neighbours, in both directions"
     assert looks["share of red"][0] == pytest.approx(1 / 2 - 1 / 6, abs=1e-3)
-    gray = looks_of([encoded(stripes[..., 0], tmp_path / "b.png")], 1, None)
+    (gray,) = numbers_of_images([encoded(stripes[..., 0], tmp_path / "b.png")], 1, None)
     assert set(gray) == {"brightness", "contrast", "sharpness"}
-    assert looks_of([b"no image"], 3, None) == {}
+    assert numbers_of_images([b"no image"], 3, None) == [] and summary([]) == {}
+    assert numbers_of_images([encoded(stripes, tmp_path / "a.png")], 3, None, max_pixels=64 * 63) == []
 
 
 def test_only_what_is_far_differs_and_the_farthest_comes_first():
     before = {"brightness": (0.5, 0.05), "contrast": (0.2, 0.001), "sharpness": (0.1, 0.05)}
-    now = {"brightness": (0.2, 0.3), "contrast": (0.23, 0.0), "sharpness": (0.25, 0.0)}
-    assert differences(before, now) == [
+    now = {"brightness": 0.2, "contrast": 0.23, "sharpness": 0.25}
+    assert differences(before, 16 * [now]) == [
         "darker (0.20 of white, not 0.50 ± 0.05)",
         "sharper (0.25 of white, not 0.10 ± 0.05)",
     ]
-    assert differences(before, before) == [] and differences({}, now) == []
+    assert differences(before, 16 * [{"brightness": 0.55, "contrast": 0.2}]) == [] == differences({}, 16 * [now])
+    assert differences(before, 8 * [now]) == [
+        "darker (0.20 of white, not 0.50 ± 0.05)",
+        "sharper (0.25 of white, not 0.10 ± 0.05)",
+    ]
+    assert len(differences(before, 7 * [now])) == 1, "the mean of a few is less certain"
+    assert differences(before, [now]) == []
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +90,8 @@ def test_predict_says_it_and_its_report_notes_it(run, bright, tmp_path, caplog):
     assert "--adapt may help" in caplog.text
     assert json.loads((tmp_path / "OUT/summary.json").read_text())["unlike"][0].startswith("brighter (0.")
     assert "The images look unlike those of the training: brighter (0." in (tmp_path / "OUT/report.html").read_text()
+    invoke("predict", run, bright[0], "--out", tmp_path / "OUT", "--local")  # nothing is left to do
+    assert "The images look unlike those of the training: brighter (0." in (tmp_path / "OUT/report.html").read_text()
 
 
 def test_evaluate_says_it(run, bright, caplog):
@@ -101,3 +110,14 @@ def test_doctor_says_it_with_a_remedy(run, bright, tmp_path):
     old = make_model(tmp_path / "old")
     with pytest.raises(UserError, match=r"it has no looks\.json"):
         examine(str(bright[0]), against=str(old))
+
+
+def test_a_training_that_fails_before_its_first_epoch_can_be_given_again(tmp_path):
+    images, masks = make_discs(tmp_path / "d", 8)
+    file = sorted(images.iterdir())[3]
+    whole = file.read_bytes()
+    file.write_bytes(whole[:40])
+    command = ["train", "--images", images, "--masks", masks, "--out", tmp_path / "RUN", "--local", "--no-report"]
+    invoke(*command, *flags(TINY), code=2)
+    file.write_bytes(whole)
+    invoke(*command, *flags(TINY))

@@ -168,3 +168,9 @@ def test_one_image_can_be_trained_on_if_none_is_to_validate_on():
         split_pairs(["a"], DataConfig(), seed=0)
     assert split_pairs(["a"], DataConfig(val_fraction=0), seed=0) == ([0], [])
     assert divided(["train/a", "test/b"], DataConfig(val_fraction=0), 0) == ([0], [], [1])
+
+
+def test_a_name_that_is_a_key_means_that_key_whatever_lies_in_subfolders(tmp_path):
+    keys = ["a", "b", "sub/a", "sub/b"]
+    write_split(str(tmp_path / "split.csv"), {"a": "train", "sub/a": "val", "b": "train", "sub/b": "test"})
+    assert parts(keys, split=str(tmp_path / "split.csv")) == [["a", "b"], ["sub/a"], ["sub/b"]]

@@ -147,7 +147,7 @@ def test_changed_and_missing_pools_are_said(pool, tmp_path):
     assert done.exit_code == 2 and "images of --unlabeled have changed" in done.output
     done = train(tmp_path / "pool", tmp_path / "B", "--local", "--unlabeled", tmp_path / "none")
     assert done.exit_code == 2 and "none: no such folder" in done.output
-    with pytest.raises(UserError, match=r"needs model\.padding=same"):
+    with pytest.raises(UserError, match=r"need model\.padding=same"):
         load_train_config(settings=[("data.unlabeled", "x"), ("model.padding", "valid"), ("data.image_size", 36)])
 
 

@@ -402,7 +402,7 @@ class OptimizationConfig:
     same, except dropout and num_classes. With another num_classes the last layer is initialised anew."""
     encoder_weights: str | None = None
     """A .safetensors file with the first weights of the encoder (`unet` with one, or `smp`), for machines that can't
-    download any; of timm or torchvision, too, if the names are the same."""
+    download any: those of a model, or of smp's encoder itself (`model.encoder.state_dict()`)."""
     learning_rate: float = 3e-4
     """The highest learning rate of the schedule."""
     weight_decay: float = 0.01

@@ -53,7 +53,8 @@ class Commands(click.Group):
             ctx.exit(2)
         except KeyboardInterrupt:
             click.echo(
-                "Stopped. What is finished is kept: start again with --resume (train) or as before (predict).", err=True
+                "Stopped. What is finished is kept: start again with --resume (train, distill) or as before (predict).",
+                err=True,
             )
             if left_a_request_behind():  # everything else has ended, and its files are closed
                 sys.stderr.flush()

@@ -7,6 +7,7 @@ import sys
 
 import click
 
+from unet_ray import custom_parts
 from unet_ray.cli.messages import print_next, print_places, training_callbacks, written_report
 from unet_ray.cli.options import (
     DATA,
@@ -16,6 +17,7 @@ from unet_ray.cli.options import (
     WHERE,
     Command,
     Workers,
+    allow_code,
     device,
     no_report,
     option,
@@ -26,7 +28,6 @@ from unet_ray.cli.options import (
 from unet_ray.data import storage
 from unet_ray.ray_backend.session import Runtime
 from unet_ray.report.progress import TrainingDisplay
-from unet_ray.settings import load_train_config
 
 
 @click.command(cls=Command, short_help="Train a small, fast network on what a run's network finds.")
@@ -39,8 +40,10 @@ from unet_ray.settings import load_train_config
     help="Images without masks to learn from, too, as many as there are; may be repeated.",
 )
 @option(SETTINGS, "--recipe", default="small", show_default=True, metavar="NAME", help="Network and training.")
-@settings("It wins over --recipe.")
+@settings("It wins over --recipe. Those of images, augmentation and seed are the run's.")
+@allow_code
 @option(TRAINING, "--epochs", type=int, metavar="N", help="Passes over the images.", shown="the recipe's")
+@option(TRAINING, "--batch-size", type=int, metavar="N", help="Images per step.", shown="the recipe's")
 @option(
     TRAINING,
     "--may-fall",
@@ -62,6 +65,8 @@ def distill(
     recipe: str,
     settings: tuple[str, ...],
     epochs: int | None,
+    batch_size: int | None,
+    allow_code: bool,
     may_fall: float,
     resume: bool,
     out: str,
@@ -86,10 +91,15 @@ def distill(
     from unet_ray.evaluation.distillation import config_of
     from unet_ray.evaluation.distillation import distill as make_small
 
-    flags = {"train.epochs": epochs, "compute.workers": workers, "compute.device": device}
+    flags = {
+        "train.epochs": epochs,
+        "train.batch_size": batch_size,
+        "compute.workers": workers,
+        "compute.device": device,
+    }
     given = [(name, value) for name, value in flags.items() if value is not None]
-    of_recipe = load_train_config(recipe=recipe, settings=[*map(setting, settings), *given])
-    config = config_of(run, of_recipe, images)
+    config = config_of(run, recipe, [*map(setting, settings), *given], images)
+    custom_parts.check_typed(config, settings, allow_code)
     with TrainingDisplay(config) as display:
         callbacks = training_callbacks(config, display)
         result = make_small(config, out, may_fall=may_fall, runtime=runtime, resume=resume, callbacks=callbacks)

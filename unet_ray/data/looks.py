@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from unet_ray.config import ValueRange
+from unet_ray.config import MAX_PIXELS, ValueRange
 from unet_ray.data import imaging
 from unet_ray.data.imaging import ImageError, Source
 
@@ -19,7 +19,8 @@ MOST_BYTES = 64 * 2**20
 """It looks at fewer if their files are larger than this together: decoding those takes long."""
 SIDE = 64
 FAR = 2.0
-"""Images are unlike others if the means of a number differ by more than this many of its standard deviations."""
+"""Images are unlike others if the means of a number differ by more than this many of its standard deviations; by more
+where they are fewer than `SAMPLE`, since the mean of a few is less certain."""
 SMALLEST = 0.02
 """Least standard deviation of a number, as a share of white: images of one microscope differ by less, and by chance."""
 HIGHER = {"brightness": "brighter", "contrast": "of more contrast", "sharpness": "sharper"}
@@ -29,22 +30,21 @@ Looks = Mapping[str, tuple[float, float]]
 """Name of a number -> its mean and standard deviation over images, as shares of white."""
 
 
-def looks_of(images: Iterable[Source | str], channels: int, value_range: ValueRange) -> Looks:
-    """Returns how some images look; nothing if none can be read.
-
-    `images`: encoded, or the reason why one can't be read.
-    """
+def numbers_of_images(
+    images: Iterable[Source | str], channels: int, value_range: ValueRange, max_pixels: int = MAX_PIXELS
+) -> list[dict[str, float]]:
+    """Returns the numbers of each image that can be read. `images`: encoded, or the reason why one can't be read."""
     found, read = [], 0
     for data in images:
         try:
             if not isinstance(data, str):
-                found.append(numbers_of(data, channels, value_range))
+                found.append(numbers_of(data, channels, value_range, max_pixels))
         except ImageError:
             continue  # its row fails, with the reason
         read += len(data) if isinstance(data, bytes) else 0
         if read > MOST_BYTES:
             break
-    return summary(found)
+    return found
 
 
 def summary(numbers: Sequence[Mapping[str, float]]) -> Looks:
@@ -54,9 +54,9 @@ def summary(numbers: Sequence[Mapping[str, float]]) -> Looks:
     return {name: (round(float(np.mean(v)), 4), round(float(np.std(v)), 4)) for name, v in values.items()}
 
 
-def numbers_of(data: Source, channels: int, value_range: ValueRange) -> dict[str, float]:
+def numbers_of(data: Source, channels: int, value_range: ValueRange, max_pixels: int = MAX_PIXELS) -> dict[str, float]:
     """Returns the numbers of one image, as shares of white. Raises ImageError."""
-    array, _ = imaging.decode_image(data, channels, (SIDE, SIDE), value_range=value_range)
+    array, _ = imaging.decode_image(data, channels, (SIDE, SIDE), value_range=value_range, max_pixels=max_pixels)
     image = array.astype(np.float32) / 255
     gray = image.mean(axis=2)
     steps = np.abs(np.diff(gray, axis=0)).mean() + np.abs(np.diff(gray, axis=1)).mean()
@@ -67,14 +67,16 @@ def numbers_of(data: Source, channels: int, value_range: ValueRange) -> dict[str
     return {name: float(value) for name, value in numbers.items()}
 
 
-def differences(trained_on: Looks, new: Looks) -> list[str]:
+def differences(trained_on: Looks, new: Sequence[Mapping[str, float]]) -> list[str]:
     """Returns in what new images differ from those of a training, such as `darker (0.21 of white, not 0.45 ± 0.05)`;
-    nothing if they look alike."""
+    nothing if they look alike. `new`: the numbers of each."""
     found = []
-    for name in trained_on.keys() & new.keys():
-        (mean, sd), (now, _) = trained_on[name], new[name]
+    for name, (now, _) in summary(new).items():
+        if name not in trained_on:
+            continue
+        mean, sd = trained_on[name]
         distance = (now - mean) / max(sd, SMALLEST)
-        if abs(distance) > FAR:
+        if abs(distance) > FAR * max(1.0, (SAMPLE / len(new)) ** 0.5):
             word = (HIGHER if distance > 0 else LOWER).get(name, f"another {name}")
             found.append((-abs(distance), f"{word} ({now:.2f} of white, not {mean:.2f} ± {sd:.2f})"))
     return [text for _, text in sorted(found)]

@@ -71,10 +71,11 @@ def given_parts(keys: Sequence[str], config: DataConfig) -> dict[str, str]:
     for key in keys:
         by_name.setdefault(key, []).append(key)
         by_name.setdefault(key.rpartition("/")[2], []).append(key)
+    known = set(keys)
     found: dict[str, str] = {}
     unknown = []
     for name, part in listed:
-        match = _key_of(name, by_name)
+        match = name if name in known else _key_of(name, by_name)
         if match is None:
             unknown.append(name)
         elif found.setdefault(match, part) != part:

@@ -9,23 +9,29 @@ from unet_ray.config import UserError
 from unet_ray.data import imaging, storage
 from unet_ray.data.imaging import ImageError
 from unet_ray.data.inputs import ImageFile, evenly
-from unet_ray.data.looks import SAMPLE, differences, looks_of
+from unet_ray.data.looks import SAMPLE, Looks, differences, numbers_of_images
 from unet_ray.doctor.report import Finding, warning
 from unet_ray.models import checkpoint
+from unet_ray.models.checkpoint import ModelCard
 
 
-def unlike(images: Sequence[ImageFile], model: str) -> list[Finding]:
-    """Returns a warning if images look unlike those of a training. Raises UserError if it is not known how those
-    look."""
+def training_of(model: str) -> tuple[ModelCard, Looks]:
+    """Returns a model's card, and how the images of its training look. Raises UserError if that is not known."""
     location = checkpoint.model_directory(storage.absolute(model))
-    card, trained_on = checkpoint.read_card(location), checkpoint.read_looks(location)
+    trained_on = checkpoint.read_looks(location)
     if not trained_on:
         raise UserError(
-            f"--against {model}: it has no {checkpoint.LOOKS}, since an earlier version trained it: train it again, or "
-            "look at some masks of `unet-ray predict`"
+            f"--against {model}: it has no {checkpoint.LOOKS}, since it was imported or an earlier version trained it: "
+            "look at some masks of `unet-ray predict` instead"
         )
+    return checkpoint.read_card(location), trained_on
+
+
+def unlike(images: Sequence[ImageFile], model: str, card: ModelCard, trained_on: Looks) -> list[Finding]:
+    """Returns a warning if images look unlike those of a training."""
     sample = evenly(images, SAMPLE)
-    found = differences(trained_on, looks_of(map(_encoded, sample), card.model.in_channels, card.value_range))
+    new = numbers_of_images(map(_encoded, sample), card.model.in_channels, card.value_range)
+    found = differences(trained_on, new) if new else []
     if not found:
         return []
     name = shlex.quote(model)
@@ -40,5 +46,5 @@ def unlike(images: Sequence[ImageFile], model: str) -> list[Finding]:
 def _encoded(file: ImageFile) -> bytes | str:
     try:
         return imaging.read_file(file.path)
-    except (ImageError, OSError) as error:
+    except (ImageError, OSError, ValueError) as error:
         return str(error)

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from unet_ray.config import EvaluateConfig, TrainConfig, UserError
+from unet_ray.config import EvaluateConfig, TrainConfig, UserError, plain
 from unet_ray.data import storage
-from unet_ray.data.splits import SPLIT
+from unet_ray.data.splits import SPLIT, read_split
 from unet_ray.evaluation.evaluate import evaluate
 from unet_ray.evaluation.run_pairs import pairs_of_run
-from unet_ray.models import checkpoint, compiling, training_state
-from unet_ray.models.run_files import CONFIG, LAST
+from unet_ray.models import checkpoint, compiling
+from unet_ray.models.run_files import CONFIG
 from unet_ray.ray_backend.session import Runtime
 from unet_ray.settings import load_train_config
 from unet_ray.training.run import Callbacks, train
+from unet_ray.training.setup import is_done
 
 DISTILLED = "distilled.json"
 MAY_FALL = 0.001
 """Largest loss of mean validation Dice with which the small network is accepted."""
-OF_TEACHER = ("in_channels", "num_classes", "pixel_mean", "pixel_std")
-"""Settings of the network that are those of the teacher."""
+OF_MODEL = ("in_channels", "num_classes", "pixel_mean", "pixel_std")
+"""Settings of the network that are those of the run's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,37 +42,39 @@ class Distillation:
     gflop_small: float
 
 
-def config_of(run: str, recipe: TrainConfig, images: tuple[str, ...]) -> TrainConfig:
-    """Returns the settings of the training of a small network: pairs, split and flips of the run, what the network is
-    and how it learns from the recipe.
+def config_of(
+    run: str, recipe: str, settings: Sequence[tuple[str, Any]] = (), images: Sequence[str] = ()
+) -> TrainConfig:
+    """Returns the settings of the training of a small network: pairs, split and augmentation of the run, what the
+    network is and how it learns from the recipe and from `settings` (dotted names).
 
-    `images`: further images, without masks. Raises UserError if `run` is no run directory, or has held out no images.
+    `images`: further images, without masks. Raises UserError if `run` is no run directory, if it has held out no
+    images, or for a setting that is the run's.
     """
     run = storage.absolute(run)
     card = checkpoint.read_card(checkpoint.model_directory(run))
     if not storage.exists(storage.join(run, CONFIG)):
         raise UserError(f"{run} is not a run directory: distill needs the images that it was trained on")
-    pairs_of_run(run, "val")  # before hours of training
+    if not any(part == "val" for part in read_split(storage.join(run, SPLIT)).values()):
+        raise UserError(f"{run} has held out no images, by which a small network could be accepted")
+    pairs_of_run(run, "val")  # that they are still there is found before hours of training
     theirs = load_train_config(config_file=storage.read_bytes(storage.join(run, CONFIG)).decode())
-    data = dataclasses.replace(
-        theirs.data,
-        split=storage.join(run, SPLIT),
-        folds=0,
-        fold=0,
-        val_groups=(),
-        unlabeled=images or None,
-    )
-    same = {name: getattr(card.model, name) for name in OF_TEACHER}
-    optimization = dataclasses.replace(recipe.train, teacher=checkpoint.model_directory(run), seed=theirs.train.seed)
-    if card.model.num_classes > 1 and "bce" in optimization.loss:
-        optimization = dataclasses.replace(optimization, loss="auto")
-    return dataclasses.replace(
-        recipe,
-        model=dataclasses.replace(recipe.model, **same),
-        data=data,
-        augment=theirs.augment,
-        train=optimization,
-    )
+    split = {"split": storage.join(run, SPLIT), "folds": 0, "fold": 0, "val_groups": (), "unlabeled": tuple(images)}
+    of_run = {
+        **{f"data.{name}": value for name, value in {**dataclasses.asdict(theirs.data), **split}.items()},
+        **{f"augment.{name}": value for name, value in dataclasses.asdict(theirs.augment).items()},
+        **{f"model.{name}": getattr(card.model, name) for name in OF_MODEL},
+        "train.seed": theirs.train.seed,
+        "train.teacher": checkpoint.model_directory(run),
+    }
+    of_run["data.unlabeled"] = of_run["data.unlabeled"] or None
+    for name, _ in settings:
+        if name in of_run:
+            raise UserError(f"--set {name}: it is that of {run}: leave it out")
+    loss = [("train.loss", "auto")] if card.model.num_classes > 1 else []  # recipes are for one class
+    # Texts would be read as YAML.
+    quoted = [(name, json.dumps(value) if isinstance(value, str) else plain(value)) for name, value in of_run.items()]
+    return load_train_config(recipe=recipe, settings=[*loss, *settings, *quoted])
 
 
 def distill(
@@ -89,8 +94,10 @@ def distill(
     """
     out, teacher = storage.absolute(out), config.train.teacher
     assert teacher is not None, "config_of sets it"
+    if teacher.startswith(f"{out}/"):
+        raise UserError(f"--out {out} is the run itself: choose another")
     with runtime.started():
-        if not (resume and _is_trained(out, config)):
+        if not (resume and is_done(config, out)):
             train(config, out, runtime=runtime, resume=resume, callbacks=callbacks)
         scores, scores_small = (
             evaluate(
@@ -107,9 +114,3 @@ def distill(
     text = json.dumps(dataclasses.asdict(result), indent=2) + "\n"
     storage.write_bytes(storage.join(out, DISTILLED), text.encode(), durable=True)
     return result
-
-
-def _is_trained(out: str, config: TrainConfig) -> bool:
-    """Returns whether the training is done, so that only the scores are missing."""
-    state = training_state.read_state(storage.join(out, LAST))
-    return state is not None and state.epoch >= config.train.epochs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -56,20 +57,31 @@ def evaluate(
     pipeline = pipeline or pipeline_of(config.model, config)
     pairs = pairs_of(config) if pairs is None else pairs
     unlike = say_if_unlike(_encoded(evenly(pairs, looks.SAMPLE), pipeline.reader()), pipeline)
-    with _adapted(pipeline, pairs, unlike) if config.adapt else nullcontext(pipeline) as pipeline:
+    with _adapted(pipeline, pairs, unlike, runtime) if config.adapt else nullcontext(pipeline) as pipeline:
         versions, failures = measure(config, pipeline, (), pairs, runtime, on_progress)
     return metrics.score(versions[0], config.tolerance, failures)
 
 
 @contextmanager
-def _adapted(pipeline: Pipeline, pairs: list[Pair], unlike: tuple[str, ...] | None) -> Iterator[Pipeline]:
-    """Gives the pipeline with a model that is adapted to the images. All nodes see it, beside the model itself, until
-    the evaluation is done."""
-    location = storage.join(pipeline.model, f".{adapt.FOLDER}-{uuid.uuid4().hex[:12]}")
-    try:
-        yield adapt.adapted(pipeline, _encoded(evenly(pairs, adapt.SAMPLE), pipeline.reader()), location, unlike)
-    finally:
-        storage.delete_folder(location)
+def _adapted(
+    pipeline: Pipeline, pairs: list[Pair], unlike: tuple[str, ...] | None, runtime: Runtime
+) -> Iterator[Pipeline]:
+    """Gives the pipeline with a model that is adapted to the images, until the evaluation is done. On a cluster it lies
+    beside the model itself, where all nodes see it. Raises UserError if it can't be written there."""
+    adapt.check(pipeline)
+    images = _encoded(evenly(pairs, adapt.SAMPLE), pipeline.reader())
+    with tempfile.TemporaryDirectory(prefix="unet_ray-") as here:
+        location = here if runtime.local else storage.join(pipeline.model, f".{adapt.FOLDER}-{uuid.uuid4().hex[:12]}")
+        try:
+            yield adapt.adapted(pipeline, images, location, unlike)
+        except PermissionError as error:
+            raise UserError(
+                f"--adapt: {error.filename or pipeline.model} can't be written to: add --local, or `unet-ray predict "
+                "MODEL IMAGES --out OUT --adapt` and evaluate OUT/adapted"
+            ) from None
+        finally:
+            if not runtime.local:
+                storage.delete_folder(location)
 
 
 def _encoded(pairs: list[Pair], reader: Reader) -> Iterator[Source | str]:

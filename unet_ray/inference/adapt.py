@@ -6,71 +6,101 @@ written before the first mask: a stopped run goes on with it, and other commands
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import logging
 from collections.abc import Iterable, Iterator
 from itertools import islice
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from unet_ray.config import UserError
 from unet_ray.data import storage
 from unet_ray.data.imaging import ImageError, Source
 from unet_ray.inference.pipeline import Pipeline
-from unet_ray.models import blend_norms, checkpoint
+from unet_ray.models import blend_norms, build, checkpoint
 
 log = logging.getLogger("unet_ray")
 
 FOLDER = "adapted"
 """The adapted model, below the output folder of a prediction."""
+DECISION = "adapted.json"
+"""Says, in that folder, whether the model was adapted. It is written last."""
 SAMPLE = 64
 """The most images whose statistics are blended in."""
 STRENGTH = 0.5
 """Share of the images' statistics; the rest is the model's own."""
-AT_ONCE = 8
+PIXELS_AT_ONCE = 8 * 512**2
+
+
+def check(pipeline: Pipeline) -> None:
+    """Raises UserError if the model has no batch norms."""
+    with torch.random.fork_rng([]):
+        network = build(dataclasses.replace(pipeline.card.model, pretrained=False))
+    if not blend_norms.batch_norms(network):
+        raise UserError(
+            f"--adapt blends the statistics of batch norms, and {storage.without_secrets(pipeline.model)} has none "
+            f"(model.norm={pipeline.card.model.norm}): leave --adapt out"
+        )
 
 
 def adapted(
     pipeline: Pipeline, images: Iterable[Source | str], location: str, unlike: tuple[str, ...] | None
 ) -> Pipeline:
-    """Returns the pipeline with a model that is adapted to some images, `SAMPLE` at most. If `location` holds one, it
-    takes that; else it writes the model there.
+    """Returns the pipeline with a model that is adapted to some images, `SAMPLE` at most. If `location` says how it was
+    decided before, it is done again so; else it writes the model there.
 
     `images`: encoded, or the reason why one can't be read. `unlike`: in what they look unlike those of the training,
-    None if that is not known. If they look like those, the model stays as it is, since adapted it scores lower on them.
-    Raises UserError if none can be read, or if the model has no batch norms.
+    None if that is not known. The model stays as it is if they look like those, since adapted it scores lower on them,
+    and if none can be read.
     """
-    if not storage.exists(storage.join(location, checkpoint.CARD)):
-        if unlike == ():
-            log.warning("--adapt: the images look like those of the training, so the model stays as it is")
-        _write(pipeline, images, location, STRENGTH if unlike != () else 0.0)
-    return pipeline.of_model(location)
+    place = storage.join(location, DECISION)
+    if not storage.exists(place):
+        done = unlike != () and _write(pipeline, images, location)
+        if not done:
+            why = "look like those of the training" if unlike == () else "can't be read, as far as they were tried"
+            log.warning("--adapt: the images %s, so the model stays as it is", why)
+        decision = {"adapted": done, "strength": STRENGTH, "unlike": unlike}
+        storage.write_bytes(place, (json.dumps(decision, indent=2) + "\n").encode(), durable=True)
+    return pipeline.of_model(location) if json.loads(storage.read_bytes(place))["adapted"] else pipeline
 
 
-def _write(pipeline: Pipeline, images: Iterable[Source | str], location: str, strength: float) -> None:
+def _write(pipeline: Pipeline, images: Iterable[Source | str], location: str) -> bool:
+    """Writes the adapted model. Returns False, and writes nothing, if no image can be read."""
     network, card = checkpoint.load_model(pipeline.model, allow_code=pipeline.options.allow_code)
-    if not blend_norms.batch_norms(network):
-        raise UserError(
-            f"--adapt blends the statistics of batch norms, and {storage.without_secrets(pipeline.model)} has none "
-            f"(model.norm={card.model.norm}): leave --adapt out"
-        )
     gpu = torch.cuda.is_available() and pipeline.options.device != "cpu"
     device = torch.device("cuda" if gpu else "cpu")
-    network = network.to(device)
-    batches = _batches(pipeline, images)
-    blend_norms.blend(network, (torch.from_numpy(batch).to(device) for batch in batches), strength)
-    checkpoint.save_copy(location, pipeline.model, network.cpu())
+    try:
+        batches = _batches(pipeline, images)
+        seen = blend_norms.blend(network.to(device), (batch.to(device) for batch in batches), STRENGTH)
+    except torch.OutOfMemoryError:
+        raise UserError("--adapt: the GPU has no room for one image: use a smaller --tile, or --device cpu") from None
+    finally:
+        network.cpu()
+        if gpu:
+            torch.cuda.empty_cache()  # the replicas need the room
+    if seen:
+        checkpoint.save_copy(location, pipeline.model, card, network)
+    return seen
 
 
-def _batches(pipeline: Pipeline, images: Iterable[Source | str]) -> Iterator[np.ndarray]:
-    """Yields images as the network gets them, uint8 [N,C,H,W]. Raises UserError if none can be read."""
-    inputs, reason = [], "there is none"
+def _batches(pipeline: Pipeline, images: Iterable[Source | str]) -> Iterator[Tensor]:
+    """Yields images as the network gets them, uint8 [N,C,H,W]; skips those that can't be read."""
+    batch: list[np.ndarray] = []
     for image in islice(images, SAMPLE):
         try:
-            inputs.append(pipeline.network_input(image))
-        except (ImageError, OSError) as error:
-            reason = str(error)
-    if not inputs:
-        raise UserError(f"--adapt: none of the sampled images can be read: {reason}")
-    for start in range(0, len(inputs), AT_ONCE):
-        yield np.concatenate(inputs[start : start + AT_ONCE]).transpose(0, 3, 1, 2).copy()
+            batch.append(pipeline.network_input(image))
+        except (ImageError, OSError):
+            continue
+        _, height, width, _ = batch[0].shape
+        if (len(batch) + 1) * height * width > PIXELS_AT_ONCE:
+            yield _joined(batch)
+            batch = []
+    if batch:
+        yield _joined(batch)
+
+
+def _joined(images: list[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.concatenate(images)).permute(0, 3, 1, 2)

@@ -34,7 +34,7 @@ from unet_ray.inference.pipeline import Pipeline
 from unet_ray.inference.reader import Reader
 from unet_ray.inference.resolve import pipeline_of
 from unet_ray.inference.stages import TIMES
-from unet_ray.inference.summary import Outcome, PredictSummary, finish
+from unet_ray.inference.summary import Outcome, PredictSummary, finish, unlike_before
 from unet_ray.inference.survey import survey
 from unet_ray.inference.unlike import say_if_unlike
 from unet_ray.inference.write import Write
@@ -61,6 +61,10 @@ def predict(
     pipeline = pipeline_of(config.model, config)
     formats = formats_of(config.formats, pipeline.card)
     part = Part.parse(config.part)
+    if config.adapt:
+        adapt.check(pipeline)
+    if config.overwrite and any(model.startswith(f"{out}/") for model in (pipeline.model, *pipeline.options.ensemble)):
+        raise UserError(f"--overwrite would remove the model, which is in {out}: choose another --out")
     settings = output_folder.settings_of(config, pipeline, part)
     lock_file = storage.join(out, *output_folder.lock_of(part).split("/"))
     if not storage.exists(lock_file):  # else another run may be beginning: the lock tells
@@ -77,11 +81,12 @@ def predict(
         listed = _survey(config, images, ledger, pipeline, begun, on_progress)
         run = _Run(ledger, on_progress, allow_mixed=config.allow_mixed)
         unlike = say_if_unlike(run.sample(pipeline.reader(), looks.SAMPLE), pipeline)
+        said = unlike or unlike_before(ledger.out)
         if config.adapt and run.images:
             sample = run.sample(pipeline.reader(), adapt.SAMPLE)
             pipeline = adapted(pipeline, sample, storage.join(out, adapt.FOLDER), unlike)
         run.segment(pipeline, Write(ledger, formats, pipeline.card, pipeline.reader()), runtime, lock)
-        outcome = Outcome(listed, run.done - run.already_done, started, run.seconds_by_stage(started), unlike or ())
+        outcome = Outcome(listed, run.done - run.already_done, started, run.seconds_by_stage(started), said)
         return finish(ledger, formats, pipeline, outcome)
 
 

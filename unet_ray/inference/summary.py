@@ -90,6 +90,12 @@ class Outcome(NamedTuple):
     unlike: tuple[str, ...]
 
 
+def unlike_before(out: str) -> tuple[str, ...]:
+    """Returns `PredictSummary.unlike` of an earlier run into the same folder."""
+    place = storage.join(out, SUMMARY)
+    return tuple(json.loads(storage.read_bytes(place)).get("unlike", ())) if storage.exists(place) else ()
+
+
 def finish(ledger: Ledger, formats: Sequence[OutputFormat], pipeline: Pipeline, outcome: Outcome) -> PredictSummary:
     """Ends a run whose images are all done. Returns its summary.
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from unet_ray.data import storage
 from unet_ray.data.imaging import Source
-from unet_ray.data.looks import differences, looks_of
+from unet_ray.data.looks import differences, numbers_of_images
 from unet_ray.inference.pipeline import Pipeline
 from unet_ray.models import checkpoint
 
@@ -23,7 +23,7 @@ def say_if_unlike(images: Iterable[Source | str], pipeline: Pipeline) -> tuple[s
     """
     trained_on = {} if pipeline.options.tile else checkpoint.read_looks(pipeline.model)
     reader = pipeline.reader()
-    new = looks_of(images, reader.channels, reader.value_range) if trained_on else {}
+    new = numbers_of_images(images, reader.channels, reader.value_range, reader.max_pixels) if trained_on else []
     if not new:
         return None
     found = differences(trained_on, new)

@@ -18,9 +18,9 @@ def batch_norms(network: nn.Module) -> list[nn.BatchNorm2d]:
 
 
 @torch.no_grad()
-def blend(network: nn.Module, batches: Iterable[Tensor], strength: float) -> None:
+def blend(network: nn.Module, batches: Iterable[Tensor], strength: float) -> bool:
     """Moves mean and variance of each batch norm toward those of these images: (1 - strength) of its own, plus
-    `strength` of theirs.
+    `strength` of theirs. Returns whether there were any.
 
     `batches`: images as `network` takes them. Each layer sees what the layers before it make with the statistics of
     this batch blended in, as it will after the blending.
@@ -35,6 +35,7 @@ def blend(network: nn.Module, batches: Iterable[Tensor], strength: float) -> Non
             hook.remove()
         for each in norms:
             each.finish()
+    return any(each.values for each in norms)
 
 
 class _Blending:

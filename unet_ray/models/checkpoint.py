@@ -124,10 +124,15 @@ def save_model(
     _write(location, _tensors(model), card)
 
 
-def save_copy(location: str, source: str, model: nn.Module) -> None:
-    """Writes a model directory with the card of `source`, and other weights of the same network."""
-    card = json.loads(storage.read_bytes(storage.join(source, CARD)))
-    _write(location, _tensors(model), {**card, "weights_sha256": ""})
+def save_copy(location: str, source: str, card: ModelCard, model: nn.Module) -> None:
+    """Writes a model directory with all of `source`, whose card is `card`, but other weights of the same network."""
+    _write(location, _tensors(model), json.loads(storage.read_bytes(storage.join(source, CARD))))
+    copy = read_card(location)
+    for name in (CLEANUP, THRESHOLD):
+        if (chosen := read_choice(source, name, card)) is not None:
+            save_choice(location, name, copy, chosen)
+    if looks := read_looks(source):
+        save_looks(location, looks)
 
 
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -14,6 +14,8 @@ from unet_ray.data import storage
 from unet_ray.models import SegmentationModel, build
 
 SHOWN = 3
+COUNTER = "num_batches_tracked"
+"""Of a batch norm; older files lack it, and nothing needs it."""
 
 
 def read(location: str) -> dict[str, Tensor]:
@@ -39,13 +41,13 @@ def load(network: SegmentationModel, location: str) -> None:
     encoder = getattr(network, "encoder", None)
     if not isinstance(encoder, nn.Module):
         raise UserError(f"train.encoder_weights: model.name={network.config.name} has no encoder of its own")
-    given = {name.removeprefix("encoder."): tensor for name, tensor in read(location).items()}
-    wanted = encoder.state_dict()
+    given = {name.removeprefix("network.").removeprefix("encoder."): value for name, value in read(location).items()}
+    wanted = {name: value for name, value in encoder.state_dict().items() if not name.endswith(COUNTER)}
     missing = [name for name, tensor in wanted.items() if name not in given or given[name].shape != tensor.shape]
     if missing:
         shown = ", ".join(missing[:SHOWN]) + (f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else "")
         raise UserError(
-            f"train.encoder_weights {location}: it lacks {shown} of {network.config.encoder}, or has them in other "
-            "shapes: are they of this encoder?"
+            f"train.encoder_weights {location}: it lacks {shown} of {network.config.encoder}, or has another shape of "
+            "them: they must be of the same encoder, model.in_channels and model.patch"
         )
-    encoder.load_state_dict({name: given[name] for name in wanted})
+    encoder.load_state_dict({name: given[name] for name in wanted}, strict=False)

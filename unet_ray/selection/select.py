@@ -85,6 +85,8 @@ def select(
     """
     if count < 1:
         raise UserError(f"--count {count}: 1 or more")
+    if config.adapt:
+        raise UserError("--adapt is for predict and evaluate: leave it out")
     card = pipeline_of(config.model, config).card
     formats_of(config.formats, card)
     next(images_of(config.inputs, config.column))  # an input that does not exist is found before Ray starts

@@ -75,13 +75,13 @@ def train(
     custom.check(config)
     out = storage.absolute(out)
     config = with_absolute_paths(config)
-    teacher.check(config)
     pairs = find_pairs(config.data, config.model.in_channels, say=True)
     split = Split.of(pairs, config.data, config.train.seed)
     if config.data.unlabeled:
         split = split.with_unlabeled(config.data, [pair.image for pair in pairs])
     _check_validation(config, split)
     config = resolved(config, split.train_masks)
+    teacher.check(config)
     if not storage.exists(storage.join(out, run_files.LOCK)):  # else another training may be at work: the lock tells
         _check_out(config, split, out, resume)
     with output_lock(out, run_files.LOCK, "give the same command again with --resume") as lock:

@@ -18,7 +18,7 @@ from unet_ray.data.inputs import find_images
 from unet_ray.data.pairs import Pair
 from unet_ray.data.rows import Decoder, Decodes, Rows, Subset
 from unet_ray.data.splits import SPLIT, divided, read_split, write_split
-from unet_ray.models import run_files, training_state
+from unet_ray.models import checkpoint, run_files, training_state
 from unet_ray.models.training_state import TrainingState
 from unet_ray.settings import load_train_config
 from unet_ray.training.results import read_metrics
@@ -64,7 +64,7 @@ class Split(NamedTuple):
             if image.path not in known
         ]
         if not found:
-            raise UserError(f"{shown_locations(config.unlabeled or ())}: --unlabeled has no image but those with masks")
+            raise UserError(f"{shown_locations(config.unlabeled or ())}: no image there but those that have masks")
         return self._replace(pairs=[*self.pairs, *found], unlabeled=len(found))
 
     @property
@@ -166,6 +166,8 @@ def check_classes(data: DataConfig, num_classes: int) -> None:
 def check_out(config: TrainConfig, split: Split, out: str, resume: bool) -> None:
     """Raises UserError if `out` holds files that this training would overwrite, or a run that it can't go on from."""
     names = [name for name in storage.names_in(out) if not name.endswith(MARK) and name != run_files.LOCK]
+    if names == [run_files.MODEL] and storage.names_in(storage.join(out, run_files.MODEL)) == [checkpoint.LOOKS]:
+        return  # a training that failed before its first epoch
     if not names:
         return
     if not resume:
@@ -200,6 +202,18 @@ def _check_resumable(config: TrainConfig, split: Split, out: str, state: Trainin
             f"{out} stopped early after epoch {state.epoch}, since {patience} epochs were no better than the best: "
             f"--set train.patience={2 * patience} goes on, and 0 never stops early"
         )
+
+
+def is_done(config: TrainConfig, out: str) -> bool:
+    """Returns whether `out` holds a training of these settings whose last epoch is done."""
+    state = training_state.read_state(storage.join(out, run_files.LAST))
+    if state is None:
+        return False
+    begun = _settings_that_must_match(load_train_config(config_file=state.settings))
+    if begun != _settings_that_must_match(with_absolute_paths(config)):
+        return False
+    dices = [line["val_dice"] for line in _history(out, state.epoch) if "val_dice" in line]
+    return state.epoch >= config.train.epochs or stops_early(config.train, dices)
 
 
 def _check_unlabeled(split: Split, out: str) -> None:

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unet_ray.config import TrainConfig, UserError
+from unet_ray.config import DataConfig, TrainConfig, UserError
 from unet_ray.models import SegmentationModel, checkpoint
+from unet_ray.models.checkpoint import ModelCard
 from unet_ray.registry import is_custom
 
 WEIGHT = 1.0
@@ -32,10 +33,20 @@ def check(config: TrainConfig) -> None:
     ):
         if theirs != ours:
             raise UserError(f"the teacher's {name} is {theirs}, not {ours}: they must be the same")
+    _check_meaning(card, config.data)
     if card.model.padding == "valid":
         raise UserError(f"{config.train.teacher}: a network with padding=valid can't be a teacher")
     if is_custom(card.model.name):
         raise UserError(f"{config.train.teacher}: a network of your own, {card.model.name}, can't be a teacher")
+
+
+def _check_meaning(card: ModelCard, data: DataConfig) -> None:
+    """Raises UserError if the same stored values, or the same number of classes, mean something else to the teacher."""
+    theirs, ours = card.of_masks.get("mask_values"), data.mask_values
+    if theirs and ours and theirs != ours and set(theirs) == set(ours):
+        raise UserError(f"the teacher's data.mask_values are {[*theirs]}, in another order than {[*ours]}")
+    if card.classes and data.classes and card.classes != data.classes:
+        raise UserError(f"the teacher's data.classes are {[*card.classes]}, not {[*data.classes]}")
 
 
 def load(config: TrainConfig, device: torch.device) -> SegmentationModel | None:
