@@ -140,6 +140,15 @@ CLAIMS = {
         "test_faults.py::test_a_killed_driver_is_resumed",
     ],
     "`quantize` makes a network in int8": ["test_quantization.py::test_int8_is_kept_used_and_close"],
+    "`distill` a small one that learns from a run's": [
+        "test_distill.py::test_a_small_network_is_accepted_or_refused_by_its_score_and_is_a_run"
+    ],
+    "Images that look unlike those of the training are said": [
+        "test_looks.py::test_predict_says_it_and_its_report_notes_it"
+    ],
+    "`predict --adapt` fits the model to them": [
+        "test_adapt.py::test_an_adapted_model_is_better_on_images_of_another_camera_and_nothing_stays_behind"
+    ],
     "`masks` draws annotations": ["test_drawn_masks.py::test_killed_three_times_it_ends_with_the_same_bytes"],
     "and annotations (COCO, labelme, YOLO, CVAT, VIA, Label Studio, run lengths)": [
         "test_annotations.py::test_cvat_polygons_boxes_ellipses_and_masks",
