@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from unet_ray.config import TrainConfig, UserError
 from unet_ray.data import cache, rows, storage
+from unet_ray.data.looks import Looks
 from unet_ray.data.output_lock import Holder, OutputLock, output_lock
 from unet_ray.data.pairs import find_pairs
 from unet_ray.models import checkpoint, encoder_weights, run_files
@@ -90,9 +91,7 @@ def train(
         say_if_rate_rises(config, out)
         callbacks.on_start(split)
         looks = look([split.pairs[index] for index in split.train], config)
-        lock.check()
-        checkpoint.save_looks(storage.join(out, run_files.MODEL), looks)
-        _train(config, split, out, runtime, lock, callbacks)
+        _train(config, split, out, runtime, lock, callbacks, looks)
     return _explained(storage.patiently(lambda: result_of(out), out), split, config)
 
 
@@ -124,12 +123,24 @@ def _check_out(config: TrainConfig, split: Split, out: str, resume: bool) -> Non
 
 
 def _train(
-    config: TrainConfig, split: Split, out: str, runtime: Runtime, lock: OutputLock, callbacks: Callbacks
+    config: TrainConfig,
+    split: Split,
+    out: str,
+    runtime: Runtime,
+    lock: OutputLock,
+    callbacks: Callbacks,
+    looks: Looks,
 ) -> None:
-    """Trains in this process or on Ray, as long as `lock` is held."""
+    """Trains in this process or on Ray, as long as `lock` is held. Writes how the images look beside the model."""
+    begun = False
     with tracking.trackers(config, out, PurePosixPath(out).name) as track, runtime.started():
 
         def on_epoch(line: dict[str, Any]) -> None:
+            nonlocal begun
+            if not begun:  # now there is a model
+                lock.check()
+                checkpoint.save_looks(storage.join(out, run_files.MODEL), looks)
+                begun = True
             track(line)
             callbacks.on_epoch(line)
 

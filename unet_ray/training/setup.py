@@ -18,7 +18,7 @@ from unet_ray.data.inputs import find_images
 from unet_ray.data.pairs import Pair
 from unet_ray.data.rows import Decoder, Decodes, Rows, Subset
 from unet_ray.data.splits import SPLIT, divided, read_split, write_split
-from unet_ray.models import checkpoint, run_files, training_state
+from unet_ray.models import run_files, training_state
 from unet_ray.models.training_state import TrainingState
 from unet_ray.settings import load_train_config
 from unet_ray.training.results import read_metrics
@@ -166,8 +166,6 @@ def check_classes(data: DataConfig, num_classes: int) -> None:
 def check_out(config: TrainConfig, split: Split, out: str, resume: bool) -> None:
     """Raises UserError if `out` holds files that this training would overwrite, or a run that it can't go on from."""
     names = [name for name in storage.names_in(out) if not name.endswith(MARK) and name != run_files.LOCK]
-    if names == [run_files.MODEL] and storage.names_in(storage.join(out, run_files.MODEL)) == [checkpoint.LOOKS]:
-        return  # a training that failed before its first epoch
     if not names:
         return
     if not resume:
