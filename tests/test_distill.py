@@ -13,6 +13,7 @@ from runs import lines, weights_sha256
 
 from unet_ray.cli import main
 from unet_ray.config import IGNORE
+from unet_ray.evaluation.distillation import config_of
 from unet_ray.settings import load_train_config
 from unet_ray.training.step import prepare
 from unet_ray.training.teacher import distance
@@ -115,6 +116,12 @@ def test_two_workers_on_ray_take_the_same_steps(run, tmp_path, ray_cluster):
     assert distill(run, tmp_path / "two", *options, "--workers", 2).exit_code == 0
     losses = [[line["train_loss"] for line in lines(tmp_path / name)] for name in ("one", "two")]
     assert losses[0] == pytest.approx(losses[1], rel=2e-3)
+
+
+def test_a_run_on_few_images_gets_more_epochs_unless_they_are_given(run):
+    settings = [("model.depth", "2")]
+    assert config_of(str(run), "small", settings).train.epochs == 667, "12 images, 4 in a step"
+    assert config_of(str(run), "small", [*settings, ("train.epochs", "5")]).train.epochs == 5
 
 
 def test_wrong_teachers_are_named_before_the_first_epoch(run, tmp_path):

@@ -37,12 +37,14 @@ from unet_ray.report.progress import TrainingDisplay
     "--images",
     multiple=True,
     metavar="DIR",
-    help="Images without masks to learn from, too, as many as there are; may be repeated.",
+    help="Images without masks to learn from, too, in each step as many as with masks; may be repeated.",
 )
 @option(SETTINGS, "--recipe", default="small", show_default=True, metavar="NAME", help="Network and training.")
 @settings("It wins over --recipe. Those of images, augmentation and seed are the run's.")
 @allow_code
-@option(TRAINING, "--epochs", type=int, metavar="N", help="Passes over the images.", shown="the recipe's")
+@option(
+    TRAINING, "--epochs", type=int, metavar="N", help="Passes over the images.", shown="the recipe's, or 2,000 steps"
+)
 @option(TRAINING, "--batch-size", type=int, metavar="N", help="Images per step.", shown="the recipe's")
 @option(
     TRAINING,

@@ -131,6 +131,7 @@ def predict(
                                             milliseconds
       OUT/summary.json                      counts, failures by reason, images/s, seconds by stage
       OUT/report.html                       failures and their reasons, sample masks, distributions
+      OUT/adapted/                          --adapt: the model that made the masks, if it was adapted
 
     Masks are at each image's own size. If two masks would have the same name (of a.jpg, a.png), the later keeps its
     extension (a.png.png).

@@ -23,6 +23,8 @@ from unet_ray.training.setup import is_done
 DISTILLED = "distilled.json"
 MAY_FALL = 0.001
 """Largest loss of mean validation Dice with which the small network is accepted."""
+FEWEST_STEPS = 2000
+"""A run on few masks gets more epochs than the recipe has, so that the small network sees enough of the others."""
 OF_MODEL = ("in_channels", "num_classes", "pixel_mean", "pixel_std")
 """Settings of the network that are those of the run's."""
 
@@ -55,7 +57,8 @@ def config_of(
     card = checkpoint.read_card(checkpoint.model_directory(run))
     if not storage.exists(storage.join(run, CONFIG)):
         raise UserError(f"{run} is not a run directory: distill needs the images that it was trained on")
-    if not any(part == "val" for part in read_split(storage.join(run, SPLIT)).values()):
+    parts = [*read_split(storage.join(run, SPLIT)).values()]
+    if "val" not in parts:
         raise UserError(f"{run} has held out no images, by which a small network could be accepted")
     pairs_of_run(run, "val")  # that they are still there is found before hours of training
     theirs = load_train_config(config_file=storage.read_bytes(storage.join(run, CONFIG)).decode())
@@ -74,7 +77,12 @@ def config_of(
     loss = [("train.loss", "auto")] if card.model.num_classes > 1 else []  # recipes are for one class
     # Texts would be read as YAML.
     quoted = [(name, json.dumps(value) if isinstance(value, str) else plain(value)) for name, value in of_run.items()]
-    return load_train_config(recipe=recipe, settings=[*loss, *settings, *quoted])
+    config = load_train_config(recipe=recipe, settings=[*loss, *settings, *quoted])
+    if any(name == "train.epochs" for name, _ in settings):
+        return config
+    steps = -(-parts.count("train") // config.train.batch_size)
+    epochs = max(config.train.epochs, -(-FEWEST_STEPS // max(1, steps)))
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, epochs=epochs))
 
 
 def distill(
