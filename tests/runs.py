@@ -8,8 +8,10 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from conftest import TINY
+from click.testing import CliRunner
+from conftest import TINY, flags, make_discs
 
+from unet_ray.cli import main
 from unet_ray.config import TrainConfig
 from unet_ray.settings import load_train_config
 
@@ -39,3 +41,14 @@ def assert_same_state(one: Path, other: Path) -> None:
     ours, theirs = (safetensors.torch.load_file(run / "last/state.safetensors") for run in (one, other))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert any(name.startswith("optimizer.0.") for name in ours)
+
+
+def trained_on_discs(folder: Path, count: int, *settings: tuple[str, object], unlabeled: int = 0) -> Path:
+    """Trains on `count` discs in `folder`, of which the last `unlabeled` have no mask. Returns the run directory."""
+    images, masks = make_discs(folder, count)
+    for path in sorted(masks.iterdir())[count - unlabeled :]:
+        path.unlink()
+    command = ["train", "--images", images, "--masks", masks, "--out", folder / "RUN", "--local", "--no-report"]
+    done = CliRunner().invoke(main, [*map(str, command), *flags([*TINY, *settings])])
+    assert done.exit_code == 0, done.output
+    return folder / "RUN"

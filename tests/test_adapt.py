@@ -10,8 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import TINY, flags, make_bad, make_discs, make_model, make_photos
+from conftest import make_bad, make_discs, make_model, make_photos
 from PIL import Image
+from runs import trained_on_discs
 from torch import nn
 
 from unet_ray.cli import main
@@ -66,12 +67,7 @@ def test_nothing_is_blended_without_images_or_with_strength_0():
 def run(tmp_path_factory) -> Path:
     """A network that has learnt discs."""
     folder = tmp_path_factory.mktemp("discs")
-    images, masks = make_discs(folder, 24)
-    settings = flags([*TINY, ("train.epochs", 30), ("data.val_fraction", 0.1)])
-    command = ["train", "--images", images, "--masks", masks, "--out", folder / "RUN", "--local", "--no-report"]
-    done = CliRunner().invoke(main, [*map(str, command), *settings])
-    assert done.exit_code == 0, done.output
-    return folder / "RUN"
+    return trained_on_discs(folder, 24, ("train.epochs", 30), ("data.val_fraction", 0.1))
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import TINY, flags, make_discs, make_model
-from runs import lines, weights_sha256
+from conftest import TINY, flags, make_model
+from runs import lines, trained_on_discs, weights_sha256
 
 from unet_ray.cli import main
 from unet_ray.config import IGNORE
@@ -62,15 +62,8 @@ def test_a_step_adds_the_distance_of_all_images_that_can_be_read(tmp_path):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     """A run on 16 of 24 discs; the others have no masks."""
-    folder = tmp_path_factory.mktemp("discs")
-    images, masks = make_discs(folder, 24)
-    for path in sorted(masks.iterdir())[16:]:
-        path.unlink()
-    command = ["train", "--images", images, "--masks", masks, "--out", folder / "RUN", "--local", "--no-report"]
-    settings = flags([*TINY, ("train.epochs", 8), ("data.val_fraction", 0.25), ("model.norm", "group")])
-    done = CliRunner().invoke(main, [*map(str, command), *settings])
-    assert done.exit_code == 0, done.output
-    return folder / "RUN"
+    settings = [("train.epochs", 8), ("data.val_fraction", 0.25), ("model.norm", "group")]
+    return trained_on_discs(tmp_path_factory.mktemp("discs"), 24, *settings, unlabeled=8)
 
 
 def distill(run: Path, out: Path, *more: object):

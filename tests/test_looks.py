@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner
 from conftest import TINY, flags, make_discs, make_model
 from PIL import Image
+from runs import trained_on_discs
 
 from unet_ray.cli import main
 from unet_ray.config import UserError
@@ -54,15 +55,7 @@ def test_only_what_is_far_differs_and_the_farthest_comes_first():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("discs")
-    images, masks = make_discs(folder, 30)
-    for number, file in enumerate(sorted(images.iterdir())):
-        if number >= 20:
-            (masks / file.name).unlink()
-    command = ["train", "--images", images, "--masks", masks, "--out", folder / "RUN", "--local", "--no-report"]
-    done = CliRunner().invoke(main, [*map(str, command), *flags(TINY)])
-    assert done.exit_code == 0, done.output
-    return folder / "RUN"
+    return trained_on_discs(tmp_path_factory.mktemp("discs"), 30, unlabeled=10)
 
 
 @pytest.fixture(scope="module")

@@ -66,8 +66,8 @@ class ModelConfig:
     (sub-pixel convolution, Shi et al. 2016). 2 takes a quarter of the time of 1, at the same mask resolution."""
     encoder: str = NO_ENCODER
     """Encoder of `smp`: a name that segmentation_models_pytorch knows, for its U-Net, or architecture/encoder, such as
-    `segformer/mit_b0`. Of `unet`: one of `registry.ENCODERS`, with a
-    narrow expanding path of its own, for which the settings of the shape do not count; the default stands for none."""
+    `segformer/mit_b0`. Of `unet`: one of `registry.ENCODERS`, with a narrow expanding path of its own, for which the
+    settings of the shape do not count; the default stands for none."""
     pretrained: bool = False
     """Start from ImageNet weights: `unet` with an encoder (the extra `pretrained` has them), or `fcn`, `deeplabv3` and
     `smp`, whose libraries download them."""

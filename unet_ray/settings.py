@@ -8,6 +8,7 @@ as 1, ignores unknown keys unless configured, and its messages have several line
 from __future__ import annotations
 
 import dataclasses
+import json
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -47,6 +48,12 @@ def setting_names() -> list[str]:
     """Returns all dotted names that YAML and `--set` accept, such as `train.batch_size`."""
     sections = typing.get_type_hints(TrainConfig)
     return [f"{section}.{f.name}" for section, cls in sections.items() for f in dataclasses.fields(cls)]
+
+
+def quoted(value: Any) -> Any:
+    """Returns a value for `settings` of `load_train_config`. A text in it is read as YAML, which would change `data #1`
+    or `[a-z]+`; quotes keep it as it is."""
+    return json.dumps(value) if isinstance(value, str) else value
 
 
 def load_train_config(

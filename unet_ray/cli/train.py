@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 import textwrap
@@ -39,7 +38,7 @@ from unet_ray.data import storage
 from unet_ray.ray_backend.session import Runtime
 from unet_ray.registry import LOSSES, NETWORKS, OPTIMIZERS, is_custom
 from unet_ray.report.progress import TrainingDisplay
-from unet_ray.settings import load_train_config
+from unet_ray.settings import load_train_config, quoted
 
 DEFAULTS = TrainConfig()
 FLAGS = {
@@ -325,9 +324,7 @@ def _class_settings(picked: tuple[str, ...]) -> list[tuple[str, Any]]:
 
 def _flag_settings(flags: dict[str, Any]) -> list[tuple[str, Any]]:
     """Returns the given flags as dotted settings."""
-    # Settings that are text are read as YAML, which would change `data #1` or `[a-z]+`. Quotes keep them as they are.
-    quoted = {flag: json.dumps(value) if isinstance(value, str) else value for flag, value in flags.items()}
-    return [(FLAGS[flag], value) for flag, value in quoted.items() if value is not None]
+    return [(FLAGS[flag], quoted(value)) for flag, value in flags.items() if value is not None]
 
 
 def _read_text(location: str, flag: str) -> str:

@@ -38,7 +38,9 @@ def numbers_of_images(
     for data in images:
         try:
             if not isinstance(data, str):
-                found.append(numbers_of(data, channels, value_range, max_pixels))
+                size = (SIDE, SIDE)
+                image, _ = imaging.decode_image(data, channels, size, value_range=value_range, max_pixels=max_pixels)
+                found.append(numbers_of(image))
         except ImageError:
             continue  # its row fails, with the reason
         read += len(data) if isinstance(data, bytes) else 0
@@ -54,10 +56,9 @@ def summary(numbers: Sequence[Mapping[str, float]]) -> Looks:
     return {name: (round(float(np.mean(v)), 4), round(float(np.std(v)), 4)) for name, v in values.items()}
 
 
-def numbers_of(data: Source, channels: int, value_range: ValueRange, max_pixels: int = MAX_PIXELS) -> dict[str, float]:
-    """Returns the numbers of one image, as shares of white. Raises ImageError."""
-    array, _ = imaging.decode_image(data, channels, (SIDE, SIDE), value_range=value_range, max_pixels=max_pixels)
-    image = array.astype(np.float32) / 255
+def numbers_of(image_HWC: np.ndarray) -> dict[str, float]:
+    """Returns the numbers of one image, uint8 at `SIDE`, as shares of white."""
+    image = image_HWC.astype(np.float32) / 255
     gray = image.mean(axis=2)
     steps = np.abs(np.diff(gray, axis=0)).mean() + np.abs(np.diff(gray, axis=1)).mean()
     numbers = {"brightness": gray.mean(), "contrast": gray.std(), "sharpness": steps}

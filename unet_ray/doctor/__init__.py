@@ -65,13 +65,13 @@ def examine(
     `samples`: pairs whose pixels are read. `timing`: time a training step for `Report.expected`. `on_progress` gets
     damaged files as failed. Raises UserError if there is no such folder.
     """
-    trained_on = None if against is None else training_of(against)
+    training = None if against is None else training_of(against)
     with without_pillows_limit():  # real problems become findings
         found = listing(images, masks, match)
         headers, looks = _read(found, samples, max_pixels, on_progress)
         traits, findings = _judge(found, headers, looks)
-        if against is not None and trained_on is not None:
-            findings += unlike(found.images, against, *trained_on)
+        if training is not None:
+            findings += unlike(found.images, training)
         suggestion = time_taken = None
         if found.way.masks and len(found.pairs) > 1:
             sizes_of_images = [headers[pair.image].size for pair in _usable(found.pairs, headers)]

@@ -16,7 +16,7 @@ from unet_ray.evaluation.run_pairs import pairs_of_run
 from unet_ray.models import checkpoint, compiling
 from unet_ray.models.run_files import CONFIG
 from unet_ray.ray_backend.session import Runtime
-from unet_ray.settings import load_train_config
+from unet_ray.settings import load_train_config, quoted
 from unet_ray.training.run import Callbacks, train
 from unet_ray.training.setup import is_done
 
@@ -62,7 +62,13 @@ def config_of(
         raise UserError(f"{run} has held out no images, by which a small network could be accepted")
     pairs_of_run(run, "val")  # that they are still there is found before hours of training
     theirs = load_train_config(config_file=storage.read_bytes(storage.join(run, CONFIG)).decode())
-    split = {"split": storage.join(run, SPLIT), "folds": 0, "fold": 0, "val_groups": (), "unlabeled": tuple(images)}
+    split = {
+        "split": storage.join(run, SPLIT),
+        "folds": 0,
+        "fold": 0,
+        "val_groups": (),
+        "unlabeled": tuple(images) or None,
+    }
     of_run = {
         **{f"data.{name}": value for name, value in {**dataclasses.asdict(theirs.data), **split}.items()},
         **{f"augment.{name}": value for name, value in dataclasses.asdict(theirs.augment).items()},
@@ -70,14 +76,12 @@ def config_of(
         "train.seed": theirs.train.seed,
         "train.teacher": checkpoint.model_directory(run),
     }
-    of_run["data.unlabeled"] = of_run["data.unlabeled"] or None
     for name, _ in settings:
         if name in of_run:
             raise UserError(f"--set {name}: it is that of {run}: leave it out")
     loss = [("train.loss", "auto")] if card.model.num_classes > 1 else []  # recipes are for one class
-    # Texts would be read as YAML.
-    quoted = [(name, json.dumps(value) if isinstance(value, str) else plain(value)) for name, value in of_run.items()]
-    config = load_train_config(recipe=recipe, settings=[*loss, *settings, *quoted])
+    kept = [(name, quoted(plain(value))) for name, value in of_run.items()]
+    config = load_train_config(recipe=recipe, settings=[*loss, *settings, *kept])
     if any(name == "train.epochs" for name, _ in settings):
         return config
     steps = -(-parts.count("train") // config.train.batch_size)

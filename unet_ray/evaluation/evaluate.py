@@ -16,7 +16,7 @@ from unet_ray import metrics
 from unet_ray.config import IGNORE, Cleanup, EvaluateConfig, UserError
 from unet_ray.data import looks, mask_files, pages, storage
 from unet_ray.data.annotations import drawing
-from unet_ray.data.chunks import Chunk, objects, readable, to_parquet
+from unet_ray.data.chunks import Chunk, readable, to_parquet
 from unet_ray.data.darkness import SAMPLE, may_be_deep, warn_of_deep
 from unet_ray.data.imaging import Source
 from unet_ray.data.inputs import evenly
@@ -27,7 +27,6 @@ from unet_ray.evaluation.run_pairs import pairs_of
 from unet_ray.inference import adapt
 from unet_ray.inference.chunk_size import chunk_rows
 from unet_ray.inference.pipeline import Pipeline
-from unet_ray.inference.reader import Reader
 from unet_ray.inference.resolve import pipeline_of
 from unet_ray.inference.stages import Chunks, MaskSink
 from unet_ray.inference.unlike import say_if_unlike
@@ -56,7 +55,7 @@ def evaluate(
     """
     pipeline = pipeline or pipeline_of(config.model, config)
     pairs = pairs_of(config) if pairs is None else pairs
-    unlike = say_if_unlike(_encoded(evenly(pairs, looks.SAMPLE), pipeline.reader()), pipeline)
+    unlike = say_if_unlike(_sample(pairs, looks.SAMPLE, pipeline), pipeline)
     with _adapted(pipeline, pairs, unlike, runtime) if config.adapt else nullcontext(pipeline) as pipeline:
         versions, failures = measure(config, pipeline, (), pairs, runtime, on_progress)
     return metrics.score(versions[0], config.tolerance, failures)
@@ -69,7 +68,7 @@ def _adapted(
     """Gives the pipeline with a model that is adapted to the images, until the evaluation is done. On a cluster it lies
     beside the model itself, where all nodes see it. Raises UserError if it can't be written there."""
     adapt.check(pipeline)
-    images = _encoded(evenly(pairs, adapt.SAMPLE), pipeline.reader())
+    images = _sample(pairs, adapt.SAMPLE, pipeline)
     with tempfile.TemporaryDirectory(prefix="unet_ray-") as here:
         location = here if runtime.local else storage.join(pipeline.model, f".{adapt.FOLDER}-{uuid.uuid4().hex[:12]}")
         try:
@@ -84,9 +83,9 @@ def _adapted(
                 storage.delete_folder(location)
 
 
-def _encoded(pairs: list[Pair], reader: Reader) -> Iterator[Source | str]:
-    """Yields the file of each image, or the reason why it can't be read."""
-    return reader.encoded({"path": objects([os.fsencode(pair.image) for pair in pairs])})
+def _sample(pairs: list[Pair], count: int, pipeline: Pipeline) -> Iterator[Source | str]:
+    """Yields the files of some images, evenly spaced, or the reason why one can't be read."""
+    return pipeline.reader().encoded_files(pair.image for pair in evenly(pairs, count))
 
 
 def measure(
@@ -121,10 +120,10 @@ def measure(
 def _look(pairs: list[Pair], pipeline: Pipeline) -> None:
     """Warns if some images look nearly black to the model."""
     reader = pipeline.reader()
-    some = evenly([pair for pair in pairs if may_be_deep(pair.image)], SAMPLE)
+    some = evenly([pair.image for pair in pairs if may_be_deep(pair.image)], SAMPLE)
     if some:
-        where = storage.without_secrets(storage.parent(pages.file_of(some[0].image)))
-        warn_of_deep(_encoded(some, reader), reader.channels, reader.value_range, where)
+        where = storage.without_secrets(storage.parent(pages.file_of(some[0])))
+        warn_of_deep(reader.encoded_files(some), reader.channels, reader.value_range, where)
 
 
 def card_for(config: EvaluateConfig, card: ModelCard, pairs: list[Pair]) -> ModelCard:

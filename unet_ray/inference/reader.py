@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 
 from unet_ray.data import imaging, pages, pictures, storage
 from unet_ray.data.buckets import OutOfReachError
-from unet_ray.data.chunks import Chunk
+from unet_ray.data.chunks import Chunk, objects
 from unet_ray.data.imaging import ImageError, Pixels, Source
 from unet_ray.data.parquet_images import encoded_images
 from unet_ray.models.checkpoint import ModelCard
@@ -51,6 +51,10 @@ class Reader:
                 raise
             except (ImageError, OSError, ValueError) as error:
                 yield _reason(error)
+
+    def encoded_files(self, paths: Iterable[str]) -> Iterator[Source | str]:
+        """Yields each of these files, or the reason of the failure."""
+        return self.encoded({"path": objects([os.fsencode(path) for path in paths])})
 
     def _file(self, path: str) -> bytes:
         if not storage.is_uri(path):

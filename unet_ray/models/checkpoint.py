@@ -117,7 +117,6 @@ def save_model(
         "flips": "h" * bool(augment.hflip) + "v" * bool(augment.vflip or augment.quarter_turns),
         "threshold": threshold,
         "scores": scores,
-        "weights_sha256": "",
     }
     if is_custom(config.model.name):
         card["code_sha256"] = custom_parts.source_sha256(config.model.name)
@@ -140,8 +139,8 @@ def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _write(location: str, tensors: dict[str, torch.Tensor], card: dict[str, Any]) -> None:
-    """Writes weights and card; the card's checksum of the weights is filled in."""
-    card["weights_sha256"] = hashlib.sha256(_split(safetensors.torch.save(tensors))[1]).hexdigest()
+    """Writes weights and card, with the checksum of these weights."""
+    card = {**card, "weights_sha256": hashlib.sha256(_split(safetensors.torch.save(tensors))[1]).hexdigest()}
     weights = safetensors.torch.save(tensors, {"card": json.dumps(card)})
     storage.write_bytes(storage.join(location, WEIGHTS), weights, durable=True)
     storage.write_bytes(storage.join(location, CARD), (json.dumps(card, indent=2) + "\n").encode(), durable=True)
@@ -315,11 +314,8 @@ def save_looks(location: str, looks: Looks) -> None:
 def read_looks(location: str) -> Looks:
     """Returns how the images look that a model was trained on; nothing if it is not known."""
     path = storage.join(location, LOOKS)
-    return (
-        {name: tuple(pair) for name, pair in json.loads(storage.read_bytes(path)).items()}
-        if storage.exists(path)
-        else {}
-    )
+    found = json.loads(storage.read_bytes(path)) if storage.exists(path) else {}
+    return {name: tuple(pair) for name, pair in found.items()}
 
 
 def read_cleanup(location: str, card: ModelCard) -> str:

@@ -11,9 +11,9 @@ import numpy as np
 
 from unet_ray.config import IGNORE, TrainConfig, shown_locations
 from unet_ray.data import imaging, mask_files
-from unet_ray.data.darkness import NEARLY_BLACK, brightest
+from unet_ray.data.darkness import NEARLY_BLACK
 from unet_ray.data.inputs import evenly
-from unet_ray.data.looks import SAMPLE, Looks, numbers_of, summary
+from unet_ray.data.looks import SAMPLE, SIDE, Looks, numbers_of, summary
 from unet_ray.data.pairs import Pair
 from unet_ray.training.nothing_found import SMALL
 
@@ -81,17 +81,14 @@ def _seen(pair: Pair, config: TrainConfig) -> _Seen | None:
     channels, value_range = config.model.in_channels, config.data.value_range
     try:
         data = imaging.read_file(pair.image)
-        top = brightest(data, channels, value_range)
-        numbers = numbers_of(data, channels, value_range)
-        mask = mask_files.read(pair.mask)
+        image, _ = imaging.decode_image(data, channels, (SIDE, SIDE), value_range=value_range)
+        ids, _ = imaging.decode_mask(mask_files.read(pair.mask), config.data, None, data)
         turned = not config.data.mask_turn and imaging.orientation(data) > 1
         turned = turned and imaging.orientation(imaging.read_file(mask_files.first_file(pair.mask))) == 1
-        own, here = (
-            _foreground(imaging.decode_mask(mask, config.data, size, data)[0]) for size in (None, config.data.size_hw)
-        )
     except (imaging.ImageError, OSError, ValueError):
         return None  # the training stops at it, and names it
-    return _Seen(turned, top, numbers, (own, here))
+    shares = _foreground(ids), _foreground(imaging.resized_ids(ids, config.data.size_hw))
+    return _Seen(turned, int(image.max(initial=0)), numbers_of(image), shares)
 
 
 def _foreground(ids: np.ndarray) -> float:
