@@ -8,7 +8,7 @@ from conftest import disc
 from PIL import Image
 
 from unet_ray.config import IGNORE, DataConfig
-from unet_ray.data.imaging import ImageError, _resized, decode_image, decode_mask, stored_values, to_own_size
+from unet_ray.data.imaging import ImageError, _resized, decode_image, decode_mask, stored_values
 
 GRAY = np.linspace(0, 255, 12 * 8).astype(np.uint8).reshape(8, 12)
 RGB = np.stack([GRAY, GRAY[::-1], GRAY[:, ::-1]], axis=-1)
@@ -155,23 +155,6 @@ def test_in_between_values_of_a_jpeg_mask_are_an_error_even_between_sampled_pixe
 def test_a_mask_in_colours_is_an_error():
     with pytest.raises(ImageError, match="in colours"):
         stored_values(encoded(RGB, "PNG"))
-
-
-def test_scores_come_back_at_the_images_own_size():
-    _, x = np.mgrid[:16, :16]
-    logits = (x - 7.5).astype(np.float16)[None]  # 0 exactly in the middle
-    mask = to_own_size(logits, (30, 64), 0.5)
-    assert mask.shape == (30, 64) and mask.dtype == np.uint8
-    assert (mask[:, :32] == 0).all() and (mask[:, 33:] == 1).all()
-    assert to_own_size(logits, (16, 16), 0.9).sum() < to_own_size(logits, (16, 16), 0.5).sum()
-
-
-def test_of_several_classes_the_highest_wins_after_interpolation():
-    logits = np.zeros((3, 4, 4), np.float16)
-    logits[1, :, :2], logits[2, :, 2:] = 5, 4
-    mask = to_own_size(logits, (40, 40), 0.5)
-    assert set(np.unique(mask)) == {1, 2}
-    assert (mask[:, :15] == 1).all() and (mask[:, 25:] == 2).all()
 
 
 @pytest.mark.parametrize("size", [(640, 959), (3, 5), (1, 1), (300, 3), (64, 64), (700, 900)])

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from unet_ray.config import MaskOptions, TrainConfig
-from unet_ray.data import imaging
+from unet_ray.data import imaging, own_size
 from unet_ray.data.pairs import Pair
 from unet_ray.inference import backends
 from unet_ray.inference.arithmetic import Arithmetic
@@ -153,7 +153,7 @@ def mask_of(
     """Returns the class ids, uint8 at `size_hw` (default: the model's size), of one image, uint8 [H,W,3]."""
     tensor = torch.from_numpy(image.copy())[None].to(job.device)
     logits = run_network(network, tensor, job.card.model, job.card.data)[0].cpu().numpy()
-    return imaging.to_own_size(logits, size_hw or job.card.image_size, job.card.threshold)
+    return own_size.to_own_size(logits, size_hw or job.card.image_size, job.card.threshold)
 
 
 def random_model(folder: Path, *settings: tuple[str, Any]) -> str:

@@ -1,6 +1,6 @@
-"""Decodes images and masks to uint8 arrays, and resizes scores to an image's own size.
+"""Decodes images and masks to uint8 arrays.
 
-Legend: H, W height and width in pixels; C channels; K classes (1 for a single logit).
+Legend: H, W height and width in pixels; C channels.
 Only this module resizes images and masks for the network.
 """
 
@@ -11,7 +11,7 @@ import io
 import re
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -450,54 +450,3 @@ def problem_of_sizes(image_hw: tuple[int, int], mask_hw: tuple[int, int], config
 def _decoded_mask(data: bytes, config: DataConfig) -> np.ndarray:
     # Values are checked at full size, since resizing could drop the pixels of a wrong one.
     return mask_meaning.class_ids(stored_colours(data) if config.mask_colors else stored_values(data), config)
-
-
-def to_own_size(logits_KHW: np.ndarray, size_hw: tuple[int, int], threshold: float) -> np.ndarray:
-    """Decides class ids, uint8 at `size_hw`, from float logits [K,H,W]: first interpolates bilinearly, then decides.
-
-    K = 1: class 1 where the sigmoid is above `threshold`. K > 1: the class of the highest logit.
-    """
-    # One class at a time, since K planes at full size would take K times the memory.
-    return decide((_plane(plane, size_hw) for plane in logits_KHW), len(logits_KHW), threshold)
-
-
-def decide(planes: Iterable[np.ndarray], count: int, threshold: float) -> np.ndarray:
-    """Decides class ids, uint8 [H,W], from `count` planes of float logits [H,W], one for each class."""
-    planes = iter(planes)
-    best = next(planes)
-    if count == 1:
-        return (best > np.log(threshold / (1 - threshold))).view(np.uint8)
-    ids = np.zeros(best.shape, np.uint8)
-    for class_id, candidate in enumerate(planes, start=1):
-        better = candidate > best
-        ids[better] = class_id
-        best = np.where(better, candidate, best)
-    return ids
-
-
-def probabilities(logits_KHW: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
-    """Computes probabilities, uint8 [K,H,W] at `size_hw` with 255 for 1, from float logits [K,H,W].
-
-    K = 1: sigmoid. K > 1: softmax.
-    """
-    return to_probabilities(np.stack([_plane(plane, size_hw) for plane in logits_KHW]))
-
-
-def to_probabilities(logits_KHW: np.ndarray) -> np.ndarray:
-    """Computes probabilities, uint8 [K,H,W] with 255 for 1, from float32 logits [K,H,W]."""
-    if len(logits_KHW) == 1:
-        share = 0.5 + 0.5 * np.tanh(logits_KHW / 2)  # the sigmoid, without overflow
-    else:
-        share = np.exp(logits_KHW - logits_KHW.max(axis=0))
-        share /= share.sum(axis=0)
-    return np.rint(255 * share).astype(np.uint8)
-
-
-def _plane(plane: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
-    """Interpolates one class's logits [H,W] to `size_hw`, float32."""
-    plane = np.ascontiguousarray(plane, np.float32)
-    if plane.shape == size_hw:
-        return plane
-    smaller = size_hw[0] < plane.shape[0] or size_hw[1] < plane.shape[1]
-    scores = torch.from_numpy(plane)[None, None]
-    return F.interpolate(scores, size=size_hw, mode="bilinear", antialias=smaller)[0, 0].numpy()

@@ -14,22 +14,34 @@ from PIL import Image
 FOREGROUND = (0, 230, 80)
 """Colour of a single class in overlays; it is rare in photographs and in stained tissue."""
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-ZLIB_LEVEL = 6
+PLAIN, UP = 0, 2
+"""Filters of a PNG's line: its bytes as they are, or less those of the line above."""
 
 
 def encode_png(mask: np.ndarray, num_classes: int) -> bytes:
     """Encodes class ids, uint8 [H,W], as PNG: 1-bit for one class, otherwise a palette with class ids as indices."""
-    # Pillow would try every filter on every line, take four times as long, and write larger files.
+    # Pillow would try every filter on every line and take ten times as long.
     height, width = mask.shape
     pixels = np.packbits(mask, axis=1) if num_classes == 1 else mask
-    lines = np.zeros((height, 1 + pixels.shape[1]), np.uint8)  # the first byte of a line is its filter, 0
+    lines = np.empty((height, 1 + pixels.shape[1]), np.uint8)
+    lines[:, 0] = PLAIN if num_classes == 1 else UP
     lines[:, 1:] = pixels
+    if num_classes > 1:
+        lines[1:, 1:] -= pixels[:-1]
     header = struct.pack(">IIBBBBB", width, height, *((1, 0) if num_classes == 1 else (8, 3)), 0, 0, 0)
     colours = [] if num_classes == 1 else [(b"PLTE", palette())]
-    chunks = [(b"IHDR", header), *colours, (b"IDAT", zlib.compress(lines.data, ZLIB_LEVEL)), (b"IEND", b"")]
+    chunks = [(b"IHDR", header), *colours, (b"IDAT", _deflated(lines)), (b"IEND", b"")]
     return PNG_SIGNATURE + b"".join(
         struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
     )
+
+
+def _deflated(lines: np.ndarray) -> bytes:
+    """Compresses the lines of a mask, uint8 [H,B]: runs of one byte alone, which is nearly all there is to find. Beside
+    zlib's level 6 that takes 0.3 of the time and 1.13 of the bytes for cars, 1918x1280, 1 bit; 0.16 and 1.03 for
+    CamVid's classes. (zlib-ng and ISA-L are faster, but their bytes depend on the CPU.)"""
+    run_lengths = zlib.compressobj(1, strategy=zlib.Z_RLE)
+    return run_lengths.compress(lines.data) + run_lengths.flush()
 
 
 def encode_gray(values: np.ndarray) -> bytes:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from unet_ray.config import UserError
-from unet_ray.data import imaging
+from unet_ray.data import own_size
 from unet_ray.data.imaging import Pixels
 from unet_ray.inference import backends
 from unet_ray.inference.arithmetic import Arithmetic
@@ -164,12 +164,12 @@ class BatchSegmenter:
         for top, logits in self._bands(pixels, tile, overlap):
             bottom = top + logits.shape[1]
             planes = logits.cpu().numpy()
-            mask[top:bottom] = imaging.decide(planes, classes, threshold)
+            mask[top:bottom] = own_size.decide(planes, classes, threshold)
             here = Certainty.of(logits[None])
             certainty = here if certainty is None else certainty + here
             finite = finite and bool(_finite(logits[None]))
             if maps is not None:
-                maps[:, top:bottom] = imaging.to_probabilities(planes)
+                maps[:, top:bottom] = own_size.to_probabilities(planes)
         assert certainty is not None, "an image has a row"
         confidence = float(certainty.confidence()) if finite else np.nan
         return SegmentedMask(mask, confidence, float(certainty.uncertainty()), maps)

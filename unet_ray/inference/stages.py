@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from unet_ray.config import Cleanup
-from unet_ray.data import imaging, masks
+from unet_ray.data import masks, own_size
 from unet_ray.data.chunks import Chunk, objects
 from unet_ray.data.imaging import ImageError, Pixels, Source
 from unet_ray.inference.reader import Reader, checksum
@@ -194,8 +194,8 @@ class ToOwnSize:
     def _segmented(self, chunk: Chunk, row: int) -> SegmentedMask:
         logits = chunk["logits"][row]
         size_hw = (int(chunk["height"][row]), int(chunk["width"][row]))
-        mask = imaging.to_own_size(logits, size_hw, self.card.threshold)
-        maps = imaging.probabilities(logits, size_hw) if self.probabilities else None
+        mask = own_size.to_own_size(logits, size_hw, self.card.threshold)
+        maps = own_size.probabilities(logits, size_hw) if self.probabilities else None
         confidence, uncertainty = (float(chunk[name][row]) for name in ("confidence", "uncertainty"))
         return SegmentedMask(_cleaned(mask, self.cleanup), confidence, uncertainty, maps)
 
