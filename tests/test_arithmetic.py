@@ -13,7 +13,8 @@ from unet_ray.inference import arithmetic, backends, choose_arithmetic, output_f
 from unet_ray.inference.arithmetic import NOT_RECORDED, Arithmetic, Machine
 from unet_ray.inference.choose_arithmetic import Work, choose, go_on
 from unet_ray.inference.predict import predict
-from unet_ray.models import checkpoint, compiling
+from unet_ray.models import checkpoint
+from unet_ray.models.operations import floating_point_operations
 from unet_ray.ray_backend.session import LOCAL
 
 FULL = Machine("one", bf16=False, compiles=True, instructions="AVX2", libraries={"torch": "2.14", "openvino": "2026.4"})
@@ -91,7 +92,7 @@ def test_a_network_that_openvino_cannot_run_is_run_by_torch_and_one_line_says_so
 def test_compiling_is_for_many_images_of_a_large_network(tmp_path, work):
     settings = [("model.base_channels", 64), ("model.depth", 4), ("data.image_size", 512)]
     card = checkpoint.read_card(str(make_model(tmp_path / "large", *settings)))
-    assert compiling.floating_point_operations(card.model, card.image_size) == pytest.approx(385e9, rel=0.01)
+    assert floating_point_operations(card.model, card.image_size) == pytest.approx(385e9, rel=0.01)
     machine = dataclasses.replace(WITH_BF16, libraries={"torch": "2.14"})
     for changes, backend in (
         ({"images": 0}, "torch"),

@@ -14,8 +14,8 @@ from PIL import Image
 from unet_ray.cli import main
 from unet_ray.config import ModelConfig, UserError
 from unet_ray.models import build
-from unet_ray.models.compiling import floating_point_operations
 from unet_ray.models.encoders import Block, EncoderUNet
+from unet_ray.models.operations import floating_point_operations
 from unet_ray.settings import load_train_config
 from unet_ray.training.step import prepare
 

@@ -13,8 +13,9 @@ import torch
 
 from measures.common import Apart, Job, Line, arithmetic_for, dice, in_turns, mask_of, network_of, table
 from unet_ray.inference import backends
-from unet_ray.models import checkpoint, compiling
+from unet_ray.models import checkpoint
 from unet_ray.models.device import bf16_is_fast, keep_freed_memory
+from unet_ray.models.operations import floating_point_operations
 from unet_ray.own_process import claim
 
 
@@ -48,7 +49,7 @@ def model_section(job: Job) -> Iterator[Line]:
         steps = {name: lambda way=way: way(next(upcoming)) for name, way in ways.items()}
         seconds = in_turns(steps, job.rounds)
         expected = [plain(image) for image in decoded[:8]]
-    flops = compiling.floating_point_operations(job.card.model, job.card.image_size)
+    flops = floating_point_operations(job.card.model, job.card.image_size)
     notes = {}
     for name, value in seconds.items():
         notes[name] = f"{flops / value / 1e12:.3f} TFLOPS"

@@ -13,7 +13,8 @@ from unet_ray.data import storage
 from unet_ray.data.splits import SPLIT, read_split
 from unet_ray.evaluation.evaluate import evaluate
 from unet_ray.evaluation.run_pairs import pairs_of_run
-from unet_ray.models import checkpoint, compiling
+from unet_ray.models import checkpoint
+from unet_ray.models.operations import floating_point_operations
 from unet_ray.models.run_files import CONFIG
 from unet_ray.ray_backend.session import Runtime
 from unet_ray.settings import load_train_config, quoted
@@ -121,7 +122,7 @@ def distill(
         )
     dice, dice_small = float(scores.dice.mean or 0), float(scores_small.dice.mean or 0)
     networks = (checkpoint.read_card(teacher).model, config.model)
-    gflop, gflop_small = (compiling.floating_point_operations(each, config.data.size_hw) / 1e9 for each in networks)
+    gflop, gflop_small = (floating_point_operations(each, config.data.size_hw) / 1e9 for each in networks)
     result = Distillation(dice - dice_small <= may_fall, dice, dice_small, scores.images, gflop, gflop_small)
     text = json.dumps(dataclasses.asdict(result), indent=2) + "\n"
     storage.write_bytes(storage.join(out, DISTILLED), text.encode(), durable=True)

@@ -30,8 +30,9 @@ from unet_ray.inference.arithmetic import Arithmetic
 from unet_ray.models import SegmentationModel, checkpoint
 from unet_ray.models.base import continue_edge
 from unet_ray.models.checkpoint import ModelCard
-from unet_ray.models.compiling import Compiled, without_weights
+from unet_ray.models.compiling import Compiled
 from unet_ray.models.device import autocast
+from unet_ray.models.operations import without_weights
 from unet_ray.registry import is_custom
 
 log = logging.getLogger("unet_ray")

@@ -17,6 +17,7 @@ from unet_ray.inference.arithmetic import Arithmetic, Machine
 from unet_ray.models import checkpoint, compiling
 from unet_ray.models.checkpoint import ModelCard
 from unet_ray.models.device import check_precision
+from unet_ray.models.operations import floating_point_operations
 
 log = logging.getLogger("unet_ray")
 
@@ -150,6 +151,6 @@ def _candidates(work: Work, int8: bool) -> Iterator[Arithmetic]:
 def _compiling_pays(work: Work, precision: str) -> bool:
     if not work.images:
         return False
-    operations = work.images * compiling.floating_point_operations(work.card.model, work.card.image_size)
+    operations = work.images * floating_point_operations(work.card.model, work.card.image_size)
     bf16 = precision == "bf16"
     return compiling.pays(operations, torch.device(work.device), bf16=bf16, threads=work.threads)

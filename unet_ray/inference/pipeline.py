@@ -37,6 +37,7 @@ from unet_ray.inference.tiles import Grid
 from unet_ray.models import checkpoint, compiling
 from unet_ray.models.checkpoint import ModelCard
 from unet_ray.models.device import device_here
+from unet_ray.models.operations import floating_point_operations
 from unet_ray.models.tiles import mirrored
 from unet_ray.ray_backend.session import Runtime
 
@@ -189,7 +190,7 @@ class WholeImagePipeline(Pipeline):
         are more."""
         height, width = self.card.image_size
         size = height * width * max(self.card.model.in_channels, 2 * self.card.model.num_classes)
-        operations = compiling.floating_point_operations(self.card.model, self.card.image_size)
+        operations = floating_point_operations(self.card.model, self.card.image_size)
         return RowCost(size, READ_SECONDS + operations / (2 * compiling.FLOPS["cpu"]))
 
     def preprocess(self, load: Load) -> Preprocess:

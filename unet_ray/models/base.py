@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,6 +31,8 @@ class SegmentationModel(nn.Module, ABC):
     pixel_scale: Tensor
     pixel_shift: Tensor
     head: nn.Module
+    grows_with_area: bool = False
+    """Whether all its operations are convolutions, whose number is that of the squares of `step` pixels in an image."""
 
     def __init__(self, config: ModelConfig, *, multiple_of: int = 1) -> None:
         """`multiple_of`: `body` gets sides that are multiples of this (in units of `patch`)."""
@@ -37,11 +40,11 @@ class SegmentationModel(nn.Module, ABC):
         self.config, self.multiple_of = config, multiple_of
         self.checkpoint_activations = False
         """Training sets this."""
-        mean, std = (torch.tensor(value).reshape(-1, 1, 1) for value in (config.pixel_mean, config.pixel_std))
+        mean, std = (np.atleast_1d(np.asarray(value, np.float32)) for value in (config.pixel_mean, config.pixel_std))
         if config.patch > 1:  # pixel_unshuffle keeps a channel's pixels together
-            mean, std = (v.repeat_interleave(config.patch**2, dim=0) if len(v) > 1 else v for v in (mean, std))
-        self.register_buffer("pixel_scale", 1 / (255 * std), persistent=False)
-        self.register_buffer("pixel_shift", -mean / std, persistent=False)
+            mean, std = (v.repeat(config.patch**2) if len(v) > 1 else v for v in (mean, std))
+        self.register_buffer("pixel_scale", of_channels(1 / (255 * std)), persistent=False)
+        self.register_buffer("pixel_shift", of_channels(-mean / std), persistent=False)
 
     @property
     def step(self) -> int:
@@ -106,6 +109,11 @@ class SegmentationModel(nn.Module, ABC):
             return nullcontext(), _frozen_statistics(block)
 
         return checkpoint(block, x, use_reentrant=False, context_fn=contexts)
+
+
+def of_channels(values: np.ndarray) -> Tensor:
+    """Returns float32 [C,1,1]. (Computing with tensors of the meta device would import torch's compiler.)"""
+    return torch.tensor(values.tolist(), dtype=torch.float32).reshape(-1, 1, 1)
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import logging
 import os
@@ -14,11 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unet_ray.config import ModelConfig, UserError, first_line
-from unet_ray.custom_parts import is_permitted
-from unet_ray.models import SegmentationModel, build
+from unet_ray.config import UserError, first_line
 from unet_ray.own_process import is_own
-from unet_ray.registry import is_custom
 
 log = logging.getLogger("unet_ray")
 
@@ -44,31 +40,6 @@ def pays(operations: float, device: torch.device, *, bf16: bool, sizes: int = 1,
         return False
     threads = (threads or torch.get_num_threads()) if kind == "cpu" else 1
     return operations / (FLOPS[kind] * threads) * GAIN > 2 * SECONDS[kind] * sizes
-
-
-def without_weights(config: ModelConfig) -> SegmentationModel:
-    """Builds a network on torch's meta device, without weights: this takes no memory and no time."""
-    with torch.device("meta"):
-        return build(dataclasses.replace(config, pretrained=False))
-
-
-def floating_point_operations(config: ModelConfig, size_hw: tuple[int, int]) -> int:
-    """Counts a network's operations on one image of this size; a multiplication with an addition counts as two. Returns
-    0 for a network of the user's own whose operations can't be counted."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    height, width = size_hw
-    if is_custom(config.name) and not is_permitted(config.name):
-        return 0
-    try:
-        model, margin = without_weights(config).eval(), 2 * config.margin
-        with torch.device("meta"), FlopCounterMode(display=False) as counter:
-            model(torch.empty(1, config.in_channels, height + margin, width + margin, dtype=torch.uint8))
-        return counter.get_total_flops()
-    except Exception:
-        if not is_custom(config.name):
-            raise
-        return 0  # code that needs values, which the meta device has not
 
 
 def is_possible(device: torch.device) -> bool:

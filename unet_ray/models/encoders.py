@@ -9,12 +9,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unet_ray.config import ModelConfig, UserError
-from unet_ray.models.base import SegmentationModel
+from unet_ray.models.base import SegmentationModel, of_channels
 from unet_ray.models.unet import DoubleConv, Up, initialise
 
 INPUT_MEAN, INPUT_STD = 127 / 255, 128 / 255
@@ -53,6 +54,7 @@ class EncoderUNet(SegmentationModel):
     """Contracts an image with EfficientNet-Lite0, and expands it to half its size; the last layer unfolds each position
     to 2x2 pixels (sub-pixel convolution, Shi et al. 2016)."""
 
+    grows_with_area = True
     rescale: Tensor
     reshift: Tensor
 
@@ -71,9 +73,9 @@ class EncoderUNet(SegmentationModel):
         if config.pretrained:
             self.encoder.load_imagenet(config.encoder)
         # The base class has normalised with the settings; the encoder wants its own.
-        mean, std = (torch.tensor(value).reshape(-1, 1, 1) for value in (config.pixel_mean, config.pixel_std))
-        self.register_buffer("rescale", std / INPUT_STD, persistent=False)
-        self.register_buffer("reshift", (mean - INPUT_MEAN) / INPUT_STD, persistent=False)
+        mean, std = (np.atleast_1d(np.asarray(value, np.float32)) for value in (config.pixel_mean, config.pixel_std))
+        self.register_buffer("rescale", of_channels(std / INPUT_STD), persistent=False)
+        self.register_buffer("reshift", of_channels((mean - INPUT_MEAN) / INPUT_STD), persistent=False)
 
     def bottleneck(self, x: Tensor) -> Tensor:
         return self._levels(x)[-1]

@@ -20,6 +20,7 @@ class UNet(SegmentationModel):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config, multiple_of=2**config.depth)
+        self.grows_with_area = config.padding == "same"
         widths = config.channels
         self.down = contracting_path(config)
         self.up = nn.ModuleList(Up(below, here, config.up) for here, below in pairwise(widths))
@@ -52,6 +53,8 @@ class UNetPlusPlus(SegmentationModel):
 
     Node (i, j) joins all nodes (i, <j) of its level with node (i+1, j-1) from below (equation 1).
     """
+
+    grows_with_area = True
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config, multiple_of=2**config.depth)
@@ -155,6 +158,8 @@ def crop_centre(skip: Tensor, like: Tensor) -> Tensor:
 
 def initialise(model: nn.Module) -> None:
     """Applies He initialisation, the paper's sqrt(2 / N) with N incoming nodes (section 3); sets biases to zero."""
+    if next(model.parameters()).is_meta:
+        return  # there are no weights, and drawing none would import torch's compiler
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")

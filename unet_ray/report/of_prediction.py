@@ -20,6 +20,8 @@ SHARDS = 64
 """The most shards of the manifest that are read, 4,096 images each, evenly spaced."""
 REASONS = 20
 """The most reasons of failure that are listed."""
+FEWEST_FOR_HISTOGRAMS = 10
+"""Images; of fewer a histogram says no more than their pictures, and matplotlib takes a second to import."""
 STAGES = {
     "listing": "finding the images",
     "starting": "starting, up to the first masks",
@@ -131,7 +133,9 @@ def _masks(sample: ManifestSample) -> list[Section]:
         total = sample.pixels.sum()
         rows = [[str(class_id), f"{count / total:.2%}"] for class_id, count in enumerate(sample.pixels)]
         table = Table(rows, ["class", "pixels"])
-    return [Section(title="Masks", text=text, charts=mask_histograms(foreground, uncertainty), table=table, keep=True)]
+    enough = len(foreground) >= FEWEST_FOR_HISTOGRAMS
+    charts = mask_histograms(foreground, uncertainty) if enough else []
+    return [Section(title="Masks", text=text, charts=charts, table=table, keep=True)] if text or charts or table else []
 
 
 def _times(summary: dict[str, Any]) -> Section:

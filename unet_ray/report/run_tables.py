@@ -12,8 +12,8 @@ from unet_ray import metrics
 from unet_ray.config import DataConfig, TrainConfig, locations
 from unet_ray.data import storage
 from unet_ray.metrics import Scores
-from unet_ray.models import compiling
 from unet_ray.models.checkpoint import ModelCard
+from unet_ray.models.operations import floating_point_operations
 from unet_ray.report.charts import dice_histogram
 from unet_ray.report.progress import duration
 from unet_ray.report.sections import Section, Table, anchor, plural, short
@@ -84,7 +84,7 @@ def network(config: TrainConfig) -> str:
 def settings(config: TrainConfig, card: ModelCard, sides: Counter[str]) -> Table:
     """Returns the most important settings; `sides`: number of images of `train` and `val`."""
     data, fit, (height, width) = config.data, config.train, config.data.size_hw
-    operations = compiling.floating_point_operations(config.model, card.image_size)
+    operations = floating_point_operations(config.model, card.image_size)
     binary = card.model.num_classes == 1
     names = ", ".join(card.classes) or ("the foreground" if binary else str(card.model.num_classes))
     loss = fit.loss if fit.loss != "auto" else "bce+dice" if binary else "ce+dice"

@@ -21,6 +21,7 @@ from unet_ray.data.output_lock import Holder
 from unet_ray.data.rows import Rows
 from unet_ray.models import checkpoint, compiling, training_state
 from unet_ray.models.device import in_bf16, keep_freed_memory
+from unet_ray.models.operations import floating_point_operations
 from unet_ray.models.run_files import LAST, MODEL
 from unet_ray.models.training_state import TrainingState
 from unet_ray.training import distributed
@@ -194,7 +195,7 @@ def _compiles(config: TrainConfig, sampler: Sampler, device: torch.device) -> bo
         return config.compute.compile
     size_hw = (config.data.tile, config.data.tile) if config.data.tile else config.data.size_hw
     # The backward pass computes the gradients of inputs and of weights, each as much as the forward pass.
-    per_image = 3 * compiling.floating_point_operations(config.model, size_hw)
+    per_image = 3 * floating_point_operations(config.model, size_hw)
     operations = per_image * sampler.rows * config.train.epochs / sampler.world_size
     # All ranks use the sizes of rank 0, so that they decide alike.
     sizes = len({len(micro.indices) + len(micro.unlabeled) for micro in dataclasses.replace(sampler, rank=0).epoch(1)})
