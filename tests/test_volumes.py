@@ -51,6 +51,40 @@ def test_a_slice_has_the_values_of_its_volume(tmp_path):
     assert np.array_equal(mask, np.asarray(nibabel.load(source / name / f"{name}_seg.nii.gz").dataobj)[:, :, 2])
 
 
+def test_volumes_of_mean_0_keep_what_is_below_it(tmp_path):
+    """Their background is their lowest value, or 0 with values on both sides of it."""
+    folder = tmp_path / "in/p"
+    folder.mkdir(parents=True)
+    values = np.random.default_rng(0).normal(0, 1, (20, 20, 4)).astype(np.float32)
+    for name, background in (("a", -9), ("b", 0)):
+        values[:, :5] = background
+        nibabel.save(nibabel.Nifti1Image(values, np.eye(4)), folder / f"x_{name}.nii.gz")
+    write_slices(str(tmp_path / "in"), str(tmp_path / "out"), ["a", "b"], None)
+    image, _ = decode_image((tmp_path / "out/images/p/0001.png").read_bytes(), 2, None)
+    assert image[:, :5].max() == 0 and image[:, 5:].min() >= 1
+    assert (np.abs(np.median(image[:, 5:].astype(float), axis=(0, 1)) - 128) < 15).all()
+
+
+def test_neighbours_become_channels(tmp_path):
+    source = brats(tmp_path / "brats", patients=1)
+    for number, channels in enumerate((["flair"], ["flair", "t1"])):
+        alone, beside = (tmp_path / f"{kind}{number}" for kind in ("alone", "beside"))
+        write_slices(str(source), str(alone), channels, "seg")
+        write_slices(str(source), str(beside), channels, "seg", neighbours=1)
+        own = [path.read_bytes() for path in sorted((alone / "images").rglob("*.png"))]
+        files = sorted(path for path in (beside / "images").rglob("*") if path.is_file())
+        assert {path.suffix for path in files} == {".png" if len(channels) == 1 else ".npy"} and len(files) == len(own)
+        count = len(channels)
+        slices = [decode_image(data, count, None)[0].reshape(24, 20, count) for data in own]
+        slices.append(np.zeros_like(slices[0]))  # the last one is background
+        for number, file in enumerate(files):
+            image, _ = decode_image(file.read_bytes(), 3 * count, None)
+            around = [slices[max(0, number - 1)], slices[number], slices[number + 1]]
+            assert np.array_equal(image, np.concatenate(around, axis=-1))
+    with pytest.raises(UserError, match="--channels is empty"):
+        write_slices(str(source), str(tmp_path / "none"), [], None)
+
+
 def test_a_fourth_channel_is_not_transparency(tmp_path):
     """Resized channel by channel: where the fourth is 0, the others keep their values."""
     pixels = np.full((8, 8, 4), 200, np.uint8)

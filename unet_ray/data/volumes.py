@@ -1,7 +1,7 @@
 """Turns NIfTI volumes (MRI) into slices that every other command reads as images.
 
 Reading one slice of a compressed volume means reading the whole volume, in every epoch. So the slices are written once,
-as PNG files.
+as PNG files, or as arrays (.npy) if they have more channels than PNG.
 """
 
 from __future__ import annotations
@@ -24,7 +24,13 @@ IMAGES, MASKS = "images", "masks"
 CHANNELS = "unet_ray channels"
 """Key of a PNG's text that names its channels."""
 PERCENTILES = 0.5, 99.5
-"""Percentiles of a volume's voxels above 0 that become 1 and 255: MRI has no unit, and a few voxels are brighter."""
+"""Percentiles of a volume's voxels, those of the background apart, that become 1 and 255: MRI has no unit, and a few
+voxels are brighter."""
+BACKGROUND = 0.1
+"""A value that at least this share of a volume's voxels has is its background: 0 in BraTS's files, the lowest value in
+volumes that were normalised to mean 0."""
+SAMPLE = 1_000_000
+"""Voxels among which the background is looked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +55,15 @@ class _Patient:
     """float32 [X,Y,Z]; None if the patient has no segmentation."""
     labels_file: str
 
-    def slice(self, z: int) -> tuple[Image.Image, np.ndarray | None] | None:
-        """Returns image and mask (uint8 [X,Y]) of axial slice `z`; None if every voxel is 0. Raises UserError."""
-        planes = [volume[:, :, z] for volume in self.channels]
-        if not any(plane.any() for plane in planes):
+    def slice(self, z: int, neighbours: int) -> tuple[np.ndarray, np.ndarray | None] | None:
+        """Returns image (uint8 [X,Y,C]) and mask (uint8 [X,Y]) of axial slice `z`; None if every voxel of it is
+        background. The channels of `neighbours` slices on each side come before and after its own; beyond the volume's
+        ends its last slice counts. Raises UserError."""
+        if not any(volume[:, :, z].any() for volume in self.channels):
             return None
-        image = Image.merge(MODES[len(planes)], [Image.fromarray(plane) for plane in planes])
+        last = self.channels[0].shape[2] - 1
+        places = [min(max(0, z + offset), last) for offset in range(-neighbours, neighbours + 1)]
+        image = np.stack([volume[:, :, place] for place in places for volume in self.channels], axis=-1)
         if self.labels is None:
             return image, None
         mask = np.rint(self.labels[:, :, z])
@@ -70,18 +79,20 @@ def write_slices(
     labels: str | None,
     *,
     every: int = 1,
+    neighbours: int = 0,
     on_volume: Callable[[str, int], None] = lambda _name, _slices: None,
 ) -> SliceSummary:
-    """Writes `out`/images/<patient>/<slice>.png and `out`/masks/<patient>/<slice>.png.
+    """Writes `out`/images/<patient>/<slice>.png, or .npy of more than four channels, and masks/<patient>/<slice>.png.
 
-    A patient is a folder below `folder` with one file `…<channel>.nii` or `.nii.gz` for each of 1 to 4 `channels`
-    (BraTS: flair, t1, t1ce, t2) and, unless `labels` is None, one `…<labels>.nii.gz` (BraTS: seg). Slices are axial
-    (along the third axis): every `every`th, except those in which all voxels are 0. Voxels between a volume's
-    `PERCENTILES` become 1 to 255; 0 stays 0. Masks keep the values of the labels. `on_volume` gets each patient's name
-    and number of slices. Raises UserError that names the file.
+    A patient is a folder below `folder` with one file `…<channel>.nii` or `.nii.gz` for each of the `channels` (BraTS:
+    flair, t1, t1ce, t2) and, unless `labels` is None, one `…<labels>.nii.gz` (BraTS: seg). Slices are axial (along the
+    third axis): every `every`th, except those that are background alone, with the channels of `neighbours` slices on
+    each side. Voxels between a volume's `PERCENTILES` become 1 to 255, its background (`BACKGROUND`) 0. Masks keep the
+    values of the labels. `on_volume` gets each patient's name and number of slices. Raises UserError that names the
+    file.
     """
-    if not 1 <= len(channels) <= len(MODES):
-        raise UserError(f"--channels {','.join(channels)}: 1 to {len(MODES)} of them fit into an image")
+    if not channels:
+        raise UserError("--channels is empty: the endings of the volumes' file names, such as flair,t1,t1ce,t2")
     out = storage.absolute(out)
     if storage.names_in(out):
         raise UserError(f"--out {out} is not empty: remove it or choose another")
@@ -91,15 +102,15 @@ def write_slices(
         patient = _read_patient(files, channels, labels)
         written = 0
         for z in range(0, patient.channels[0].shape[2], every):
-            found = patient.slice(z)
+            found = patient.slice(z, neighbours)
             if found is None:
                 continue
             image, mask = found
-            path = f"{name}/{z:04d}.png"
-            _write_png(image, storage.join(out, IMAGES, path), channels)
+            path = f"{name}/{z:04d}"
+            _write_image(image, storage.join(out, IMAGES, path), channels)
             if mask is not None:
                 seen.update(np.unique(mask).tolist())
-                _write_png(Image.fromarray(mask), storage.join(out, MASKS, path))
+                _write_png(Image.fromarray(mask), storage.join(out, MASKS, path + ".png"))
             written += 1
         on_volume(name, written)
         count += written
@@ -159,13 +170,27 @@ def _volume(path: str) -> np.ndarray:
 
 
 def _scaled(values: np.ndarray) -> np.ndarray:
-    """Scales a volume to uint8 [X,Y,Z]: 0 where voxels are 0 or less, 1 to 255 elsewhere."""
-    inside = values > 0
+    """Scales a volume to uint8 [X,Y,Z]: 0 where voxels are background, 1 to 255 elsewhere."""
+    found, counts = np.unique(values.ravel()[:: max(1, values.size // SAMPLE)], return_counts=True)
+    background = found[counts.argmax()] if counts.max() >= BACKGROUND * counts.sum() else np.nan
+    inside = values != background
     if not inside.any():
         return np.zeros(values.shape, np.uint8)
     low, high = np.percentile(values[inside], PERCENTILES)
     scaled = 1 + 254 * ((values - low) / max(high - low, 1e-6)).clip(0, 1)
     return np.where(inside, np.rint(scaled), 0).astype(np.uint8)
+
+
+def _write_image(image: np.ndarray, location: str, channels: Sequence[str]) -> None:
+    """Writes uint8 [X,Y,C]: as PNG if it has so many channels, else as an array."""
+    if image.shape[-1] in MODES:
+        bands = [Image.fromarray(band) for band in np.moveaxis(image, -1, 0)]
+        names = list(channels) * (len(bands) // len(channels))
+        _write_png(Image.merge(MODES[len(bands)], bands), location + ".png", names)
+        return
+    stream = io.BytesIO()
+    np.save(stream, image)
+    storage.write_bytes(location + ".npy", stream.getvalue())
 
 
 def _write_png(image: Image.Image, location: str, channels: Sequence[str] = ()) -> None:
