@@ -6,12 +6,14 @@ Each section is a table: seconds are medians over the rounds, ratios are to the 
 
     decode    one photograph to the model's size, on one core
     model     the network alone, one image at a time
+    masks     scores to an image's own size, and PNG, on one core
     predict   a folder to PNG masks, without the start: `--local`, through Ray, and milesial/Pytorch-UNet's own code
     train     an optimizer step, beside a plain fp32 loop
     epochs    an epoch `--local` and through Ray
     overhead  reading, decoding and writing without a network, beside one bare process per core
     memory    peak resident memory, and images per second, of a short and a long folder
     start     `--help`, one image from a cold start, and the first mask through Ray by part
+    scale     images a second that one command hands out to replicas that sleep instead of computing
 """
 
 from __future__ import annotations
@@ -34,10 +36,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from measures.common import BASE_64, Job, Line, random_model
 from measures.decode import decode_section
+from measures.masks import masks_section
 from measures.memory import memory_section
 from measures.model import model_section
 from measures.overhead import overhead_section
 from measures.predict import predict_section
+from measures.scale import scale_section
 from measures.start import start_section
 from measures.train import epochs_section, train_section
 
@@ -51,12 +55,14 @@ from unet_ray.settings import load_train_config
 SECTIONS: dict[str, Callable[[Job], Iterator[Line]]] = {
     "decode": decode_section,
     "model": model_section,
+    "masks": masks_section,
     "predict": predict_section,
     "train": train_section,
     "epochs": epochs_section,
     "overhead": overhead_section,
     "memory": memory_section,
     "start": start_section,
+    "scale": scale_section,
 }
 
 

@@ -16,8 +16,8 @@ def test_it_decodes_predicts_and_trains_in_every_way_there_is(tmp_path):
     images, masks = make_discs(tmp_path / "discs", 3)
     model = make_model(tmp_path / "model")
     command = [sys.executable, str(BENCHMARK), "--images", str(images), "--masks", str(masks), "--model", str(model)]
-    sections = ["--section", "decode", "--section", "model", "--section", "train", "--rounds", "1", "--device", "cpu"]
-    sections += ["--price", "spot=0.36"]
+    sections = [part for name in ("decode", "model", "masks", "train") for part in ("--section", name)]
+    sections += ["--rounds", "1", "--device", "cpu", "--price", "spot=0.36"]
     sections += flags([*TINY, ("train.batch_size", 2)])
     ran = subprocess.run(
         [*command, *sections, "--json", str(tmp_path / "lines.json")],
@@ -35,6 +35,8 @@ def test_it_decodes_predicts_and_trains_in_every_way_there_is(tmp_path):
     assert found["decode"][0]["name"] == "Pillow, whole"
     assert {"plain fp32", "torch", "compiled"} <= {line["name"] for line in found["model"]}
     assert [line["name"] for line in found["train"]] == ["plain fp32", "unet_ray", "unet_ray, compiled"]
+    [own_size] = [line for line in lines if line["name"] == "own size"]
+    assert own_size["note"] == "equal: True"
     [price] = [line for line in lines if line["section"] == "price"]
     a_step = found["train"][1]["seconds"]
     assert price["seconds"] == pytest.approx(a_step / 2)  # a batch of two

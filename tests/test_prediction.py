@@ -465,7 +465,10 @@ def test_verbose_reaches_ray_data(ray_cluster, model, tmp_path, monkeypatch):
     assert given == [True, False]
 
 
-def test_ray_and_one_process_write_the_same_files(ray_cluster, model, tmp_path, small_chunks):
+def test_ray_and_one_process_write_the_same_files(ray_cluster, model, tmp_path, small_chunks, monkeypatch):
+    # Ray gets several chunks as one block, as with many replicas.
+    monkeypatch.setattr(inference, "MANY_REPLICAS", 1)
+    monkeypatch.setattr(inference, "BLOCKS_PER_REPLICA", 1)
     folder = make_photos(tmp_path / "images", 40)
     make_bad(folder / "bad")
     summaries = {}

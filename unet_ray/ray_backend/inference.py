@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -18,13 +19,14 @@ from ray.data.block import BlockMetadata
 from unet_ray.config import UserError
 from unet_ray.data import storage
 from unet_ray.data.chunks import Chunk, Stage
+from unet_ray.inference.chunk_size import MAX_BYTES
 from unet_ray.keys import Keys
 from unet_ray.models.device import keep_freed_memory
 from unet_ray.own_process import claim
 from unet_ray.ray_backend import autoscaling, internals, nodes, replicas
 
 NUMBERS_PER_TASK = 4096
-"""Chunk numbers per read task. The task makes a block of each number."""
+"""The most chunk numbers of a read task, but for rounding up to whole blocks."""
 
 TASK_CPUS, TASK_CPUS_BESIDE_A_MODEL = 0.5, 0.24
 """CPUs that Ray reserves for a task that decodes or writes: if models run on GPUs, and if they run on CPUs.
@@ -38,6 +40,12 @@ on that: 4 x 0.24 <= 0.999. With two tasks, decoding and writing alone took 1.3 
 SHARE_SPLIT_EVENLY = 0.05
 """Share of the CPUs that Ray Data splits evenly over all stages, if nodes may be added. With its default of a half,
 the replicas of the model would not fit. Ray Data always keeps the least that each stage needs."""
+
+MANY_REPLICAS, CHUNKS_PER_BLOCK, BLOCKS_PER_REPLICA = 8, 4, 8
+"""With so many replicas, a block holds so many chunks, as long as there are so many blocks for each replica. Ray Data
+passes on some 25 blocks a second on two cores. Measured with replicas that sleep (`jobs/benchmark.py --section scale`):
+1,500 images a second by blocks of one chunk, which has 64 images, and 4,000 by blocks of four. With fewer replicas that
+is enough, and small blocks take less memory."""
 
 RAISED = "raised"
 """Column of a chunk that stands for an exception, pickled. Ray Data would turn an exception of a task or an actor into
@@ -71,7 +79,10 @@ def run_on_cluster(
     with replicas.called_roll() as roll, autoscaling.asking_for_more(pool.bundle) if pool.grows else nullcontext():
         # The stages reserve different numbers of CPUs, which keeps Ray Data from fusing them: decoding in the model's
         # actors would not overlap with the model.
-        chunks = _one_block_each(numbers).map_batches(_Preprocess(preprocess), num_cpus=pool.task_cpus, **as_blocks)
+        each = chunks_per_block(len(numbers), pool.replicas)
+        if each > 1:  # Ray Data must not split a block in the middle of a chunk
+            DataContext.get_current().target_max_block_size = 2 * each * MAX_BYTES
+        chunks = _in_blocks(numbers, each).map_batches(_Preprocess(preprocess), num_cpus=pool.task_cpus, **as_blocks)
         segmented = internals.map_whole_blocks(
             chunks,
             _ModelActor,
@@ -81,11 +92,17 @@ def run_on_cluster(
             **pool.replica_resources,
         )
         finished = segmented.map_batches(_UnlessEmpty(postprocess), num_cpus=pool.task_cpus, **as_blocks)
-        for chunk in finished.iter_batches(**as_blocks):
-            if RAISED in chunk:
-                raise pickle.loads(chunk[RAISED][0])
-            if _rows(chunk):
-                yield chunk
+        for block in finished.iter_batches(**as_blocks):
+            if RAISED in block:
+                raise pickle.loads(block[RAISED][0])
+            yield from _chunks_of(block)
+
+
+def chunks_per_block(chunks: int, replicas: int) -> int:
+    """Returns how many chunks pass from stage to stage as one block."""
+    if replicas < MANY_REPLICAS:
+        return 1
+    return min(CHUNKS_PER_BLOCK, max(1, chunks // (replicas * BLOCKS_PER_REPLICA)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,14 +148,15 @@ def pool_of_replicas(workers: int, device: str) -> Pool:
 
 
 class _Numbers(Datasource):
-    """Reads chunk numbers, `NUMBERS_PER_TASK` per task, so that a hundred million images are not a million objects."""
+    """Reads chunk numbers, about `NUMBERS_PER_TASK` per task, so that a hundred million images are not a million
+    objects. All tasks have the same count, a multiple of `each`, but for the last."""
 
-    def __init__(self, numbers: Sequence[int]) -> None:
+    def __init__(self, numbers: Sequence[int], each: int) -> None:
         super().__init__()
-        self.groups = [
-            np.asarray(numbers[start : start + NUMBERS_PER_TASK], np.int64)
-            for start in range(0, len(numbers), NUMBERS_PER_TASK)
-        ]
+        tasks = -(-len(numbers) // NUMBERS_PER_TASK)
+        self.blocks_per_task = -(-len(numbers) // (tasks * each))
+        size = self.blocks_per_task * each
+        self.groups = [np.asarray(numbers[start : start + size], np.int64) for start in range(0, len(numbers), size)]
 
     def estimate_inmemory_data_size(self) -> int | None:
         return None
@@ -163,18 +181,38 @@ def _reader(group: np.ndarray) -> Callable[[], list[pa.Table]]:
     return lambda: [pa.table({"number": group})]
 
 
-def _one_block_each(numbers: Sequence[int]) -> ray.data.Dataset:
-    """Returns a lazy dataset with the column `number`, one row per block.
+def _in_blocks(numbers: Sequence[int], each: int) -> ray.data.Dataset:
+    """Returns a lazy dataset with the column `number`, `each` rows per block.
 
-    Ray Data splits the rows of each read task evenly into the requested number of blocks, which is `NUMBERS_PER_TASK`.
-    A last task with fewer rows makes fewer blocks. A task reserves no CPU, since replicas of the model may leave none.
+    Ray Data splits the rows of each read task evenly into the requested number of blocks. A last task with fewer rows
+    makes fewer blocks, or smaller ones. A task reserves no CPU, since replicas of the model may leave none.
     """
-    source = _Numbers(numbers)
-    return ray.data.read_datasource(source, override_num_blocks=len(source.groups) * NUMBERS_PER_TASK, num_cpus=0)
+    source = _Numbers(numbers, each)
+    blocks = len(source.groups) * source.blocks_per_task
+    return ray.data.read_datasource(source, override_num_blocks=blocks, num_cpus=0)
 
 
 def _rows(chunk: Chunk) -> int:
     return len(next(iter(chunk.values()), ()))
+
+
+def _chunks_of(block: Chunk) -> Iterator[Chunk]:
+    """Yields the chunks in a block: rows of one number each, or all, if they have none. Chunks without rows are left
+    out."""
+    if not _rows(block):
+        return
+    numbers = block.get("number", np.zeros(_rows(block)))
+    starts = [0, *(np.flatnonzero(numbers[1:] != numbers[:-1]) + 1).tolist(), len(numbers)]
+    for start, stop in pairwise(starts):
+        yield {name: values[start:stop] for name, values in block.items()}
+
+
+def _block_of(chunks: Iterable[Chunk]) -> Chunk:
+    """Returns chunks as one block; an empty one if none has rows."""
+    kept = [chunk for chunk in chunks if _rows(chunk)]
+    if len(kept) < 2:
+        return kept[0] if kept else {"number": np.zeros(0, np.int64)}
+    return {name: np.concatenate([chunk[name] for chunk in kept]) for name in kept[0]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,21 +223,22 @@ class _Preprocess:
     def __call__(self, table: Chunk) -> Chunk:
         claim()
         keep_freed_memory()  # of images at full size
-        assert len(table["number"]) == 1, "a block holds one chunk"
-        return _or_raised(self.preprocess, int(table["number"][0]))
+        return _or_raised(lambda numbers: _block_of(map(self.preprocess, numbers)), table["number"].tolist())
 
 
 @dataclass(frozen=True, slots=True)
 class _UnlessEmpty:
-    """Applies a stage to chunks with rows; returns empty ones, and those that stand for an exception, unchanged."""
+    """Applies a stage to each chunk of a block; returns a block that stands for an exception unchanged."""
 
     stage: Stage
     keys: Keys = field(default_factory=Keys)
 
-    def __call__(self, chunk: Chunk) -> Chunk:
+    def __call__(self, block: Chunk) -> Chunk:
         claim()
         keep_freed_memory()
-        return _or_raised(self.stage, chunk) if _rows(chunk) and RAISED not in chunk else chunk
+        if RAISED in block:
+            return block
+        return _or_raised(lambda chunks: _block_of(map(self.stage, chunks)), _chunks_of(block))
 
 
 class _ModelActor:

@@ -1,0 +1,59 @@
+"""Measures what comes after the network, on one core: scores to an image's own size, and the mask to PNG."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+import torch
+from PIL import Image
+
+from measures.common import Job, Line, in_turns, network_of, table
+from measures.decode import on_one_thread
+from unet_ray.data import own_size, pictures
+from unet_ray.models.device import run_network
+
+COUNT = 8
+"""The most images. Every round takes them all."""
+
+
+def masks_section(job: Job) -> Iterator[Line]:
+    classes, threshold = job.card.model.num_classes, job.card.threshold
+    scores, sizes = _scores(job), [Image.open(path).size[::-1] for path in job.images[:COUNT]]
+
+    def everything() -> list[np.ndarray]:
+        planes = ([own_size._plane(plane, size) for plane in each] for each, size in zip(scores, sizes, strict=True))
+        return [own_size.decide(each, classes, threshold) for each in planes]
+
+    def ours() -> list[np.ndarray]:
+        return [own_size.to_own_size(each, size, threshold) for each, size in zip(scores, sizes, strict=True)]
+
+    masks = ours()
+    same = all(map(np.array_equal, masks, everything()))
+    yield from _each(job, {"own size, everything interpolated": everything, "own size": ours}, f"equal: {same}")
+
+    def level_6() -> list[bytes]:
+        return [zlib.compress((np.packbits(mask, axis=1) if classes == 1 else mask).tobytes(), 6) for mask in masks]
+
+    def png() -> list[bytes]:
+        return [pictures.encode_png(mask, classes) for mask in masks]
+
+    share = sum(map(len, png())) / sum(map(len, level_6()))
+    yield from _each(job, {"PNG, zlib's level 6": level_6, "PNG": png}, f"{share:.2f} of the bytes")
+
+
+@torch.inference_mode()
+def _scores(job: Job) -> list[np.ndarray]:
+    """Returns the network's scores of the first images, float16 [K,H,W] each."""
+    network, found = network_of(job), []
+    for image in job.decoded(COUNT):
+        tensor = torch.from_numpy(image.copy())[None].to(job.device)
+        found.append(run_network(network, tensor, job.card.model, job.card.data)[0].half().cpu().numpy())
+    return found
+
+
+def _each(job: Job, steps: Mapping[str, Callable[[], object]], note: str) -> list[Line]:
+    seconds = in_turns({name: on_one_thread(step) for name, step in steps.items()}, job.rounds)
+    images, last = len(job.images[:COUNT]), [*seconds][-1]
+    return table("masks", {name: value / images for name, value in seconds.items()}, {last: note})
