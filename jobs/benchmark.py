@@ -8,6 +8,7 @@ Each section is a table: seconds are medians over the rounds, ratios are to the 
     model     the network alone, one image at a time
     masks     scores to an image's own size, and PNG, on one core
     predict   a folder to PNG masks, without the start: `--local`, through Ray, and milesial/Pytorch-UNet's own code
+    frontier  images a second to PNG masks at a mean Dice, of --model and each --beside
     train     an optimizer step, beside a plain fp32 loop
     epochs    an epoch `--local` and through Ray
     overhead  reading, decoding and writing without a network, beside one bare process per core
@@ -36,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from measures.common import BASE_64, Job, Line, random_model
 from measures.decode import decode_section
+from measures.frontier import frontier_section
 from measures.masks import masks_section
 from measures.memory import memory_section
 from measures.model import model_section
@@ -57,6 +59,7 @@ SECTIONS: dict[str, Callable[[Job], Iterator[Line]]] = {
     "model": model_section,
     "masks": masks_section,
     "predict": predict_section,
+    "frontier": frontier_section,
     "train": train_section,
     "epochs": epochs_section,
     "overhead": overhead_section,
@@ -97,6 +100,7 @@ def shown(line: Line) -> str:
     help="Masks of the photographs; without them, `train` and `epochs` are skipped.",
 )
 @click.option("--model", metavar="RUN", help="A trained model; without it, a U-Net of 64 channels with random weights.")
+@click.option("--beside", multiple=True, metavar="RUN", help="A further model of `frontier`; may be repeated.")
 @click.option(
     "--section",
     "sections",
@@ -123,6 +127,7 @@ def main(
     images: str,
     masks_folder: str | None,
     model: str | None,
+    beside: tuple[str, ...],
     sections: tuple[str, ...],
     milesial: str | None,
     device: Literal["cpu", "cuda"] | None,
@@ -146,6 +151,7 @@ def main(
             device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
             rounds=rounds,
             milesial=Path(milesial).resolve() if milesial else None,
+            others=tuple(map(checkpoint.model_directory, beside)),
             folder=Path(folder),
             config=config,
         )

@@ -56,6 +56,8 @@ class Job:
     device: Literal["cpu", "cuda"]
     rounds: int
     milesial: Path | None
+    others: tuple[str, ...]
+    """Further models of the section `frontier`."""
     folder: Path
     """Holds the outputs; removed at the end."""
     config: TrainConfig

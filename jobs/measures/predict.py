@@ -58,7 +58,7 @@ def steady(reports: Reports, begin: float = 0, end: float = 1) -> float:
     return (ended[0] - begun[0]) / max(1, ended[1] - begun[1])
 
 
-def _each(function: Callable[[Any], object], arguments: Sequence[Any]) -> float:
+def seconds_each(function: Callable[[Any], object], arguments: Sequence[Any]) -> float:
     """Calls the function with each argument. Returns the mean seconds of a call."""
     started = time.perf_counter()
     for argument in arguments:
@@ -83,10 +83,10 @@ def predict_section(job: Job) -> Iterator[Line]:
             milesial(job.images[0])  # starts
         for _ in range(job.rounds):
             if milesial is not None:
-                seconds.setdefault("milesial's predict.py", []).append(_each(milesial, job.images[:3]))
+                seconds.setdefault("milesial's predict.py", []).append(seconds_each(milesial, job.images[:3]))
             for image in decoded[:2]:  # warms up
                 alone(image)
-            seconds.setdefault("model alone", []).append(_each(alone, decoded))
+            seconds.setdefault("model alone", []).append(seconds_each(alone, decoded))
             seconds.setdefault("--local", []).append(steady(reports_of(partial(ours, True))))
             seconds.setdefault("through Ray", []).append(steady(reports_of(partial(ours, False))))
     medians = {name: statistics.median(values) for name, values in seconds.items()}
