@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from unet_ray.inference import chunk_size
+from unet_ray.ray_backend import inference
 from unet_ray.ray_backend.inference import _block_of, _chunks_of, _Numbers, chunks_per_block
 
 
@@ -27,6 +29,10 @@ def test_a_block_is_cut_into_the_chunks_that_it_was_made_of():
     assert list(_chunks_of(_block_of([empty]))) == [] == list(_chunks_of({}))
     [same] = _chunks_of({"x": np.arange(3)})  # an evaluation's chunks have no numbers
     assert same["x"].tolist() == [0, 1, 2]
+
+
+def test_the_chunks_of_a_block_are_as_large_as_a_chunk_may_be():
+    assert chunk_size.MAX_BYTES == inference.CHUNK_BYTES
 
 
 def test_only_many_replicas_with_much_to_do_get_several_chunks_at_once():
