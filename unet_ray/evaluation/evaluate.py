@@ -76,7 +76,7 @@ def _adapted(
         except PermissionError as error:
             raise UserError(
                 f"--adapt: {error.filename or pipeline.model} can't be written to: add --local, or `unet-ray predict "
-                "MODEL IMAGES --out OUT --adapt` and evaluate OUT/adapted"
+                "MODEL IMAGES --out OUT --adapt` and evaluate OUT/adapted, or MODEL if that says that it stays as it is"
             ) from None
         finally:
             if not runtime.local:
