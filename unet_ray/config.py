@@ -711,8 +711,8 @@ class PredictConfig(MaskOptions):
         if self.part is not None and self.adapt:
             raise UserError(
                 "--adapt with --part: parts would adapt on their own. Adapt once, `unet-ray predict MODEL SOME_IMAGES "
-                "--out OTHER --adapt`, then name OTHER/adapted as the model of all parts, or MODEL if that says that it "
-                "stays as it is"
+                "--out OTHER --adapt`, then name OTHER/adapted as the model of all parts, or MODEL if that says that "
+                "it stays as it is"
             )
         if self.part is not None and self.overwrite:
             raise UserError("--part and --overwrite: it would remove the other parts, too: choose another --out")
