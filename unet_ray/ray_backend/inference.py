@@ -79,11 +79,11 @@ def run_on_cluster(
     )
     as_blocks: dict[str, Any] = {"batch_size": None, "batch_format": "numpy"}
     with replicas.called_roll() as roll, autoscaling.asking_for_more(pool.bundle) if pool.grows else nullcontext():
-        # The stages reserve different numbers of CPUs, which keeps Ray Data from fusing them: decoding in the model's
-        # actors would not overlap with the model.
         each = chunks_per_block(len(numbers), pool.replicas)
         if each > 1:  # Ray Data must not split a block in the middle of a chunk
             DataContext.get_current().target_max_block_size = 2 * CHUNKS_PER_BLOCK * CHUNK_BYTES
+        # The stages reserve different numbers of CPUs, which keeps Ray Data from fusing them: decoding in the model's
+        # actors would not overlap with the model.
         chunks = _in_blocks(numbers, each).map_batches(_Preprocess(preprocess), num_cpus=pool.task_cpus, **as_blocks)
         segmented = internals.map_whole_blocks(
             chunks,
@@ -93,7 +93,7 @@ def run_on_cluster(
             runtime_env=nodes.runtime_env(pool.device),
             **pool.replica_resources,
         )
-        finished = segmented.map_batches(_UnlessEmpty(postprocess), num_cpus=pool.task_cpus, **as_blocks)
+        finished = segmented.map_batches(_EachChunk(postprocess), num_cpus=pool.task_cpus, **as_blocks)
         for block in finished.iter_batches(**as_blocks):
             if RAISED in block:
                 raise pickle.loads(block[RAISED][0])
@@ -229,7 +229,7 @@ class _Preprocess:
 
 
 @dataclass(frozen=True, slots=True)
-class _UnlessEmpty:
+class _EachChunk:
     """Applies a stage to each chunk of a block; returns a block that stands for an exception unchanged."""
 
     stage: Stage
@@ -256,7 +256,7 @@ class _ModelActor:
             def stage(_chunk: Chunk) -> Chunk:
                 raise refusal
 
-        self.stage = _UnlessEmpty(stage)
+        self.stage = _EachChunk(stage)
 
     def __call__(self, chunk: Chunk) -> Chunk:
         return self.stage(chunk)
