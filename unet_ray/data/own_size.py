@@ -107,6 +107,11 @@ class _Axis(NamedTuple):
     start: np.ndarray
     """Of each cell, its first pixel, int64 [h+1]; the last entry is H."""
 
+    @property
+    def has_gaps(self) -> bool:
+        """Whether a cell has no pixel: rounding may pass over one where sides are long and nearly equal."""
+        return bool((np.diff(self.start) < 1).any())
+
     def pixels(self, cells: np.ndarray) -> np.ndarray:
         """Returns the pixels of some cells, int64 [N,most]. Cells with fewer repeat their last one."""
         most = np.diff(self.start).max()
@@ -136,9 +141,9 @@ def _by_cells(plane: np.ndarray, size_hw: tuple[int, int], threshold: float) -> 
     cells = np.flatnonzero(_differs(positive))
     # A mean of scores that are equal to the threshold but for rounding could fall to the other side.
     unsure = logit != 0 and (np.abs(plane - logit) <= ROUNDING * abs(logit)).any()
-    if unsure or len(cells) > MOST_CELLS * plane.size:
-        return None
     rows, columns = _axis(height, size_hw[0]), _axis(width, size_hw[1])
+    if unsure or len(cells) > MOST_CELLS * plane.size or rows.has_gaps or columns.has_gaps:
+        return None
     mask = np.repeat(np.take(positive, columns.cell, axis=1), np.diff(rows.start), axis=0)
     if not len(cells):
         return mask
