@@ -43,7 +43,7 @@ the replicas of the model would not fit. Ray Data always keeps the least that ea
 MANY_REPLICAS, CHUNKS_PER_BLOCK, BLOCKS_PER_REPLICA = 8, 4, 8
 """With so many replicas, a block holds so many chunks, as long as there are so many blocks for each replica. Ray Data
 passes on some 25 blocks a second on two cores. Measured with replicas that sleep (`jobs/benchmark.py --section scale`):
-1,500 images a second by blocks of one chunk, which has 64 images, and 4,000 by blocks of four. With fewer replicas that
+1,800 images a second by blocks of one chunk, which has 64 images, and 4,200 by blocks of four. With fewer replicas that
 is enough, and small blocks take less memory."""
 
 CHUNK_BYTES = 64 * 2**20
