@@ -32,7 +32,7 @@ def test_a_block_is_cut_into_the_chunks_that_it_was_made_of():
 
 
 def test_the_chunks_of_a_block_are_as_large_as_a_chunk_may_be():
-    assert chunk_size.MAX_BYTES == inference.CHUNK_BYTES
+    assert chunk_size.MAX_BYTES == inference.MAX_BYTES
 
 
 def test_only_many_replicas_with_much_to_do_get_several_chunks_at_once():

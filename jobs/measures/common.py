@@ -148,14 +148,19 @@ def network_of(job: Job, precision: str = "auto", backend: str = "auto") -> back
     return backends.load(job.model, arithmetic_for(job, precision, backend))[0]
 
 
-@torch.inference_mode()
 def mask_of(
     network: backends.Network, image: np.ndarray, job: Job, size_hw: tuple[int, int] | None = None
 ) -> np.ndarray:
     """Returns the class ids, uint8 at `size_hw` (default: the model's size), of one image, uint8 [H,W,3]."""
+    scores = scores_of(network, image, job)
+    return own_size.to_own_size(scores, size_hw or job.card.image_size, job.card.threshold)
+
+
+@torch.inference_mode()
+def scores_of(network: backends.Network, image: np.ndarray, job: Job) -> np.ndarray:
+    """Returns the network's scores, [K,H,W], of one image, uint8 [H,W,3]."""
     tensor = torch.from_numpy(image.copy())[None].to(job.device)
-    logits = run_network(network, tensor, job.card.model, job.card.data)[0].cpu().numpy()
-    return own_size.to_own_size(logits, size_hw or job.card.image_size, job.card.threshold)
+    return run_network(network, tensor, job.card.model, job.card.data)[0].cpu().numpy()
 
 
 def random_model(folder: Path, *settings: tuple[str, Any]) -> str:

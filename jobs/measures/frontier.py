@@ -6,21 +6,18 @@ import itertools
 import statistics
 from collections.abc import Iterator
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from measures.common import Apart, Job, Line, dice, table
-from measures.predict import Milesial, reports_of, seconds_each, steady
+from measures.predict import Milesial, seconds_an_image, seconds_each
 from unet_ray.config import PredictConfig
 from unet_ray.data import imaging, storage
-from unet_ray.inference.predict import predict
 from unet_ray.models import checkpoint
 from unet_ray.models.operations import floating_point_operations
-from unet_ray.ray_backend.session import Runtime, ray_session
+from unet_ray.ray_backend.session import ray_session
 
 LEAST = 600
 """So many images are predicted at least. Fewer are repeated: a run of some seconds says little."""
@@ -45,8 +42,7 @@ def frontier_section(job: Job) -> Iterator[Line]:
                     name = f"{_short(model)} {way}"
                     out = job.folder / f"frontier {next(outs)}"
                     config = PredictConfig(model=model, inputs=(folder,), out=str(out), device=job.device)
-                    reports = reports_of(partial(_predicted, config, local))
-                    seconds.setdefault(name, []).append(steady(reports))
+                    seconds.setdefault(name, []).append(seconds_an_image(config, local=local))
                     notes.setdefault(name, _note(job, model, out))
     yield from table("frontier", {name: statistics.median(values) for name, values in seconds.items()}, notes)
 
@@ -59,10 +55,6 @@ def _repeated(job: Job) -> str:
         for path in job.images:
             (folder / str(turn) / Path(path).name).symlink_to(Path(path).resolve())
     return str(folder)
-
-
-def _predicted(config: PredictConfig, local: bool, on_progress: Any) -> None:
-    predict(config, runtime=Runtime(local=local), on_progress=on_progress)
 
 
 def _short(model: str) -> str:

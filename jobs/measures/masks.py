@@ -6,13 +6,11 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
-import torch
 from PIL import Image
 
-from measures.common import Job, Line, in_turns, network_of, table
+from measures.common import Job, Line, in_turns, network_of, scores_of, table
 from measures.decode import on_one_thread
 from unet_ray.data import own_size, pictures
-from unet_ray.models.device import run_network
 
 COUNT = 8
 """The most images. Every round takes them all."""
@@ -20,7 +18,9 @@ COUNT = 8
 
 def masks_section(job: Job) -> Iterator[Line]:
     classes, threshold = job.card.model.num_classes, job.card.threshold
-    scores, sizes = _scores(job), [Image.open(path).size[::-1] for path in job.images[:COUNT]]
+    network = network_of(job)
+    scores = [scores_of(network, image, job).astype(np.float16) for image in job.decoded(COUNT)]
+    sizes = [Image.open(path).size[::-1] for path in job.images[:COUNT]]
 
     def everything() -> list[np.ndarray]:
         planes = ([own_size._plane(plane, size) for plane in each] for each, size in zip(scores, sizes, strict=True))
@@ -41,16 +41,6 @@ def masks_section(job: Job) -> Iterator[Line]:
 
     share = sum(map(len, png())) / sum(map(len, level_6()))
     yield from _each(job, {"PNG, zlib's level 6": level_6, "PNG": png}, f"{share:.2f} of the bytes")
-
-
-@torch.inference_mode()
-def _scores(job: Job) -> list[np.ndarray]:
-    """Returns the network's scores of the first images, float16 [K,H,W] each."""
-    network, found = network_of(job), []
-    for image in job.decoded(COUNT):
-        tensor = torch.from_numpy(image.copy())[None].to(job.device)
-        found.append(run_network(network, tensor, job.card.model, job.card.data)[0].half().cpu().numpy())
-    return found
 
 
 def _each(job: Job, steps: Mapping[str, Callable[[], object]], note: str) -> list[Line]:

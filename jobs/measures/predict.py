@@ -58,6 +58,11 @@ def steady(reports: Reports, begin: float = 0, end: float = 1) -> float:
     return (ended[0] - begun[0]) / max(1, ended[1] - begun[1])
 
 
+def seconds_an_image(config: PredictConfig, *, local: bool) -> float:
+    """Predicts. Returns the seconds per image, without the start."""
+    return steady(reports_of(lambda tell: predict(config, runtime=Runtime(local=local), on_progress=tell)))
+
+
 def seconds_each(function: Callable[[Any], object], arguments: Sequence[Any]) -> float:
     """Calls the function with each argument. Returns the mean seconds of a call."""
     started = time.perf_counter()
@@ -69,10 +74,10 @@ def seconds_each(function: Callable[[Any], object], arguments: Sequence[Any]) ->
 def predict_section(job: Job) -> Iterator[Line]:
     outs = itertools.count()
 
-    def ours(local: bool, on_progress: Any) -> None:
+    def ours(*, local: bool) -> float:
         out = str(job.folder / f"out{next(outs)}")
         config = PredictConfig(model=job.model, inputs=(job.listed(96),), out=out, device=job.device)
-        predict(config, runtime=Runtime(local=local), on_progress=on_progress)
+        return seconds_an_image(config, local=local)
 
     alone = partial(mask_of, network_of(job), job=job)
     decoded = job.decoded(8)
@@ -87,8 +92,8 @@ def predict_section(job: Job) -> Iterator[Line]:
             for image in decoded[:2]:  # warms up
                 alone(image)
             seconds.setdefault("model alone", []).append(seconds_each(alone, decoded))
-            seconds.setdefault("--local", []).append(steady(reports_of(partial(ours, True))))
-            seconds.setdefault("through Ray", []).append(steady(reports_of(partial(ours, False))))
+            seconds.setdefault("--local", []).append(ours(local=True))
+            seconds.setdefault("through Ray", []).append(ours(local=False))
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     notes = {
         name: f"{medians['model alone'] / medians[name]:.3f} of the model's own rate"

@@ -30,5 +30,7 @@ def to_parquet(table: pa.Table, compression: str = "zstd", row_group_size: int |
     return stream.getvalue()
 
 
+MAX_BYTES = 64 * 2**20
+"""The most bytes of a chunk between the stages. It is below the 128 MiB at which Ray Data splits a block in two."""
 Chunk = dict[str, np.ndarray]
 Stage = Callable[[Chunk], Chunk]

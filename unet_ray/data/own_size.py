@@ -106,16 +106,13 @@ class _Axis(NamedTuple):
     """Of each pixel, the weights of these two, float32 [2,H], bit for bit those of `F.interpolate`."""
     start: np.ndarray
     """Of each cell, its first pixel, int64 [h+1]; the last entry is H."""
-
-    @property
-    def has_gaps(self) -> bool:
-        """Whether a cell has no pixel: rounding may pass over one where sides are long and nearly equal."""
-        return bool((np.diff(self.start) < 1).any())
+    per_cell: np.ndarray
+    """Of each cell, how many pixels it has, int64 [h]. That could be 0: rounding may pass over one where sides
+    are long and nearly equal."""
 
     def pixels(self, cells: np.ndarray) -> np.ndarray:
         """Returns the pixels of some cells, int64 [N,most]. Cells with fewer repeat their last one."""
-        most = np.diff(self.start).max()
-        return np.minimum(self.start[cells, None] + np.arange(most), self.start[cells + 1, None] - 1)
+        return np.minimum(self.start[cells, None] + np.arange(self.per_cell.max()), self.start[cells + 1, None] - 1)
 
 
 @lru_cache(maxsize=32)
@@ -130,7 +127,8 @@ def _axis(scores: int, pixels: int) -> _Axis:
     cell -= rows[(cell - 1) % 3, every] != 0
     cell += rows[cell % 3, every] == 0
     weights = np.stack([rows[cell % 3, every], rows[(cell + 1) % 3, every]])
-    return _Axis(cell, weights, np.searchsorted(cell, np.arange(scores + 1)))
+    start = np.searchsorted(cell, np.arange(scores + 1))
+    return _Axis(cell, weights, start, np.diff(start))
 
 
 def _by_cells(plane: np.ndarray, size_hw: tuple[int, int], threshold: float) -> np.ndarray | None:
@@ -142,9 +140,9 @@ def _by_cells(plane: np.ndarray, size_hw: tuple[int, int], threshold: float) -> 
     # A mean of scores that are equal to the threshold but for rounding could fall to the other side.
     unsure = logit != 0 and (np.abs(plane - logit) <= ROUNDING * abs(logit)).any()
     rows, columns = _axis(height, size_hw[0]), _axis(width, size_hw[1])
-    if unsure or len(cells) > MOST_CELLS * plane.size or rows.has_gaps or columns.has_gaps:
+    if unsure or len(cells) > MOST_CELLS * plane.size or min(rows.per_cell.min(), columns.per_cell.min()) < 1:
         return None
-    mask = np.repeat(np.take(positive, columns.cell, axis=1), np.diff(rows.start), axis=0)
+    mask = np.repeat(np.take(positive, columns.cell, axis=1), rows.per_cell, axis=0)
     if not len(cells):
         return mask
     top, left = np.divmod(cells, width)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-MIN_ROWS, MAX_ROWS, MAX_BYTES, SECONDS = 8, 64, 64 * 2**20, 0.25
-"""Limits of a chunk. `MAX_BYTES` is below the 128 MiB at which Ray Data splits a block in two. Ray needs some
-hundredths of a second to pass on a chunk, so each holds about `SECONDS` of work or more, also in small folders."""
+from unet_ray.data.chunks import MAX_BYTES
+
+MIN_ROWS, MAX_ROWS, SECONDS = 8, 64, 0.25
+"""Limits of a chunk, beside `MAX_BYTES`. Ray needs some hundredths of a second to pass on a chunk, so each holds about
+`SECONDS` of work or more, also in small folders."""
 
 
 class RowCost(NamedTuple):

@@ -29,8 +29,9 @@ def run_here(
     """
     segment = model()
     threads = torch.get_num_threads()
-    with _one_thread_each(_most_decoders()) as preprocessing, _one_thread_each(1) as postprocessing:
-        decoded = _decoded(numbers, preprocess, preprocessing)
+    most = _most_decoders()
+    with _one_thread_each(most) as preprocessing, _one_thread_each(1) as postprocessing:
+        decoded = _decoded(numbers, preprocess, preprocessing, most)
         pending = None
         try:
             for chunk in decoded:
@@ -58,12 +59,12 @@ def _one_thread_each(workers: int) -> ThreadPoolExecutor:
 
 
 def _decoded(
-    numbers: Sequence[int], preprocess: Callable[[int], Chunk], threads: ThreadPoolExecutor
+    numbers: Sequence[int], preprocess: Callable[[int], Chunk], threads: ThreadPoolExecutor, most: int
 ) -> Iterator[Chunk]:
     """Yields the chunks in order. Preprocesses one ahead, and one more each time that the caller had to wait for long,
-    up to the number of threads."""
+    up to `most`, the number of threads."""
     upcoming: deque[Future[Chunk]] = deque()
-    left, ahead, most = iter(numbers), 1, _most_decoders()
+    left, ahead = iter(numbers), 1
 
     def top_up() -> None:
         upcoming.extend(threads.submit(preprocess, number) for number in islice(left, ahead - len(upcoming)))

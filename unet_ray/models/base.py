@@ -32,7 +32,8 @@ class SegmentationModel(nn.Module, ABC):
     pixel_shift: Tensor
     head: nn.Module
     grows_with_area: bool = False
-    """Whether all its operations are convolutions, whose number is that of the squares of `step` pixels in an image."""
+    """Whether, with padding `same`, all its operations are convolutions, whose number is that of the squares of `step`
+    pixels in an image."""
 
     def __init__(self, config: ModelConfig, *, multiple_of: int = 1) -> None:
         """`multiple_of`: `body` gets sides that are multiples of this (in units of `patch`)."""
@@ -40,7 +41,7 @@ class SegmentationModel(nn.Module, ABC):
         self.config, self.multiple_of = config, multiple_of
         self.checkpoint_activations = False
         """Training sets this."""
-        mean, std = (np.atleast_1d(np.asarray(value, np.float32)) for value in (config.pixel_mean, config.pixel_std))
+        mean, std = pixel_statistics(config)
         if config.patch > 1:  # pixel_unshuffle keeps a channel's pixels together
             mean, std = (v.repeat(config.patch**2) if len(v) > 1 else v for v in (mean, std))
         self.register_buffer("pixel_scale", of_channels(1 / (255 * std)), persistent=False)
@@ -109,6 +110,12 @@ class SegmentationModel(nn.Module, ABC):
             return nullcontext(), _frozen_statistics(block)
 
         return checkpoint(block, x, use_reentrant=False, context_fn=contexts)
+
+
+def pixel_statistics(config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Returns `pixel_mean` and `pixel_std`, float32 [C] each; C is 1 if one number holds for all channels."""
+    mean, std = (np.atleast_1d(np.asarray(value, np.float32)) for value in (config.pixel_mean, config.pixel_std))
+    return mean, std
 
 
 def of_channels(values: np.ndarray) -> Tensor:

@@ -9,13 +9,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unet_ray.config import ModelConfig, UserError
-from unet_ray.models.base import SegmentationModel, of_channels
+from unet_ray.models.base import SegmentationModel, of_channels, pixel_statistics
 from unet_ray.models.unet import DoubleConv, Up, initialise
 
 INPUT_MEAN, INPUT_STD = 127 / 255, 128 / 255
@@ -73,7 +72,7 @@ class EncoderUNet(SegmentationModel):
         if config.pretrained:
             self.encoder.load_imagenet(config.encoder)
         # The base class has normalised with the settings; the encoder wants its own.
-        mean, std = (np.atleast_1d(np.asarray(value, np.float32)) for value in (config.pixel_mean, config.pixel_std))
+        mean, std = pixel_statistics(config)
         self.register_buffer("rescale", of_channels(std / INPUT_STD), persistent=False)
         self.register_buffer("reshift", of_channels((mean - INPUT_MEAN) / INPUT_STD), persistent=False)
 

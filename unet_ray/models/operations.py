@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +29,7 @@ def floating_point_operations(config: ModelConfig, size_hw: tuple[int, int]) -> 
         return 0
     try:
         model = without_weights(config).eval()
-        by_area = model.grows_with_area and not is_custom(config.name)
+        by_area = model.grows_with_area and config.padding == "same" and not is_custom(config.name)
         return _by_area(model, size_hw) if by_area else _counted_by_torch(model, size_hw)
     except Exception:
         if not is_custom(config.name):
@@ -71,5 +70,4 @@ def _counted_by_torch(model: SegmentationModel, size_hw: tuple[int, int]) -> int
     sides = [length + 2 * config.margin for length in size_hw]
     with torch.device("meta"), counter:
         model(torch.empty(1, config.in_channels, *sides, dtype=torch.uint8))
-    total: Any = counter.get_total_flops()
-    return total
+    return counter.get_total_flops()

@@ -18,9 +18,10 @@ from unet_ray.models.base import SegmentationModel
 class UNet(SegmentationModel):
     """Contracts an image `depth` times, expands it again, and joins equal levels (figure 1 of the paper)."""
 
+    grows_with_area = True
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config, multiple_of=2**config.depth)
-        self.grows_with_area = config.padding == "same"
         widths = config.channels
         self.down = contracting_path(config)
         self.up = nn.ModuleList(Up(below, here, config.up) for here, below in pairwise(widths))

@@ -18,7 +18,7 @@ from ray.data.block import BlockMetadata
 
 from unet_ray.config import UserError
 from unet_ray.data import storage
-from unet_ray.data.chunks import Chunk, Stage
+from unet_ray.data.chunks import MAX_BYTES, Chunk, Stage
 from unet_ray.keys import Keys
 from unet_ray.models.device import keep_freed_memory
 from unet_ray.own_process import claim
@@ -45,9 +45,6 @@ MANY_REPLICAS, CHUNKS_PER_BLOCK, BLOCKS_PER_REPLICA = 8, 4, 8
 passes on some 25 blocks a second on two cores. Measured with replicas that sleep (`jobs/benchmark.py --section scale`):
 1,800 images a second by blocks of one chunk, which has 64 images, and 4,200 by blocks of four. With fewer replicas that
 is enough, and small blocks take less memory."""
-
-CHUNK_BYTES = 64 * 2**20
-"""The most bytes of a chunk between the stages (`chunk_size.MAX_BYTES`)."""
 
 RAISED = "raised"
 """Column of a chunk that stands for an exception, pickled. Ray Data would turn an exception of a task or an actor into
@@ -81,7 +78,7 @@ def run_on_cluster(
     with replicas.called_roll() as roll, autoscaling.asking_for_more(pool.bundle) if pool.grows else nullcontext():
         each = chunks_per_block(len(numbers), pool.replicas)
         if each > 1:  # Ray Data must not split a block in the middle of a chunk
-            DataContext.get_current().target_max_block_size = 2 * CHUNKS_PER_BLOCK * CHUNK_BYTES
+            DataContext.get_current().target_max_block_size = 2 * CHUNKS_PER_BLOCK * MAX_BYTES
         # The stages reserve different numbers of CPUs, which keeps Ray Data from fusing them: decoding in the model's
         # actors would not overlap with the model.
         chunks = _in_blocks(numbers, each).map_batches(_Preprocess(preprocess), num_cpus=pool.task_cpus, **as_blocks)

@@ -135,7 +135,9 @@ def _masks(sample: ManifestSample) -> list[Section]:
         table = Table(rows, ["class", "pixels"])
     enough = len(foreground) >= FEWEST_FOR_HISTOGRAMS
     charts = mask_histograms(foreground, uncertainty) if enough else []
-    return [Section(title="Masks", text=text, charts=charts, table=table, keep=True)] if text or charts or table else []
+    if not (text or charts or table):
+        return []
+    return [Section(title="Masks", text=text, charts=charts, table=table, keep=True)]
 
 
 def _times(summary: dict[str, Any]) -> Section:
