@@ -15,6 +15,7 @@ Each section is a table: seconds are medians over the rounds, ratios are to the 
     memory    peak resident memory, and images per second, of a short and a long folder
     start     `--help`, one image from a cold start, and the first mask through Ray by part
     scale     images a second that one command hands out to replicas that sleep instead of computing
+    names     ten million names handed out like that, killed once and gone on (half an hour; only if it is named)
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from measures.frontier import frontier_section
 from measures.masks import masks_section
 from measures.memory import memory_section
 from measures.model import model_section
+from measures.names import names_section
 from measures.overhead import overhead_section
 from measures.predict import predict_section
 from measures.scale import scale_section
@@ -66,7 +68,10 @@ SECTIONS: dict[str, Callable[[Job], Iterator[Line]]] = {
     "memory": memory_section,
     "start": start_section,
     "scale": scale_section,
+    "names": names_section,
 }
+LONG = ("names",)
+"""Sections that run only if they are named."""
 
 
 def prices(lines: Sequence[Line], an_hour: Mapping[str, float], batch_size: int) -> Iterator[Line]:
@@ -123,6 +128,8 @@ def shown(line: Line) -> str:
     help="Price of an hour of a machine like this one, to print the cost of a million images; may be repeated.",
 )
 @click.option("--json", "json_file", metavar="FILE", help="Also write the lines to FILE, as JSON.")
+@click.option("--names", default=10_000_000, show_default=True, help="Names of the section `names`.")
+@click.option("--plots", metavar="DIR", help="Also draw plots of `frontier`, `scale` and `names`, as PNG in DIR.")
 def main(
     images: str,
     masks_folder: str | None,
@@ -136,6 +143,8 @@ def main(
     rounds: int,
     price_list: tuple[str, ...],
     json_file: str | None,
+    names: int,
+    plots: str | None,
 ) -> None:
     """Measure how fast this machine decodes, predicts and trains, compared with other implementations."""
     an_hour = _amounts(price_list)
@@ -154,8 +163,12 @@ def main(
             others=tuple(map(checkpoint.model_directory, beside)),
             folder=Path(folder),
             config=config,
+            names=names,
+            plots=Path(plots) if plots else None,
         )
-        lines, failed = _measured(job, sections or tuple(SECTIONS))
+        if job.plots:
+            job.plots.mkdir(parents=True, exist_ok=True)
+        lines, failed = _measured(job, sections or tuple(name for name in SECTIONS if name not in LONG))
     for line in prices([*lines], an_hour, config.train.batch_size):
         click.echo(shown(line))
         lines.append(line)

@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 
-from unet_ray.inference import chunk_size
-from unet_ray.ray_backend import inference
-from unet_ray.ray_backend.inference import _block_of, _chunks_of, _Numbers, chunks_per_block
+from unet_ray.inference.chunk_size import RowCost, chunks_per_block
+from unet_ray.ray_backend.inference import _block_of, _chunks_of, _Numbers
 
 
 @pytest.mark.parametrize("each", [1, 2, 3, 4])
@@ -31,12 +30,19 @@ def test_a_block_is_cut_into_the_chunks_that_it_was_made_of():
     assert same["x"].tolist() == [0, 1, 2]
 
 
-def test_the_chunks_of_a_block_are_as_large_as_a_chunk_may_be():
-    assert chunk_size.MAX_BYTES == inference.MAX_BYTES
+CARS, SMALL, BASE_64, TILES = RowCost(786_432, 0.02), RowCost(110_592, 0.005), RowCost(786_432, 1.0), RowCost(1, np.inf)
 
 
 def test_only_many_replicas_with_much_to_do_get_several_chunks_at_once():
-    assert chunks_per_block(10**6, 7) == 1
-    assert chunks_per_block(63, 8) == 1
-    assert chunks_per_block(128, 8) == 2
-    assert chunks_per_block(10**6, 8) == chunks_per_block(10**6, 1000) == 4
+    assert chunks_per_block(10**6, SMALL, 7, "cuda") == 1
+    assert chunks_per_block(63, SMALL, 8, "cuda") == 1
+    assert chunks_per_block(128, SMALL, 8, "cuda") == 2
+    assert chunks_per_block(10**6, SMALL, 8, "cuda") == chunks_per_block(10**6, SMALL, 1000, "cpu") == 16
+
+
+def test_a_block_has_a_limit_of_memory_and_of_what_a_death_loses():
+    assert chunks_per_block(10**6, CARS, 1000, "cuda") == 5
+    assert 5 * 64 * CARS.bytes <= 256 * 2**20 < 6 * 64 * CARS.bytes
+    assert chunks_per_block(10**6, BASE_64, 1000, "cpu") == 1, "a minute of two cores"
+    assert chunks_per_block(10**6, BASE_64, 1000, "cuda") == 5
+    assert chunks_per_block(10**6, TILES, 1000, "cuda") == 1, "an image may have any size"

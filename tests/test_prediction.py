@@ -23,7 +23,7 @@ from unet_ray import registry
 from unet_ray.config import EvaluateConfig, PredictConfig, UserError
 from unet_ray.data import storage
 from unet_ray.evaluation.evaluate import evaluate
-from unet_ray.inference import segmenter
+from unet_ray.inference import chunk_size, segmenter
 from unet_ray.inference.formats import OutputFormat
 from unet_ray.inference.ledger import SideTable
 from unet_ray.inference.predict import predict
@@ -467,8 +467,9 @@ def test_verbose_reaches_ray_data(ray_cluster, model, tmp_path, monkeypatch):
 
 def test_ray_and_one_process_write_the_same_files(ray_cluster, model, tmp_path, small_chunks, monkeypatch):
     # Ray gets several chunks as one block, as with many replicas.
-    monkeypatch.setattr(inference, "MANY_REPLICAS", 1)
-    monkeypatch.setattr(inference, "BLOCKS_PER_REPLICA", 1)
+    monkeypatch.setattr(chunk_size, "MANY_REPLICAS", 1)
+    monkeypatch.setattr(chunk_size, "BLOCKS_PER_REPLICA", 1)
+    monkeypatch.setattr(chunk_size, "MAX_CHUNKS", 4)
     folder = make_photos(tmp_path / "images", 40)
     make_bad(folder / "bad")
     summaries = {}

@@ -1,5 +1,8 @@
 """Files are whole or absent; locations are joined and told apart."""
 
+import os
+from pathlib import Path
+
 import pytest
 
 from unet_ray.config import UserError
@@ -26,6 +29,29 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
         storage.write_bytes(str(path), b"new")
     assert path.read_bytes() == b"old"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_folder_is_synced_again_only_after_it_has_changed(tmp_path, monkeypatch):
+    synced: list[Path] = []
+    fsync = os.fsync
+
+    def noted(descriptor):
+        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink())
+        fsync(descriptor)
+
+    def written(name):
+        synced.clear()
+        storage.write_bytes(str(tmp_path / name), b"x", durable=True)
+        return {path.relative_to(tmp_path).as_posix() for path in synced if path.is_relative_to(tmp_path)}
+
+    monkeypatch.setattr(os, "fsync", noted)
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    for folder in ("a/b", "a", "."):
+        os.utime(tmp_path / folder, (1e9, 1e9))  # they changed long ago
+    assert written("a/b/1") >= {"a/b", "a", "."}
+    assert written("a/b/2") & {"a/b", "a", "."} == {"a/b"}
+    assert written("a/c/1") & {"a/c", "a", "."} == {"a/c", "a"}
+    assert written("a/b/3") & {"a/b", "a", "."} == {"a/b", "a"}, "a may have changed again since the last sync"
 
 
 def test_uris_and_paths_are_joined_and_told_apart():

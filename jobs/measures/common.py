@@ -62,6 +62,10 @@ class Job:
     """Holds the outputs; removed at the end."""
     config: TrainConfig
     """The settings of the training step, with the folders of the pairs."""
+    names: int
+    """Names of the section `names`."""
+    plots: Path | None
+    """Folder for the plots of `frontier`, `scale` and `names`."""
 
     def listed(self, count: int) -> str:
         """Writes a list of the first `count` images, for `predict`. Returns its path."""

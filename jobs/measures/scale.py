@@ -12,10 +12,14 @@ from typing import Any
 import numpy as np
 import psutil
 
+from measures import plots
 from measures.common import Job, Line
+from measures.predict import Reports, steady
 from unet_ray.config import MaskOptions
 from unet_ray.data.chunks import Chunk, Stage, objects
 from unet_ray.data.inputs import ImageFile
+from unet_ray.data.progress import OnProgress
+from unet_ray.inference.chunk_size import RowCost, chunks_per_block
 from unet_ray.inference.formats.base import OutputFormat
 from unet_ray.inference.ledger import Ledger
 from unet_ray.inference.predict import _Run
@@ -24,51 +28,71 @@ from unet_ray.inference.stages import TIMES, Load
 from unet_ray.inference.survey import survey
 from unet_ray.ray_backend.data_context import configure
 from unet_ray.ray_backend.inference import Pool, run_on_cluster
-from unet_ray.ray_backend.session import ray_session
+from unet_ray.ray_backend.session import Runtime, ray_session
 
 RATE = 140.0
 """Images per second of a replica: what cluster/README.md says of an L4."""
 REPLICAS = (1, 8, 64, 1000)
-PROCESSES = 12
+PROCESSES = 8
 """The most processes. Each is as fast as several replicas, since a thousand would not fit into one machine's memory."""
-TASK_CPUS = 0.1
-"""So many tasks run at once here as do on a cluster whose nodes have CPUs for them."""
-SECONDS = 20
-MOST = 60_000
+TASK_CPUS = 0.25
+"""Four tasks run at once for each CPU: they wait for the disk more than they compute."""
+SECONDS = 40
+MOST = 500_000
 """Images of the longest run."""
+BEGIN = 0.5
+"""The rate is that after this share of the images, when all processes have started."""
 
 
 def scale_section(job: Job) -> Iterator[Line]:
+    rates, driver = [], []
     with ray_session():
         configure()
         for replicas in REPLICAS:
-            yield _handed_out(job, replicas)
+            line, cpu = _handed_out(job, replicas)
+            rates.append(1 / (line.seconds or np.inf))
+            driver.append(cpu)
+            yield line
+    if job.plots:
+        plots.scale(job.plots / "scale.png", REPLICAS, rates, driver, RATE)
 
 
-def _handed_out(job: Job, replicas: int) -> Line:
-    out = job.folder / f"scale{replicas}"
-    out.mkdir()
-    ledger = Ledger(str(out), ())
+def _handed_out(job: Job, replicas: int) -> tuple[Line, float]:
+    """Returns a line, and the driver's seconds of CPU for a thousand images, without the listing."""
     images = min(MOST, int(replicas * RATE * SECONDS))
-    started = time.perf_counter()
-    cost = pipeline_of(job.model, MaskOptions()).row_cost()
-    survey(ledger, _names(images), lambda image: iter([f"{image.key}.png"]), cost, lambda _count: None, None)
-    listing = time.perf_counter() - started
-    seen: list[tuple[float, int]] = []
-    run = _Run(ledger, lambda done, _failed, _all: seen.append((time.perf_counter(), done)), allow_mixed=False)
     process = psutil.Process()
-    before, memory = process.cpu_times(), process.memory_info().rss
-    run.segment(_Sleeping(replicas), _Recorded(ledger), None, _NoLock())  # type: ignore[arg-type]
-    after = process.cpu_times()
-    times = [(at, done) for at, done in seen if done]
-    (begun, first), (ended, last) = times[len(times) // 4], times[-len(times) // 8 - 1]
-    rate = (last - first) / (ended - begun)
-    cpu = (after.user + after.system - before.user - before.system) / images * 1000
+    reports: Reports = []
+    used: list[float] = []
+    memory: list[int] = []
+
+    def tell(done: int, _failed: int, total: int) -> None:
+        if total:
+            reports.append((time.perf_counter(), done))
+            used.append(sum(process.cpu_times()[:2]))
+            memory.append(process.memory_info().rss)
+
+    started = time.perf_counter()
+    hand_out(str(job.folder / f"scale{replicas}"), job.model, images, replicas, tell)
+    listing = reports[0][0] - started
+    reports = [report for report in reports if report[1]]
+    seconds = steady(reports, BEGIN)
+    cpu = (used[-1] - used[0]) / images * 1000
     note = (
-        f"{rate:,.0f} images/s of {replicas * RATE:,.0f} that the replicas could take; driver {cpu:.2f} s of CPU a "
-        f"thousand images and {(process.memory_info().rss - memory) / 2**20:.0f} MB; listing {images / listing:,.0f}/s"
+        f"{1 / seconds:,.0f} images/s of {replicas * RATE:,.0f} that the replicas could take; driver {cpu:.3f} s of "
+        f"CPU a thousand images and {(memory[-1] - memory[0]) / 2**20:.0f} MB; listing {images / listing:,.0f}/s"
     )
-    return Line("scale", f"{replicas} replicas", 1 / rate, rate / (replicas * RATE), note)
+    return Line("scale", f"{replicas} replicas", seconds, 1 / seconds / (replicas * RATE), note), cpu
+
+
+def hand_out(out: str, model: str, images: int, replicas: int, on_progress: OnProgress) -> Ledger:
+    """Lists so many names, hands them out to replicas that sleep, and records them as done; goes on if it was stopped.
+    Ray must be started. `on_progress` gets 0 as the number of all images while it lists."""
+    ledger = Ledger(out, ())
+    cost = pipeline_of(model, MaskOptions()).row_cost()
+    survey(ledger, _names(images), lambda image: iter([f"{image.key}.png"]), cost, lambda n: on_progress(n, 0, 0), None)
+    run = _Run(ledger, on_progress, allow_mixed=False)
+    run.segment(_Sleeping(replicas, cost), _Recorded(ledger), Runtime(), _NoLock())  # type: ignore[arg-type]
+    return ledger
 
 
 def _names(images: int) -> Iterator[ImageFile]:
@@ -82,12 +106,14 @@ class _Sleeping:
     """Takes the place of a pipeline: images are not read, and the network sleeps."""
 
     replicas: int
+    cost: RowCost
 
     def run(self, numbers: Sequence[int], load: Load, sink: Any, **_more: Any) -> Generator[Chunk, None, None]:
         processes = min(PROCESSES, self.replicas)
         pool = Pool(processes, "cpu", 1, {"CPU": 0.0}, {"num_cpus": 0.0}, TASK_CPUS, grows=False)
         network = partial(_network, RATE * self.replicas / processes)
-        yield from run_on_cluster(numbers, load, network, sink, pool=pool)
+        each = chunks_per_block(len(numbers), self.cost, self.replicas, "cuda")
+        yield from run_on_cluster(numbers, load, network, sink, pool=pool, each=each)
 
 
 def _network(rate: float, _threads: int | None) -> Stage:

@@ -263,11 +263,31 @@ def _sync_one(path: str) -> None:
             raise
 
 
+QUIET_SECONDS = 2
+"""So long ago a folder must have changed last for its time to tell whether it changes again: a file system's clock
+ticks every few hundredths of a second, on some once a second."""
+MAX_SYNCED_FOLDERS = 4096
+_synced_folders: dict[str, tuple[int, int]] = {}
+"""Folders that this process has synced -> inode and time of the last change, if that was long enough ago."""
+
+
 def _sync_folders(paths: list[str]) -> None:
-    """Syncs the folders above some files, the deepest first. Those that have not changed cost next to nothing."""
+    """Syncs the folders above some files, the deepest first, but for those that have not changed since this process
+    synced them. (Some file systems take milliseconds for each, though nothing is to be stored.)"""
     folders = {str(folder) for path in paths for folder in Path(path).parents}
     for folder in sorted(folders, key=len, reverse=True):
+        try:
+            status = Path(folder).stat()
+        except OSError:
+            continue  # deleted: it stays so
+        state = (status.st_ino, status.st_mtime_ns)
+        if _synced_folders.get(folder) == state:
+            continue
         _sync_one(folder)
+        if time.time() - status.st_mtime > QUIET_SECONDS:
+            if len(_synced_folders) >= MAX_SYNCED_FOLDERS:
+                _synced_folders.clear()
+            _synced_folders[folder] = state
 
 
 TEMPORARY = ".tmp"

@@ -12,7 +12,6 @@ image has changed, its row in its shard is renewed. A row is done if a result re
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -216,12 +215,13 @@ class Ledger:
 
     # --- loading and recording chunks ---
 
-    def load(self, number: int) -> Columns:
-        """Returns the rows of a chunk that are to be done, as columns. There may be none."""
+    def load(self, number: int, inputs: pq.ParquetFile | None = None) -> Columns:
+        """Returns the rows of a chunk that are to be done, as columns. There may be none. `inputs`: those of its shard;
+        None: they are read."""
         shard, chunk = divmod(number, SHARD_ROWS)
-        file = self.open_inputs(shard)
+        file = inputs or self.open_inputs(shard)
         start = _bounds(file)[chunk]
-        table = file.read_row_group(chunk)
+        table = file.read_row_group(chunk, use_threads=False)
         row_indices = np.arange(start, start + len(table))
         recorded = []
         manifest = self._read(MANIFEST, f"{SHARD.format(shard)}.parquet", STATUS_COLUMNS)
@@ -347,7 +347,7 @@ class Ledger:
         return storage.join(self.out, WORK, "inputs", f"{SHARD.format(shard)}.parquet")
 
     def open_inputs(self, shard: int) -> pq.ParquetFile:
-        return pq.ParquetFile(io.BytesIO(storage.read_bytes(self.inputs_file(shard))))
+        return _parquet_file(storage.read_bytes(self.inputs_file(shard)))
 
     def inputs(self, shard: int, columns: list[str]) -> pa.Table:
         return self.open_inputs(shard).read(columns)
@@ -386,12 +386,39 @@ class Ledger:
             data = storage.read_bytes(storage.join(self.out, *folder.split("/"), name))
         except FileNotFoundError:
             return None
-        table = pq.ParquetFile(io.BytesIO(data)).read(columns)
+        table = _parquet_file(data).read(columns, use_threads=False)
         if columns is None:
             return table
         for column in {*columns} - {*table.schema.names}:  # a file of version 0.1 lacks some
             table = table.append_column(column, pa.nulls(len(table), MANIFEST_SCHEMA.field(column).type))
         return table.select(columns)
+
+
+class Loader:
+    """`Ledger.load` for a run: keeps the inputs of the last shard, since most chunks follow on each other.
+
+    Reading a shard's file again for each chunk took longer than all else that a load does.
+    """
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+        self.last: tuple[int, bytes, pq.FileMetaData] | None = None
+        """Shard, its file, and what the file says of its columns."""
+
+    def __reduce__(self) -> tuple[type[Loader], tuple[Ledger]]:
+        return Loader, (self.ledger,)
+
+    def __call__(self, number: int) -> Columns:
+        last, shard = self.last, number // SHARD_ROWS  # several threads may load at once
+        if last is None or last[0] != shard:
+            data = storage.read_bytes(self.ledger.inputs_file(shard))
+            last = self.last = (shard, data, _parquet_file(data).metadata)
+        return self.ledger.load(number, _parquet_file(last[1], last[2]))
+
+
+def _parquet_file(data: bytes, metadata: pq.FileMetaData | None = None) -> pq.ParquetFile:
+    """Opens a file of the ledger. To read it with threads takes longer: a chunk has few rows."""
+    return pq.ParquetFile(pa.BufferReader(data), metadata=metadata)
 
 
 @dataclass(frozen=True, slots=True)

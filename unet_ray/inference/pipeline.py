@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from unet_ray.data.chunks import Chunk, Stage, objects
 from unet_ray.data.imaging import Source
 from unet_ray.inference.arithmetic import Arithmetic, Machine
 from unet_ray.inference.choose_arithmetic import Work, choose
-from unet_ray.inference.chunk_size import RowCost
+from unet_ray.inference.chunk_size import RowCost, chunks_per_block
 from unet_ray.inference.local import run_here
 from unet_ray.inference.reader import GivenReader, Reader
 from unet_ray.inference.segmenter import BatchSegmenter
@@ -165,7 +166,8 @@ class Pipeline(ABC):
             machines = [machine for _, machine in nodes.answers(partial(Machine.here, pool.device), pool.bundle)]
             chosen = self._chosen(pool.device, machines, images // pool.replicas, pool.threads, settle)
             model = ModelStage(chosen, sink, probabilities)
-            yield from run_on_cluster(numbers, preprocess, model, postprocess, pool=pool)
+            each = chunks_per_block(len(numbers), self.row_cost(), pool.replicas, pool.device)
+            yield from run_on_cluster(numbers, preprocess, model, postprocess, pool=pool, each=each)
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +230,7 @@ class TilePipeline(Pipeline):
     """Segments images at their own size, tile by tile, see `stages.SegmentByTiles`."""
 
     def row_cost(self) -> RowCost:
-        return RowCost(1, 1.0)  # only paths pass between the stages, and an image may have any size
+        return RowCost(1, math.inf)  # only paths pass between the stages, and an image may have any size
 
     def preprocess(self, load: Load) -> Load:
         return load

@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 
 from unet_ray.config import PredictConfig, UserError
 from unet_ray.data import looks, storage, video
@@ -25,7 +25,7 @@ from unet_ray.inference.adapt import adapted
 from unet_ray.inference.arithmetic import Arithmetic
 from unet_ray.inference.choose_arithmetic import Work, choose, go_on
 from unet_ray.inference.formats import OutputFormat, formats_of
-from unet_ray.inference.ledger import SHARD_ROWS, Ledger, ShardState, SideTable
+from unet_ray.inference.ledger import SHARD_ROWS, Ledger, Loader, ShardState, SideTable
 from unet_ray.inference.moved import rename
 from unet_ray.inference.naming import Naming, images_of
 from unet_ray.inference.output_folder import SETTINGS
@@ -181,7 +181,7 @@ class _Run:
             shared["INPUT"] = self.ledger.first_location(numbers[0])
         chunks = pipeline.run(
             numbers,
-            self.ledger.load,
+            Loader(self.ledger),
             write,
             images=self.images,
             probabilities=any(format.wants_probabilities for format in write.formats),
@@ -189,18 +189,23 @@ class _Run:
             runtime=runtime,
             settle=self._arithmetic,
         )
-        with ThreadPoolExecutor(2) as threads, closing(chunks):
+        merge = runtime.in_task(self.ledger.merge_shard) if numbers else self.ledger.merge_shard
+        with (
+            runtime.started() if numbers else nullcontext(),
+            ThreadPoolExecutor(2) as threads,
+            closing(chunks),
+        ):
             # An earlier run recorded the last chunk of these shards, and was stopped before it merged them.
             complete = [shard for shard, state in self.states.items() if not state.todo and not state.merged]
-            merges = [threads.submit(self.ledger.merge_shard, shard) for shard in complete]
+            merges = [threads.submit(merge, shard) for shard in complete]
             for chunk in chunks:
                 lock.check()
                 if (shard := self._add(chunk)) is not None:
-                    merges.append(threads.submit(self.ledger.merge_shard, shard))
+                    merges.append(threads.submit(merge, shard))
             # If a node is lost after a chunk was recorded, Ray may repeat all stages of this chunk. `Ledger.load` then
             # finds no row to do, the chunk is empty, and `_add` never sees it. So its shard is complete, but still in
             # `remaining`. (`merge_shard` raises RuntimeError if a row is missing after all.)
-            merges += [threads.submit(self.ledger.merge_shard, shard) for shard in self.remaining]
+            merges += [threads.submit(merge, shard) for shard in self.remaining]
             _wait_for(merges)
         self.ended = time.perf_counter()
 

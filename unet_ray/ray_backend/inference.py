@@ -40,12 +40,6 @@ SHARE_SPLIT_EVENLY = 0.05
 """Share of the CPUs that Ray Data splits evenly over all stages, if nodes may be added. With its default of a half,
 the replicas of the model would not fit. Ray Data always keeps the least that each stage needs."""
 
-MANY_REPLICAS, CHUNKS_PER_BLOCK, BLOCKS_PER_REPLICA = 8, 4, 8
-"""With so many replicas, a block holds so many chunks, as long as there are so many blocks for each replica. Ray Data
-passes on some 25 blocks a second on two cores. Measured with replicas that sleep (`jobs/benchmark.py --section scale`):
-1,800 images a second by blocks of one chunk, which has 64 images, and 4,200 by blocks of four. With fewer replicas that
-is enough, and small blocks take less memory."""
-
 RAISED = "raised"
 """Column of a chunk that stands for an exception, pickled. Ray Data would turn an exception of a task or an actor into
 text, and the command could not tell a UserError from a bug. Pickle is safe here and the simplest: only our own
@@ -62,10 +56,13 @@ def run_on_cluster(
     postprocess: Stage,
     *,
     pool: Pool,
+    each: int = 1,
 ) -> Iterator[Chunk]:
     """Runs the stages of `local.run_here` through Ray Data. Yields the chunks of `postprocess` as they are finished.
 
     `preprocess` and `postprocess` run in tasks, and `model(threads)` in a pool of actors, each of which calls it once.
+    `each`: chunks that pass from stage to stage as one block.
+
     Ray keeps tasks off nodes with a GPU as long as others have room. Raises UserError if a stage raises it.
     """
     if pool.grows and pool.device == "cpu":
@@ -76,9 +73,8 @@ def run_on_cluster(
     )
     as_blocks: dict[str, Any] = {"batch_size": None, "batch_format": "numpy"}
     with replicas.called_roll() as roll, autoscaling.asking_for_more(pool.bundle) if pool.grows else nullcontext():
-        each = chunks_per_block(len(numbers), pool.replicas)
         if each > 1:  # Ray Data must not split a block in the middle of a chunk
-            DataContext.get_current().target_max_block_size = 2 * CHUNKS_PER_BLOCK * MAX_BYTES
+            DataContext.get_current().target_max_block_size = 2 * each * MAX_BYTES
         # The stages reserve different numbers of CPUs, which keeps Ray Data from fusing them: decoding in the model's
         # actors would not overlap with the model.
         chunks = _in_blocks(numbers, each).map_batches(_Preprocess(preprocess), num_cpus=pool.task_cpus, **as_blocks)
@@ -95,13 +91,6 @@ def run_on_cluster(
             if RAISED in block:
                 raise pickle.loads(block[RAISED][0])
             yield from _chunks_of(block)
-
-
-def chunks_per_block(chunks: int, replicas: int) -> int:
-    """Returns how many chunks pass from stage to stage as one block."""
-    if replicas < MANY_REPLICAS:
-        return 1
-    return min(CHUNKS_PER_BLOCK, max(1, chunks // (replicas * BLOCKS_PER_REPLICA)))
 
 
 @dataclass(frozen=True, slots=True)

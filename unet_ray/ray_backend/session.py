@@ -14,11 +14,13 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from types import FrameType
 from typing import Any
 
 from unet_ray.config import UserError, first_line
-from unet_ray.own_process import is_own
+from unet_ray.keys import Keys
+from unet_ray.own_process import claim, is_own
 from unet_ray.ray_backend import address, internals
 
 log = logging.getLogger("unet_ray")
@@ -50,6 +52,28 @@ class Runtime:
         """Connects to Ray for a `with` block, see `ray_session`. Does nothing with `local`."""
         with nullcontext() if self.local else ray_session(self.verbose):
             yield
+
+    def in_task(self, function: Callable[..., None]) -> Callable[..., None]:
+        """Returns a function that runs this one in a task of Ray, on any node, and waits for it; with `local` it
+        returns the function itself. Raises what the function raises. Call it while Ray is started."""
+        return function if self.local else partial(_in_task, function)
+
+
+def _in_task(function: Callable[..., None], *arguments: Any) -> None:
+    import ray
+    from ray.exceptions import RayTaskError
+
+    # The task takes no CPU, since the replicas of a model may leave none.
+    task = ray.remote(num_cpus=0, scheduling_strategy="SPREAD")(_called)
+    try:
+        ray.get(task.remote(function, arguments, Keys()))
+    except RayTaskError as error:  # whose text is that of all processes in between
+        raise error.cause from None
+
+
+def _called(function: Callable[..., None], arguments: tuple[Any, ...], _keys: Keys) -> None:
+    claim()
+    function(*arguments)
 
 
 LOCAL = Runtime(local=True)

@@ -1,0 +1,78 @@
+"""Draws the benchmark's plots, as PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from measures.names import Sample
+
+OURS, THEIRS, SECOND = "#2f80d0", "#888888", "#d9822b"
+
+
+def _figure(rows: int, size: tuple[float, float]) -> tuple[Figure, Any]:
+    figure = Figure(figsize=size, layout="constrained", dpi=110)
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
+    for each in axes:
+        each.grid(True, color="#888888", alpha=0.25)
+        each.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def frontier(location: Path, points: Sequence[tuple[str, float, float]]) -> None:
+    """Draws Dice against images a second. `points`: name, images a second, Dice."""
+    figure, (axes,) = _figure(1, (7, 4.2))
+    for number, (name, rate, dice) in enumerate(sorted(points, key=lambda point: point[1])):
+        axes.plot(rate, dice, "o", color=OURS)
+        axes.annotate(name, (rate, dice), xytext=(4, 6 if number % 2 else -12), textcoords="offset points", fontsize=8)
+    axes.set(xscale="log", xlabel="images a second, photographs to PNG masks", ylabel="mean Dice")
+    axes.margins(0.2)
+    figure.savefig(location)
+
+
+def scale(
+    location: Path, replicas: Sequence[int], rates: Sequence[float], driver: Sequence[float], rate: float
+) -> None:
+    """Draws what one command hands out. `rates`: images a second; `driver`: its seconds of CPU a thousand images;
+    `rate`: images a second of a replica."""
+    figure, (above, below) = _figure(2, (7, 5))
+    above.plot(replicas, [rate * count for count in replicas], "--", color=THEIRS, label="what the replicas could take")
+    above.plot(replicas, rates, "o-", color=OURS, label="handed out")
+    above.set(xscale="log", yscale="log", ylabel="images a second")
+    above.legend(frameon=False)
+    below.plot(replicas, driver, "o-", color=SECOND)
+    below.set(xlabel="replicas", ylabel="driver: seconds of CPU\na thousand images", ylim=(0, None))
+    figure.savefig(location)
+
+
+def names(location: Path, first: Sequence[Sample], second: Sequence[Sample]) -> None:
+    """Draws images a second, the driver's CPU and its memory over the two runs."""
+    figure, (rate, cpu, memory) = _figure(3, (7, 6.5))
+    for run in (first, second):
+        minutes = [(sample.time - first[0].time) / 60 for sample in run]
+        rate.plot(minutes[1:], _a_second(run, "listed"), color=THEIRS, label="listed" if run is first else None)
+        rate.plot(minutes[1:], _a_second(run, "done"), color=OURS, label="done" if run is first else None)
+        cpu.plot(minutes[1:], _a_second(run, "cpu"), color=SECOND)
+        memory.plot(minutes, [sample.memory / 2**30 for sample in run], color=SECOND)
+    for axes in (rate, cpu, memory):
+        axes.axvline((first[-1].time - first[0].time) / 60, color="black", linewidth=0.8, linestyle=":")
+    rate.set(ylabel="images a second", ylim=(0, None))
+    rate.legend(frameon=False)
+    cpu.set(ylabel="driver: CPUs", ylim=(0, None))
+    memory.set(xlabel="minutes (dotted: killed)", ylabel="driver: GiB", ylim=(0, None))
+    figure.savefig(location)
+
+
+def _a_second(run: Sequence[Sample], what: str) -> list[float]:
+    """Returns by how much a figure grows a second, between samples. What was 0 is known for the first time: 0."""
+    return [
+        (getattr(after, what) - getattr(before, what)) / (after.time - before.time) if getattr(before, what) else 0.0
+        for before, after in pairwise(run)
+    ]
