@@ -1,6 +1,7 @@
 """The ledger does each image once, even if runs are stopped and images are added, changed or tried again."""
 
 import os
+import pickle
 import time
 from itertools import count
 
@@ -8,12 +9,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from unet_ray.data import storage
 from unet_ray.data.inputs import ImageFile
 from unet_ray.inference import ledger as ledger_module
 from unet_ray.inference.chunk_size import RowCost, chunk_rows
 from unet_ray.inference.digests import DigestMap, digests_of
 from unet_ray.inference.formats.kaggle import KaggleSubmission
-from unet_ray.inference.ledger import SHARD_ROWS, Ledger
+from unet_ray.inference.ledger import SHARD_ROWS, Ledger, Loader
 from unet_ray.inference.survey import survey as survey_images
 
 
@@ -102,6 +104,28 @@ def test_each_image_is_in_one_chunk_of_one_shard(tmp_path):
     assert do_all(open_ledger(tmp_path)) == 5000
     assert [row["path"] for row in manifest(tmp_path)] == [f"/in/{n:05d}.jpg" for n in range(5000)]
     assert not list((tmp_path / ".work/done").iterdir())
+
+
+def test_a_loader_reads_the_inputs_of_a_shard_once(tmp_path, monkeypatch):
+    survey(tmp_path, images(range(5000)))
+    ledger, numbers = open_ledger(tmp_path), todo(open_ledger(tmp_path))
+    expected = [ledger.load(number) for number in numbers]
+    read, read_bytes = [], storage.read_bytes
+
+    def noted(location):
+        read.append(location)
+        return read_bytes(location)
+
+    monkeypatch.setattr(storage, "read_bytes", noted)
+    loader = Loader(ledger)
+    for _ in range(2):
+        found = [loader(number) for number in numbers]
+        for one, other in zip(found, expected, strict=True):
+            assert one.keys() == other.keys() and all((one[name] == other[name]).all() for name in one)
+        assert sum("/.work/inputs/" in location for location in read) == 2  # shards
+        read.clear()
+        loader = pickle.loads(pickle.dumps(loader))
+    assert loader.last is None, "no worker gets the file from another"
 
 
 def test_large_rows_make_small_chunks():

@@ -451,6 +451,18 @@ def test_cpus_that_others_hold_are_left_to_them_or_waited_for(ray_cluster, model
     ray_cluster.kill(others[1])
 
 
+def test_a_task_raises_what_its_function_raises(ray_cluster):
+    def write(folder: str) -> None:
+        if os.getpid() == here:
+            raise RuntimeError("it runs in this process")
+        raise UserError(f"{folder}: full")
+
+    here, runtime = os.getpid(), Runtime()
+    with runtime.started(), pytest.raises(UserError) as raised:
+        runtime.in_task(write)("/out")
+    assert str(raised.value) == "/out: full"
+
+
 def test_verbose_reaches_ray_data(ray_cluster, model, tmp_path, monkeypatch):
     folder, given = make_photos(tmp_path / "few", 2), []
 
