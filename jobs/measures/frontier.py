@@ -3,31 +3,53 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 import statistics
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 from PIL import Image
 
+from measures import plots
 from measures.common import Apart, Job, Line, dice, table
 from measures.predict import Milesial, seconds_an_image, seconds_each
-from unet_ray.config import PredictConfig
+from unet_ray.config import MaskOptions, PredictConfig, UserError
 from unet_ray.data import imaging, storage
+from unet_ray.inference.arithmetic import Arithmetic
+from unet_ray.inference.resolve import pipeline_of
 from unet_ray.models import checkpoint
 from unet_ray.models.operations import floating_point_operations
 from unet_ray.ray_backend.session import ray_session
 
+MILESIAL = "milesial's predict.py"
 LEAST = 600
 """So many images are predicted at least. Fewer are repeated: a run of some seconds says little."""
 
 
+Precision = Literal["auto", "fp32", "bf16", "int8"]
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """A model, and how it predicts."""
+
+    model: str
+    name: str
+    local: bool
+    precision: Precision = "auto"
+
+
 def frontier_section(job: Job) -> Iterator[Line]:
-    """Predicts the images with every model in turns, `--local` and through Ray; the start is not counted."""
+    """Predicts the images with every model in turns: `--local` in each precision there is, and through Ray. The start
+    is not counted."""
     folder = _repeated(job)
+    ways = [way for model in dict.fromkeys((job.model, *job.others)) for way in _ways(job, model)]
     seconds: dict[str, list[float]] = {}
-    notes: dict[str, str] = {}
+    scores: dict[str, float | None] = {}
     with ExitStack() as stack:
         stack.enter_context(ray_session())
         milesial = None if job.milesial is None else stack.enter_context(Apart(Milesial, job.milesial, job))
@@ -36,15 +58,43 @@ def frontier_section(job: Job) -> Iterator[Line]:
         outs = itertools.count()
         for _ in range(job.rounds):
             if milesial is not None:
-                seconds.setdefault("milesial's predict.py", []).append(seconds_each(milesial, job.images[:3]))
-            for model in dict.fromkeys((job.model, *job.others)):
-                for way, local in (("--local", True), ("through Ray", False)):
-                    name = f"{_short(model)} {way}"
-                    out = job.folder / f"frontier {next(outs)}"
-                    config = PredictConfig(model=model, inputs=(folder,), out=str(out), device=job.device)
-                    seconds.setdefault(name, []).append(seconds_an_image(config, local=local))
-                    notes.setdefault(name, _note(job, model, out))
-    yield from table("frontier", {name: statistics.median(values) for name, values in seconds.items()}, notes)
+                seconds.setdefault(MILESIAL, []).append(seconds_each(milesial, job.images[:3]))
+            for way in ways:
+                out = job.folder / f"frontier {next(outs)}"
+                config = PredictConfig(
+                    model=way.model,
+                    inputs=(folder,),
+                    out=str(out),
+                    device=job.device,
+                    precision=way.precision,
+                )
+                seconds.setdefault(way.name, []).append(seconds_an_image(config, local=way.local))
+                if way.name not in scores:
+                    scores[way.name] = _dice(job, out)
+                shutil.rmtree(out)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    yield from table("frontier", medians, {way.name: _note(job, way, scores[way.name]) for way in ways})
+    if job.plots:
+        points = [(name, 1 / medians[name], score) for name, score in scores.items() if score is not None]
+        plots.frontier(job.plots / "frontier.png", points, 1 / medians[MILESIAL] if MILESIAL in medians else None)
+
+
+def _ways(job: Job, model: str) -> Iterator[Way]:
+    """Yields how a model predicts: `--local` and through Ray as it is, and `--local` in each other precision."""
+    chosen: set[Arithmetic | None] = set()
+    for precision in get_args(Precision):
+        options = MaskOptions(device=job.device, precision=precision)
+        try:
+            arithmetic = pipeline_of(model, options).chosen_here().arithmetic
+        except UserError:  # there is no such network, or not for this machine
+            continue
+        if arithmetic in chosen:
+            continue
+        chosen.add(arithmetic)
+        named = "" if arithmetic is None else "int8" if arithmetic.int8 else arithmetic.precision
+        yield Way(model, f"{_short(model)} {named} --local", local=True, precision=precision)
+        if precision == "auto":
+            yield Way(model, f"{_short(model)} {named} through Ray", local=False)
 
 
 def _repeated(job: Job) -> str:
@@ -63,14 +113,18 @@ def _short(model: str) -> str:
     return path.parent.name if path.name == "model" else path.name
 
 
-def _note(job: Job, model: str, out: Path) -> str:
-    """Returns the mean Dice of the masks in `out`, and the network's size."""
-    card = checkpoint.read_card(model)
-    gflop = floating_point_operations(card.model, card.image_size) / 1e9
+def _dice(job: Job, out: Path) -> float | None:
+    """Returns the mean Dice of the masks in `out`; None without true masks."""
     found = []
     for pair in job.pairs:
         predicted = np.asarray(Image.open(out / "masks/0" / f"{Path(pair.image).stem}.png")).astype(np.uint8)
         truth, _ = imaging.decode_mask(storage.read_bytes(pair.mask), job.config.data, None)
         found.append(dice(predicted, truth))
-    scored = f"Dice {statistics.mean(found):.4f} of {len(found)}, " if found else ""
+    return statistics.mean(found) if found else None
+
+
+def _note(job: Job, way: Way, score: float | None) -> str:
+    card = checkpoint.read_card(way.model)
+    gflop = floating_point_operations(card.model, card.image_size) / 1e9
+    scored = "" if score is None else f"Dice {score:.4f} of {len(job.pairs)}, "
     return f"{scored}{gflop:.2f} GFLOP at {card.image_size[1]}x{card.image_size[0]}"

@@ -26,12 +26,16 @@ def _figure(rows: int, size: tuple[float, float]) -> tuple[Figure, Any]:
     return figure, axes
 
 
-def frontier(location: Path, points: Sequence[tuple[str, float, float]]) -> None:
-    """Draws Dice against images a second. `points`: name, images a second, Dice."""
+def frontier(location: Path, points: Sequence[tuple[str, float, float]], peer: float | None) -> None:
+    """Draws Dice against images a second. `points`: name, images a second, Dice; `peer`: milesial's images a second,
+    with weights that nobody trained."""
     figure, (axes,) = _figure(1, (7, 4.2))
     for number, (name, rate, dice) in enumerate(sorted(points, key=lambda point: point[1])):
         axes.plot(rate, dice, "o", color=OURS)
         axes.annotate(name, (rate, dice), xytext=(4, 6 if number % 2 else -12), textcoords="offset points", fontsize=8)
+    if peer:
+        axes.axvline(peer, color=THEIRS, linestyle="--")
+        axes.text(peer, axes.get_ylim()[0], " milesial's predict.py", color=THEIRS, fontsize=8)
     axes.set(xscale="log", xlabel="images a second, photographs to PNG masks", ylabel="mean Dice")
     axes.margins(0.2)
     figure.savefig(location)
