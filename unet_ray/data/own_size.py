@@ -102,17 +102,14 @@ class _Axis(NamedTuple):
 
     cell: np.ndarray
     """Of each pixel, the score before it, int64 [H]; the other one is the next, or at the end the same."""
-    weights: np.ndarray
-    """Of each pixel, the weights of these two, float32 [2,H], bit for bit those of `F.interpolate`."""
     start: np.ndarray
     """Of each cell, its first pixel, int64 [h+1]; the last entry is H."""
-    per_cell: np.ndarray
-    """Of each cell, how many pixels it has, int64 [h]. That could be 0: rounding may pass over one where sides
-    are long and nearly equal."""
-
-    def pixels(self, cells: np.ndarray) -> np.ndarray:
-        """Returns the pixels of some cells, int64 [N,most]. Cells with fewer repeat their last one."""
-        return np.minimum(self.start[cells, None] + np.arange(self.per_cell.max()), self.start[cells + 1, None] - 1)
+    pixels: np.ndarray
+    """Of each cell, its pixels, int64 [most,h]. Cells with fewer repeat their last one. Some could have none: rounding
+    may pass over a cell where sides are long and nearly equal."""
+    weights: np.ndarray
+    """Of each of these pixels, the weights of the two scores, float32 [2,most,h], bit for bit those of
+    `F.interpolate`."""
 
 
 @lru_cache(maxsize=32)
@@ -128,33 +125,47 @@ def _axis(scores: int, pixels: int) -> _Axis:
     cell += rows[cell % 3, every] == 0
     weights = np.stack([rows[cell % 3, every], rows[(cell + 1) % 3, every]])
     start = np.searchsorted(cell, np.arange(scores + 1))
-    return _Axis(cell, weights, start, np.diff(start))
+    most = int(np.diff(start).max())
+    of_cells = np.minimum(start[:-1] + np.arange(most)[:, None], start[1:] - 1)
+    return _Axis(cell, start, of_cells, weights[:, of_cells])
 
 
 def _by_cells(plane: np.ndarray, size_hw: tuple[int, int], threshold: float) -> np.ndarray | None:
     """Decides class ids of one class as `to_own_size` does, from float32 [h,w]; `size_hw` is not smaller. None: it is
     needed, or as fast, to interpolate everything."""
-    (height, width), logit = plane.shape, _logit(threshold)
+    logit = _logit(threshold)
     positive = decide([plane], 1, threshold)
     cells = np.flatnonzero(_differs(positive))
     # A mean of scores that are equal to the threshold but for rounding could fall to the other side.
     unsure = logit != 0 and (np.abs(plane - logit) <= ROUNDING * abs(logit)).any()
-    rows, columns = _axis(height, size_hw[0]), _axis(width, size_hw[1])
-    if unsure or len(cells) > MOST_CELLS * plane.size or min(rows.per_cell.min(), columns.per_cell.min()) < 1:
+    rows, columns = (_axis(scores, pixels) for scores, pixels in zip(plane.shape, size_hw, strict=True))
+    empty = any((np.diff(axis.start) < 1).any() for axis in (rows, columns))
+    if unsure or empty or len(cells) > MOST_CELLS * plane.size:
         return None
-    mask = np.repeat(np.take(positive, columns.cell, axis=1), rows.per_cell, axis=0)
+    mask = _spread(positive, rows, columns)
     if not len(cells):
         return mask
-    top, left = np.divmod(cells, width)
-    bottom, right = np.minimum(top + 1, height - 1), np.minimum(left + 1, width - 1)
-    y, x = rows.pixels(top), columns.pixels(left)
-    corners = np.stack([plane[top, left], plane[top, right], plane[bottom, left], plane[bottom, right]])[..., None]
-    above, below = corners[0::2] * columns.weights[0, x] + corners[1::2] * columns.weights[1, x]
-    upper, lower = rows.weights[:, y][..., None]
-    means = above[:, None] * upper + below[:, None] * lower
-    if (np.abs(means - np.float32(logit)) <= ROUNDING * np.abs(corners).max(axis=0)[..., None]).any():
+    top, left = np.divmod(cells, plane.shape[1])
+    below, beside = np.where(top + 1 < plane.shape[0], plane.shape[1], 0), left + 1 < plane.shape[1]
+    corners = plane.reshape(-1)[np.stack([cells, cells + beside, cells + below, cells + below + beside])]
+    across, down = np.take(columns.weights, left, axis=2), np.take(rows.weights, top, axis=2)
+    upper, lower = corners[0] * across[0] + corners[1] * across[1], corners[2] * across[0] + corners[3] * across[1]
+    means = upper * down[0][:, None] + lower * down[1][:, None]  # [rows,columns,cells]
+    if (np.abs(means - np.float32(logit)) <= ROUNDING * np.abs(corners).max(axis=0)).any():
         return None
-    mask.reshape(-1)[y[..., None] * size_hw[1] + x[:, None]] = decide([means], 1, threshold)
+    places = np.take(rows.pixels, top, axis=1)[:, None] * size_hw[1] + np.take(columns.pixels, left, axis=1)
+    mask.reshape(-1)[places] = decide([means], 1, threshold)
+    return mask
+
+
+def _spread(positive: np.ndarray, rows: _Axis, columns: _Axis) -> np.ndarray:
+    """Gives each pixel the class id of its cell: uint8 [h,w] -> [H,W]."""
+    mask = np.zeros((len(rows.cell), len(columns.cell)), np.uint8)
+    high, wide = (np.flatnonzero(positive.any(axis=axis)) for axis in (1, 0))
+    if len(high):  # of the rest of the image nothing needs to be copied
+        (top, bottom), (left, right) = rows.start[high[[0, -1]] + (0, 1)], columns.start[wide[[0, -1]] + (0, 1)]
+        spread = np.take(positive[high[0] : high[-1] + 1], columns.cell[left:right], axis=1)
+        mask[top:bottom, left:right] = np.take(spread, rows.cell[top:bottom] - high[0], axis=0)
     return mask
 
 
