@@ -28,7 +28,8 @@ EXAMINATION = "Examination"
     EXAMINATION,
     "--against",
     metavar="MODEL",
-    help="Also say if the images look unlike those that MODEL was trained on.",
+    help="Also say if the images look unlike those that MODEL was trained on, and, with RAY_ADDRESS, whether the "
+    "cluster's CPUs can feed its GPUs.",
 )
 @option(EXAMINATION, "--no-timing", is_flag=True, help="Don't time a training step.")
 @as_json

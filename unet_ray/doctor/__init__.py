@@ -20,6 +20,7 @@ from unet_ray.data.pairs import Pair
 from unet_ray.data.progress import OnProgress
 from unet_ray.data.splits import group_of, likely_groups, parts_of_folders
 from unet_ray.doctor.against import training_of, unlike
+from unet_ray.doctor.cluster import feeding
 from unet_ray.doctor.files import THREADS, Header, damage, read_headers
 from unet_ray.doctor.groups import (
     duplicates,
@@ -61,7 +62,8 @@ def examine(
     """Examines the images and masks of two folders (or URIs), or of one folder that holds both.
 
     `masks` None: masks are in the folder of the images, if it has any; otherwise only the images are examined. `match`:
-    see `DataConfig.match`; None: found out. `against`: a model; says if the images look unlike those of its training.
+    see `DataConfig.match`; None: found out. `against`: a model; says if the images look unlike those of its training,
+    and whether the CPUs of the cluster that RAY_ADDRESS names can feed its GPUs.
     `samples`: pairs whose pixels are read. `timing`: time a training step for `Report.expected`. `on_progress` gets
     damaged files as failed. Raises UserError if there is no such folder.
     """
@@ -71,7 +73,7 @@ def examine(
         headers, looks = _read(found, samples, max_pixels, on_progress)
         traits, findings = _judge(found, headers, looks)
         if training is not None:
-            findings += unlike(found.images, training)
+            findings += unlike(found.images, training) + feeding(found.images, training)
         suggestion = time_taken = None
         if found.way.masks and len(found.pairs) > 1:
             sizes_of_images = [headers[pair.image].size for pair in _usable(found.pairs, headers)]
