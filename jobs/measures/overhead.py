@@ -100,7 +100,7 @@ class Way:
 
 def overhead_section(job: Job) -> Iterator[Line]:
     cores = os.cpu_count() or 1
-    count = 40
+    count = 80
     notes = {}
     seconds: dict[str, list[float]] = {}
     runs: dict[str, Callable[..., Iterator[Chunk]]] = {

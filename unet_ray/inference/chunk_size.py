@@ -12,9 +12,10 @@ MIN_ROWS, MAX_ROWS, SECONDS = 8, 64, 0.25
 
 MANY_REPLICAS, MAX_CHUNKS, BLOCKS_PER_REPLICA = 8, 16, 8
 """With so many replicas, chunks pass through Ray together, at most so many as a block, as long as there are so many
-blocks for each replica. Ray Data passes on some 25 blocks a second on two cores: measured with replicas that sleep
-(`jobs/benchmark.py --section scale`), 1,800 images a second in blocks of one chunk of 64 images, 4,200 in blocks of
-four. With fewer replicas that is enough, and small blocks take less memory."""
+blocks for each replica. Ray Data takes some 100 ms of CPU for a block, and passes on 25 a second on two cores: measured
+with replicas that sleep (`jobs/benchmark.py --section scale`), 1,800 images a second in blocks of one chunk of 64
+images, 4,200 in blocks of four. With fewer replicas that is enough: prediction without a network was no faster in
+blocks of four on two cores."""
 BLOCK_BYTES, BLOCK_SECONDS = 256 * 2**20, 30
 """Limits of a block: what it takes in memory several times over on each node, and what a replica's death loses."""
 GPU_SPEED = 50
@@ -42,9 +43,5 @@ def chunks_per_block(chunks: int, cost: RowCost, replicas: int, device: str) -> 
         return 1
     rows = chunk_rows(64 * MAX_ROWS, cost)
     seconds = rows * cost.seconds / (GPU_SPEED if device == "cuda" else 1)
-    limits = (
-        BLOCK_BYTES // (rows * cost.bytes),
-        int(BLOCK_SECONDS / seconds),
-        chunks // (replicas * BLOCKS_PER_REPLICA),
-    )
-    return max(1, min(MAX_CHUNKS, *limits))
+    fitting = min(BLOCK_BYTES // (rows * cost.bytes), int(BLOCK_SECONDS / seconds))
+    return max(1, min(MAX_CHUNKS, fitting, chunks // (replicas * BLOCKS_PER_REPLICA)))
