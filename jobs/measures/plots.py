@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -30,14 +31,19 @@ def frontier(location: Path, points: Sequence[tuple[str, float, float]], peer: f
     """Draws Dice against images a second. `points`: name, images a second, Dice; `peer`: milesial's images a second,
     with weights that nobody trained."""
     figure, (axes,) = _figure(1, (7, 4.2))
-    for number, (name, rate, dice) in enumerate(sorted(points, key=lambda point: point[1])):
+    beside: Counter[float] = Counter()
+    for name, rate, dice in sorted(points, key=lambda point: -point[1]):
         axes.plot(rate, dice, "o", color=OURS)
-        axes.annotate(name, (rate, dice), xytext=(4, 6 if number % 2 else -12), textcoords="offset points", fontsize=8)
+        up = 8 + 13 * beside[round(dice, 4)]  # names of points that lie side by side stand one above the other
+        beside[round(dice, 4)] += 1
+        line = {"arrowstyle": "-", "color": THEIRS, "linewidth": 0.5}
+        offset = {"xytext": (-14, up), "textcoords": "offset points", "ha": "right", "fontsize": 8}
+        axes.annotate(f"{name}: {rate:.0f} a second", (rate, dice), arrowprops=line, **offset)
     if peer:
         axes.axvline(peer, color=THEIRS, linestyle="--")
         axes.text(peer, axes.get_ylim()[0], " milesial's predict.py", color=THEIRS, fontsize=8)
     axes.set(xscale="log", xlabel="images a second, photographs to PNG masks", ylabel="mean Dice")
-    axes.margins(0.2)
+    axes.margins(0.3)
     figure.savefig(location)
 
 
