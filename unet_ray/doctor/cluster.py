@@ -30,7 +30,7 @@ ACCELERATOR = "accelerator_type:"
 
 def feeding(images: Sequence[ImageFile], training: Training) -> list[Finding]:
     """Returns a note on the CPUs for each GPU, if RAY_ADDRESS names a cluster with GPUs."""
-    if not os.environ.get("RAY_ADDRESS") or not images:
+    if os.environ.get("RAY_ADDRESS", "local") in ("", "local") or not images:
         return []
     with Runtime().started():
         from unet_ray.ray_backend import nodes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import random
@@ -14,7 +15,6 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -56,19 +56,25 @@ class Runtime:
     def in_task(self, function: Callable[..., None]) -> Callable[..., None]:
         """Returns a function that runs this one in a task of Ray, on any node, and waits for it; with `local` it
         returns the function itself. Raises what the function raises. Call it while Ray is started."""
-        return function if self.local else partial(_in_task, function)
+        return function if self.local else functools.partial(_in_task, function)
 
 
 def _in_task(function: Callable[..., None], *arguments: Any) -> None:
     import ray
     from ray.exceptions import RayTaskError
 
-    # The task takes no CPU, since the replicas of a model may leave none.
-    task = ray.remote(num_cpus=0, scheduling_strategy="SPREAD")(_called)
     try:
-        ray.get(task.remote(function, arguments, Keys()))
+        ray.get(_task().remote(function, arguments, Keys()))
     except RayTaskError as error:  # whose text is that of all processes in between
         raise error.cause from None
+
+
+@functools.cache
+def _task() -> Any:
+    import ray
+
+    # It takes no CPU, since the replicas of a model may leave none.
+    return ray.remote(num_cpus=0, scheduling_strategy="SPREAD")(_called)
 
 
 def _called(function: Callable[..., None], arguments: tuple[Any, ...], _keys: Keys) -> None:
