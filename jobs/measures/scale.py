@@ -40,6 +40,8 @@ TASK_CPUS = 0.25
 SECONDS = 40
 MOST = 500_000
 """Images of the longest run."""
+LONG = 10**9
+"""Chunks of a prediction that is long enough for so many replicas: blocks are as large as in one."""
 BEGIN = 0.5
 """The rate is that after this share of the images, when all processes have started."""
 
@@ -112,7 +114,7 @@ class _Sleeping:
         processes = min(PROCESSES, self.replicas)
         pool = Pool(processes, "cpu", 1, {"CPU": 0.0}, {"num_cpus": 0.0}, TASK_CPUS, grows=False)
         network = partial(_network, RATE * self.replicas / processes)
-        each = chunks_per_block(len(numbers), self.cost, self.replicas, "cuda")
+        each = chunks_per_block(LONG, self.cost, self.replicas, "cuda")
         yield from run_on_cluster(numbers, load, network, sink, pool=pool, each=each)
 
 
