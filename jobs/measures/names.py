@@ -54,7 +54,7 @@ def names_section(job: Job) -> Iterator[Line]:
     yield _line("until it is killed", first)
     yield _line("gone on", second)
     twice, missing = _checked(out, job.names)
-    lost = first[-1].done - next(sample.done for sample in second if sample.done)
+    lost = max(0, first[-1].done - next(sample.done for sample in second if sample.done))
     note = f"{job.names:,} names: {twice} twice, {missing} missing; the kill took back {lost:,} that were reported"
     yield Line("names", "the manifest", note=note)
     if job.plots:
@@ -109,13 +109,13 @@ def _checked(out: Path, names: int) -> tuple[int, int]:
 def _command(out: str, model: str, names: str) -> None:
     """What is watched and killed: lists the names and hands them out; prints samples."""
     process = psutil.Process()
-    listed = 0
-    last = 0.0
+    listed, last, listing = 0, 0.0, True
 
     def tell(done: int, _failed: int, images: int) -> None:
-        nonlocal listed, last
+        nonlocal listed, last, listing
         listed = listed if images else done
-        if time.time() - last >= EVERY_SECONDS or done == images:
+        has_listed, listing = listing and images > 0, images == 0
+        if time.time() - last >= EVERY_SECONDS or has_listed or done == images:
             last = time.time()
             cpu, memory = sum(process.cpu_times()[:2]), process.memory_info().rss
             print(json.dumps(Sample(last, listed, done if images else 0, cpu, memory)), flush=True)
