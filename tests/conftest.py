@@ -28,9 +28,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # One torch thread a process, set before torch is imported: two processes of two threads on two cores wait for each
     # other. The commands that tests start inherit it.
     os.environ["OMP_NUM_THREADS"] = "1"
-# OpenVINO that a test imports itself would report each use to its maker, from processes that it forks. Beside the threads
-# of Ray and of open videos these hang, with copies of the pipes of the commands that tests start: a test waited for such
-# a pipe for good.
+# OpenVINO that a test imports itself would report each use to its maker, from processes that it forks. Beside the
+# threads of Ray and of open videos these hang, with copies of the pipes of the commands that tests start: a test waited
+# for such a pipe for good.
 sys.modules.setdefault("openvino_telemetry", None)
 
 ROOT = Path(__file__).resolve().parents[1]
