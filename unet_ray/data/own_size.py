@@ -105,11 +105,12 @@ class _Axis(NamedTuple):
     start: np.ndarray
     """Of each cell, its first pixel, int64 [h+1]; the last entry is H."""
     pixels: np.ndarray
-    """Of each cell, its pixels, int64 [most,h]. Cells with fewer repeat their last one. Some could have none: rounding
-    may pass over a cell where sides are long and nearly equal."""
+    """Of each cell, its pixels, int64 [most,h]. Cells with fewer repeat their last one."""
     weights: np.ndarray
     """Of each of these pixels, the weights of the two scores, float32 [2,most,h], bit for bit those of
     `F.interpolate`."""
+    has_gaps: bool
+    """Whether a cell has no pixel: rounding may pass over one where sides are long and nearly equal."""
 
 
 @lru_cache(maxsize=32)
@@ -125,9 +126,9 @@ def _axis(scores: int, pixels: int) -> _Axis:
     cell += rows[cell % 3, every] == 0
     weights = np.stack([rows[cell % 3, every], rows[(cell + 1) % 3, every]])
     start = np.searchsorted(cell, np.arange(scores + 1))
-    most = int(np.diff(start).max())
-    of_cells = np.minimum(start[:-1] + np.arange(most)[:, None], start[1:] - 1)
-    return _Axis(cell, start, of_cells, weights[:, of_cells])
+    per_cell = np.diff(start)
+    of_cells = np.minimum(start[:-1] + np.arange(per_cell.max())[:, None], start[1:] - 1)
+    return _Axis(cell, start, of_cells, weights[:, of_cells], has_gaps=bool((per_cell < 1).any()))
 
 
 def _by_cells(plane: np.ndarray, size_hw: tuple[int, int], threshold: float) -> np.ndarray | None:
@@ -139,8 +140,7 @@ def _by_cells(plane: np.ndarray, size_hw: tuple[int, int], threshold: float) -> 
     # A mean of scores that are equal to the threshold but for rounding could fall to the other side.
     unsure = logit != 0 and (np.abs(plane - logit) <= ROUNDING * abs(logit)).any()
     rows, columns = (_axis(scores, pixels) for scores, pixels in zip(plane.shape, size_hw, strict=True))
-    empty = any((np.diff(axis.start) < 1).any() for axis in (rows, columns))
-    if unsure or empty or len(cells) > MOST_CELLS * plane.size:
+    if unsure or rows.has_gaps or columns.has_gaps or len(cells) > MOST_CELLS * plane.size:
         return None
     mask = _spread(positive, rows, columns)
     if not len(cells):

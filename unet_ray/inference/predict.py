@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager
 
 from unet_ray.config import PredictConfig, UserError
 from unet_ray.data import looks, storage, video
@@ -38,7 +38,7 @@ from unet_ray.inference.summary import Outcome, PredictSummary, finish, unlike_b
 from unet_ray.inference.survey import survey
 from unet_ray.inference.unlike import say_if_unlike
 from unet_ray.inference.write import Write
-from unet_ray.ray_backend.session import Runtime
+from unet_ray.ray_backend.session import LOCAL, Runtime
 
 log = logging.getLogger("unet_ray")
 
@@ -144,6 +144,7 @@ class _Run:
 
     def __init__(self, ledger: Ledger, on_progress: OnProgress, *, allow_mixed: bool) -> None:
         self.ledger, self.on_progress, self.allow_mixed = ledger, on_progress, allow_mixed
+        self.load = Loader(ledger)
         shards = ledger.shards()
         self.states: dict[int, ShardState] = dict(zip(shards, ledger.states(shards), strict=True))
         self.images = sum(state.rows for state in self.states.values())
@@ -167,7 +168,7 @@ class _Run:
         read."""
         numbers = evenly(self.numbers, count)
         for number in numbers:
-            chunk = self.ledger.load(number)
+            chunk = self.load(number)
             rows = evenly(range(len(chunk["path"])), -(-count // len(numbers)))
             yield from reader.encoded({name: column[rows] for name, column in chunk.items()})
 
@@ -175,13 +176,13 @@ class _Run:
         """Runs the chunks with work through the pipeline, and merges each shard after its last chunk."""
         numbers = self.numbers
         if numbers:
-            _look(self.ledger.load(numbers[0]), pipeline)
+            _look(self.load(numbers[0]), pipeline)
         shared = {f"--out {self.ledger.out}": storage.join(self.ledger.out, SETTINGS)}
         if numbers:
             shared["INPUT"] = self.ledger.first_location(numbers[0])
         chunks = pipeline.run(
             numbers,
-            Loader(self.ledger),
+            self.load,
             write,
             images=self.images,
             probabilities=any(format.wants_probabilities for format in write.formats),
@@ -189,12 +190,9 @@ class _Run:
             runtime=runtime,
             settle=self._arithmetic,
         )
-        merge = runtime.in_task(self.ledger.merge_shard) if numbers else self.ledger.merge_shard
-        with (
-            runtime.started() if numbers else nullcontext(),
-            ThreadPoolExecutor(2) as threads,
-            closing(chunks),
-        ):
+        merging = runtime if numbers else LOCAL  # Ray does not start for what an earlier run has left to merge
+        merge = merging.in_task(self.ledger.merge_shard)
+        with merging.started(), ThreadPoolExecutor(2) as threads, closing(chunks):
             # An earlier run recorded the last chunk of these shards, and was stopped before it merged them.
             complete = [shard for shard, state in self.states.items() if not state.todo and not state.merged]
             merges = [threads.submit(merge, shard) for shard in complete]
