@@ -1,5 +1,8 @@
 """Optimizers, and the moving average of the weights."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -14,6 +17,40 @@ def test_biases_and_norms_do_not_decay():
     decayed, kept = build_optimizer(OptimizationConfig(weight_decay=0.1), model).param_groups
     assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0)
     assert all(p.ndim > 1 for p in decayed["params"]) and all(p.ndim == 1 for p in kept["params"])
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "rmsprop"])
+def test_the_steps_are_torchs(name):
+    config = OptimizationConfig(optimizer=name, weight_decay=0.1, momentum=0.9)
+    model = build(ModelConfig(base_channels=4, depth=1))
+    ours = build_optimizer(config, model)
+    copies = {p: torch.nn.Parameter(p.detach().clone()) for p in model.parameters()}
+    groups = [{**group, "params": [copies[p] for p in group["params"]]} for group in ours.param_groups]
+    theirs = type(ours).__base__(groups)
+    for step in range(3):
+        for parameters, optimizer in ((copies.keys(), ours), (copies.values(), theirs)):
+            for parameter in parameters:
+                parameter.grad = torch.cos(parameter.detach() + step)
+            optimizer.step()
+    assert all(torch.equal(parameter, copy) for parameter, copy in copies.items())
+    theirs.load_state_dict(ours.state_dict())
+    ours.zero_grad()
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_training_does_not_import_torchs_compiler():
+    script = (
+        "import sys, torch; from unet_ray.config import ModelConfig, OptimizationConfig\n"
+        "from unet_ray.models import build; from unet_ray.training.optimizers import build_optimizer\n"
+        "model = build(ModelConfig(base_channels=4, depth=1))\n"
+        "for name in ('adamw', 'adam', 'sgd', 'rmsprop', 'muon'):\n"
+        "    optimizer = build_optimizer(OptimizationConfig(optimizer=name), model)\n"
+        "    model(torch.zeros(1, 3, 16, 16)).mean().backward()\n"
+        "    optimizer.step(); optimizer.zero_grad(); optimizer.load_state_dict(optimizer.state_dict())\n"
+        "print(sorted({'torch._dynamo', 'sympy', 'torchvision'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_muons_steps_are_orthogonal_and_its_other_parameters_take_adamws_steps():

@@ -6,6 +6,8 @@ parameters of more than one dimension, and not to biases and norms.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,22 +30,24 @@ def build_optimizer(config: OptimizationConfig, network: SegmentationModel) -> t
 
 def adamw(config: OptimizationConfig, network: SegmentationModel) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2019)."""
-    return torch.optim.AdamW(_groups(config, network), lr=config.learning_rate, fused=True)
+    return _not_compiled(torch.optim.AdamW)(_groups(config, network), lr=config.learning_rate, fused=True)
 
 
 def adam(config: OptimizationConfig, network: SegmentationModel) -> torch.optim.Optimizer:
     """Adam (Kingma & Ba 2015)."""
-    return torch.optim.Adam(_groups(config, network), lr=config.learning_rate, fused=True)
+    return _not_compiled(torch.optim.Adam)(_groups(config, network), lr=config.learning_rate, fused=True)
 
 
 def sgd(config: OptimizationConfig, network: SegmentationModel) -> torch.optim.Optimizer:
     """Stochastic gradient descent with momentum, as in Ronneberger et al. 2015."""
-    return torch.optim.SGD(_groups(config, network), lr=config.learning_rate, momentum=config.momentum, fused=True)
+    return _not_compiled(torch.optim.SGD)(
+        _groups(config, network), lr=config.learning_rate, momentum=config.momentum, fused=True
+    )
 
 
 def rmsprop(config: OptimizationConfig, network: SegmentationModel) -> torch.optim.Optimizer:
     """RMSprop (Hinton 2012)."""
-    return torch.optim.RMSprop(_groups(config, network), lr=config.learning_rate)
+    return _not_compiled(torch.optim.RMSprop)(_groups(config, network), lr=config.learning_rate)
 
 
 def muon(config: OptimizationConfig, network: SegmentationModel) -> torch.optim.Optimizer:
@@ -51,7 +55,7 @@ def muon(config: OptimizationConfig, network: SegmentationModel) -> torch.optim.
     scores rather than features, take AdamW's steps."""
     weights, others = _weights_and_others(network)
     last = {id(p) for p in network.head.parameters()}
-    return Muon(
+    return _not_compiled(Muon)(
         [
             {
                 "params": [p for p in weights if id(p) not in last],
@@ -63,6 +67,14 @@ def muon(config: OptimizationConfig, network: SegmentationModel) -> torch.optim.
         ],
         lr=config.learning_rate,
     )
+
+
+def _not_compiled(kind: type[torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:
+    """Returns an optimizer's class without the decorators that import torch's compiler, which takes a second at the
+    start of each training. An optimizer is never compiled."""
+    names = ("add_param_group", "load_state_dict", "state_dict", "zero_grad")
+    methods = {name: inspect.unwrap(getattr(kind, name)) for name in names}
+    return type(kind.__name__, (kind,), {**methods, "step": torch.no_grad()(inspect.unwrap(kind.step))})
 
 
 def _groups(config: OptimizationConfig, network: SegmentationModel) -> list[dict[str, Any]]:
