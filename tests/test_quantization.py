@@ -28,6 +28,17 @@ from unet_ray.settings import load_train_config
 from unet_ray.training.run import train
 
 
+class Timed:
+    """Times the networks, and then says that they took these seconds."""
+
+    def __init__(self, seconds: list[float]) -> None:
+        self.seconds, self.time = seconds, quantization._seconds
+
+    def __call__(self, *arguments) -> list[float]:
+        self.really = self.time(*arguments)
+        return self.seconds
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> str:
     """Trains a network that finds the discs."""
@@ -42,15 +53,18 @@ def run(tmp_path_factory) -> str:
 @pytest.fixture(scope="module")
 def result(run) -> dict:
     """Quantizes the network. Returns what the command prints."""
-    answer = CliRunner().invoke(main, ["quantize", run, "--calibration", "8", "--json"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quantization, "_seconds", timed := Timed([2.0, 1.0]))
+        answer = CliRunner().invoke(main, ["quantize", run, "--calibration", "8", "--json"])
     assert answer.exit_code == 0, answer.output
+    assert min(timed.really) > 0
     return json.loads(answer.stdout)
 
 
 def test_int8_is_kept_used_and_close(run, result):
     plain = BatchSegmenter(run + "/model", Arithmetic("cpu", "openvino", "fp32"))
     assert result["kept"]
-    assert result["images"] == 8
+    assert result["images"] == 8 and result["speedup"] == 2
     assert result["calibrated_on"] == 8
     assert result["dice"] - result["dice_int8"] <= MAY_FALL
 
@@ -90,12 +104,16 @@ def test_int8_is_not_used_on_another_instruction_set_or_damaged(run, result, mon
     weights.write_bytes(whole)
 
 
-def test_int8_that_costs_too_much_is_refused_and_removed(run, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [("MAY_FALL", -1.0, "is more than -1.0"), ("_seconds", Timed([1.0, 1.5]), "takes 1.50 times as long on this CPU")],
+)
+def test_int8_that_costs_too_much_or_is_slow_is_refused_and_removed(run, tmp_path, monkeypatch, name, value, reason):
     run = str(shutil.copytree(run, tmp_path / "run"))
-    monkeypatch.setattr(quantization, "MAY_FALL", -1.0)
+    monkeypatch.setattr(quantization, name, value)
     answer = CliRunner().invoke(main, ["quantize", run, "--calibration", "2"])
     assert answer.exit_code == 2
-    assert "refused" in answer.stderr
+    assert "refused" in answer.stderr and (reason in answer.stderr)
     assert not pipeline_of(run, MaskOptions(device="cpu")).chosen_here().arithmetic.int8
     assert not list(Path(run, "model").glob("int8*"))
     with pytest.raises(UserError, match="unet-ray quantize"):
