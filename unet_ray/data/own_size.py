@@ -161,7 +161,7 @@ def _by_cells(plane: np.ndarray, size_hw: tuple[int, int], threshold: float) -> 
 def _spread(positive: np.ndarray, rows: _Axis, columns: _Axis) -> np.ndarray:
     """Gives each pixel the class id of its cell: uint8 [h,w] -> [H,W]."""
     mask = np.zeros((len(rows.cell), len(columns.cell)), np.uint8)
-    high, wide = (np.flatnonzero(positive.any(axis=axis)) for axis in (1, 0))
+    high, wide = (np.flatnonzero(positive.view(bool).any(axis=axis)) for axis in (1, 0))
     if len(high):  # of the rest of the image nothing needs to be copied
         (top, bottom), (left, right) = rows.start[high[[0, -1]] + (0, 1)], columns.start[wide[[0, -1]] + (0, 1)]
         spread = np.take(positive[high[0] : high[-1] + 1], columns.cell[left:right], axis=1)
