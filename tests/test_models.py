@@ -50,6 +50,21 @@ def test_unet_plus_plus_has_a_node_for_each_pair_of_figure_1():
     assert parameter_count(model) > parameter_count(build(ModelConfig(base_channels=4, depth=4)))
 
 
+def test_deep_supervision_trains_a_head_for_each_node_of_the_finest_level_and_finds_their_mean():
+    model = build(ModelConfig(name="unet++", deep_supervision=True, patch=2, num_classes=3, **SMALL | {"depth": 3}))
+    pictures = image(20, 26)
+    heads = model.train()(pictures)
+    assert heads.shape == (3, 1, 3, 20, 26)
+    model.zero_grad()
+    heads[0].sum().backward()  # the first head reads node (0, 1) alone
+    assert model.up["0_1"].conv.weight.grad is not None and model.up["0_2"].conv.weight.grad.abs().sum() == 0
+    for norm in filter(lambda module: isinstance(module, torch.nn.BatchNorm2d), model.modules()):
+        norm.track_running_stats, norm.running_mean, norm.running_var = False, None, None
+    assert torch.allclose(model.eval()(pictures), model.train()(pictures).mean(dim=0), atol=1e-5)
+    with pytest.raises(UserError, match=r"deep_supervision is for model\.name=unet\+\+"):
+        ModelConfig(deep_supervision=True)
+
+
 @pytest.mark.parametrize("name", ["unet", "unet++"])
 def test_checkpointed_activations_give_the_same_gradients_and_statistics(name):
     torch.manual_seed(0)

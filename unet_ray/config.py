@@ -64,6 +64,9 @@ class ModelConfig:
     patch: int = 1
     """Side in pixels of a square that is folded into channels before the first convolution and unfolded after the last
     (sub-pixel convolution, Shi et al. 2016). 2 takes a quarter of the time of 1, at the same mask resolution."""
+    deep_supervision: bool = False
+    """Of `unet++`: a head for each node of the finest level. The loss is the mean of theirs, and the mask that of the
+    mean of their logits (Zhou et al. 2018, section 3.2 and figure 1)."""
     encoder: str = NO_ENCODER
     """Encoder of `smp`: a name that segmentation_models_pytorch knows, for its U-Net, or architecture/encoder, such as
     `segformer/mit_b0`. Of `unet`: one of `registry.ENCODERS`, with a narrow expanding path of its own, for which the
@@ -97,6 +100,8 @@ class ModelConfig:
         if self.padding == "valid" and self.up == "bilinear":
             # Interpolation reads beyond a tile's edge, so tiles would not equal the whole image.
             raise UserError("model.up must be transpose with model.padding=valid")
+        if self.deep_supervision and self.name != "unet++":
+            raise UserError(f"model.deep_supervision is for model.name=unet++, not {self.name}")
         self._check_encoder()
 
     def _check_encoder(self) -> None:

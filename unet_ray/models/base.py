@@ -22,7 +22,8 @@ class SegmentationModel(nn.Module, ABC):
     """Turns images, uint8 [N, in_channels, H, W], into logits.
 
     With padding `same` they are float [N, num_classes, H, W], for any H and W. With `valid` they are
-    [N, num_classes, H - 2 * margin, W - 2 * margin], for sizes that `ModelConfig.check_size` accepts.
+    [N, num_classes, H - 2 * margin, W - 2 * margin], for sizes that `ModelConfig.check_size` accepts. In training a
+    network may give the logits of several heads, [S, N, num_classes, H, W]; its loss is the mean of theirs.
 
     A subclass defines `body`, from normalised pixels to logits, `bottleneck`, the deepest layer on that way, and
     `head`, its last convolution.

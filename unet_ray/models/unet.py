@@ -50,9 +50,10 @@ class UNet(SegmentationModel):
 
 
 class UNetPlusPlus(SegmentationModel):
-    """U-Net with dense, nested skips: Zhou et al. 2018, https://arxiv.org/abs/1807.10165, without deep supervision.
+    """U-Net with dense, nested skips: Zhou et al. 2018, https://arxiv.org/abs/1807.10165.
 
-    Node (i, j) joins all nodes (i, <j) of its level with node (i+1, j-1) from below (equation 1).
+    Node (i, j) joins all nodes (i, <j) of its level with node (i+1, j-1) from below (equation 1). With
+    `deep_supervision` each node (0, j) has a head: in training they give logits each, [S,N,K,H,W], and else their mean.
     """
 
     grows_with_area = True
@@ -67,7 +68,8 @@ class UNetPlusPlus(SegmentationModel):
                 self.up[f"{i}_{j}"] = Up(widths[i + 1], widths[i], config.up)
                 self.join[f"{i}_{j}"] = DoubleConv((j + 1) * widths[i], widths[i], config)
         self.dropout = nn.Dropout(config.dropout)
-        self.head = nn.Conv2d(widths[0], self.out_channels, 1)
+        self.heads = depth if config.deep_supervision else 1
+        self.head = nn.Conv2d(self.heads * widths[0], self.heads * self.out_channels, 1, groups=self.heads)
         initialise(self)
 
     def bottleneck(self, x: Tensor) -> Tensor:
@@ -80,7 +82,10 @@ class UNetPlusPlus(SegmentationModel):
             for i in range(self.config.depth + 1 - j):
                 up = self.up[f"{i}_{j}"](levels[i + 1][j - 1])
                 levels[i].append(self.checkpointed(self.join[f"{i}_{j}"], torch.cat([*levels[i], up], dim=1)))
-        return self.head(levels[0][-1])
+        if self.heads == 1:
+            return self.head(levels[0][-1])
+        logits = self.head(torch.cat(levels[0][1:], dim=1)).unflatten(1, (self.heads, self.out_channels))
+        return logits.transpose(0, 1) if self.training else logits.mean(dim=1)
 
 
 def contracting_path(config: ModelConfig) -> nn.ModuleList:

@@ -41,7 +41,7 @@ class Training:
     ddp_network: nn.Module
     """DistributedDataParallel around `network`, or `network` itself if there is one process."""
     forward: Callable[[Tensor], Tensor]
-    """Images to logits: `ddp_network`, or the same compiled."""
+    """Images to logits, perhaps of several heads: `ddp_network`, or the same compiled."""
     optimizer: torch.optim.Optimizer
     loss: losses.Loss
     scaler: torch.amp.GradScaler
@@ -95,27 +95,35 @@ class Training:
         """
         image, mask, border = self.inputs(arrays, epoch)
         labeled = len(image) if labeled is None else labeled
-        if self.teacher is not None:
-            theirs = self._logits(self.teacher, image)
-        elif labeled < len(image):
+        theirs = None if self.teacher is None else self._logits(self.teacher, image)
+        if self.teacher is None and labeled < len(image):
             image, mask = self._with_pseudo_masks(image, mask, labeled, arrays["index"], epoch)
         # Ranks exchange gradients once per step, with those of its last micro-batch.
         local = isinstance(self.ddp_network, DistributedDataParallel) and not ends_step
         with self.ddp_network.no_sync() if local else contextlib.nullcontext():  # type: ignore[operator]
             with autocast(self.device, self.config.train.precision):
-                logits = self.forward(image)
-            loss = self.loss(logits[:labeled], mask[:labeled], border if border is None else border[:labeled]).mean()
-            if self.teacher is not None:
-                valid = torch.ones(len(image), device=self.device)
-                valid[labeled:] = unlabeled.can_be_read(mask[labeled:]).float()
-                loss = loss + teacher.WEIGHT * teacher.distance(logits, theirs, valid).mean()
-            elif labeled < len(image):
-                of_others = unlabeled.consistency(logits[labeled:], mask[labeled:]).mean()
-                ramp = unlabeled.ramp(epoch / self.config.train.epochs)
-                loss = loss + ramp * self.config.train.unlabeled_weight * of_others
-            loss = loss * weight
+                found = self.forward(image)
+            heads = [*found] if found.ndim == 5 else [found]
+            losses_of_heads = [self._loss(logits, theirs, mask, border, labeled, epoch) for logits in heads]
+            loss = torch.stack(losses_of_heads).mean() * weight
             self.scaler.scale(loss).backward()
         return loss.detach()
+
+    def _loss(
+        self, logits: Tensor, theirs: Tensor | None, mask: Tensor, border: Tensor | None, labeled: int, epoch: int
+    ) -> Tensor:
+        """Returns the mean loss of a micro-batch. `theirs`: the teacher's logits, if there is one. The first `labeled`
+        rows have masks."""
+        loss = self.loss(logits[:labeled], mask[:labeled], border if border is None else border[:labeled]).mean()
+        if theirs is not None:
+            valid = torch.ones(len(logits), device=self.device)
+            valid[labeled:] = unlabeled.can_be_read(mask[labeled:]).float()
+            return loss + teacher.WEIGHT * teacher.distance(logits, theirs, valid).mean()
+        if labeled < len(logits):
+            of_others = unlabeled.consistency(logits[labeled:], mask[labeled:]).mean()
+            ramp = unlabeled.ramp(epoch / self.config.train.epochs)
+            return loss + ramp * self.config.train.unlabeled_weight * of_others
+        return loss
 
     @torch.no_grad()
     def _logits(self, network: nn.Module, image: Tensor) -> Tensor:
