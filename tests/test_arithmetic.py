@@ -6,16 +6,17 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import make_model, make_photos
 
 from unet_ray.config import MaskOptions, PredictConfig, UserError
-from unet_ray.inference import arithmetic, backends, choose_arithmetic, output_folder
+from unet_ray.inference import arithmetic, backends, choose_arithmetic, output_folder, pipeline
 from unet_ray.inference.arithmetic import NOT_RECORDED, Arithmetic, Machine
 from unet_ray.inference.choose_arithmetic import Work, choose, go_on
 from unet_ray.inference.predict import predict
-from unet_ray.models import checkpoint
+from unet_ray.models import checkpoint, compiling
 from unet_ray.models.operations import floating_point_operations
-from unet_ray.ray_backend.session import LOCAL
+from unet_ray.ray_backend.session import LOCAL, Runtime
 
 FULL = Machine("one", bf16=False, compiles=True, instructions="AVX2", libraries={"torch": "2.14", "openvino": "2026.4"})
 WITH_BF16 = dataclasses.replace(FULL, name="amx", bf16=True, instructions="AVX512+VNNI+AMX")
@@ -87,6 +88,71 @@ def test_a_network_that_openvino_cannot_run_is_run_by_torch_and_one_line_says_so
     assert "no such operation: torch in fp32 on CPUs is used instead" in line
     with pytest.raises(UserError, match="no such operation"):
         choose(dataclasses.replace(work, options=MaskOptions(backend="openvino")))
+
+
+def test_long_work_is_done_by_whichever_is_faster_and_the_next_prediction_does_the_same(work, model, monkeypatch):
+    asked = []
+
+    def times(ways):
+        asked.append([way.backend for way in ways])
+        return seconds
+
+    def chosen(**changes) -> Arithmetic:
+        changes = {"times": times, "threads": 2, **changes}
+        return dataclasses.replace(choose(dataclasses.replace(work(FULL, images=1000), **changes)), version="")
+
+    per_image = floating_point_operations(work(FULL).card.model, work(FULL).card.image_size)
+    monkeypatch.setattr(choose_arithmetic, "TIMED_FROM", 999 * per_image / (2 * compiling.FLOPS["cpu"]))
+    seconds = [1.0, 2.0]
+    assert chosen(images=998).backend == "openvino", "short work is not worth it"
+    assert chosen(options=MaskOptions(backend="openvino")).backend == "openvino"
+    assert chosen(options=MaskOptions(ensemble=(str(model),))).backend == "openvino"
+    assert chosen(times=None).backend == "openvino" and not asked
+    assert chosen().backend == "torch" and asked == [["torch", "openvino"]]
+    seconds = [2.0, 1.0]
+    assert chosen().backend == "torch" and len(asked) == 1, "it is kept beside the model"
+    assert chosen(threads=4, images=2000).backend == "openvino" and len(asked) == 2
+    assert chosen(machines=(FULL, WITH_BF16)).backend == "openvino" and len(asked) == 3
+    assert chosen(machines=(FULL, BARE)).backend == "torch" and len(asked) == 3, "there is no choice"
+    accept_int8(model, "AVX2")
+    assert chosen().int8
+    (model / "int8.json").unlink()
+    (model / "fastest.json").unlink()
+    monkeypatch.setattr(checkpoint, "save_choice", lambda *_: (_ for _ in ()).throw(PermissionError))
+    assert chosen().backend == "openvino" and len(asked) == 4, "the model can't be written"
+
+
+@pytest.mark.parametrize("tile", [0, 32])
+def test_the_way_is_chosen_by_timing_steps_here(model, tmp_path, monkeypatch, tile):
+    times_decide(model, tmp_path, monkeypatch, LOCAL, tile)
+
+
+def test_on_ray_it_is_chosen_by_timing_steps_on_the_nodes(ray_cluster, model, tmp_path, monkeypatch):
+    times_decide(model, tmp_path, monkeypatch, Runtime(), 0)
+
+
+def times_decide(model: Path, folder: Path, monkeypatch, runtime: Runtime, tile: int) -> None:
+    pytest.importorskip("openvino")
+    monkeypatch.setattr(choose_arithmetic, "TIMED_FROM", 0.0)
+    photos, threads = make_photos(folder / "photos", 3), torch.get_num_threads()
+    timed = []
+
+    def shortest_times(segmenters, images):
+        timed.append(([type(segmenter.models[0][0]).__name__ for segmenter in segmenters], images[0].shape))
+        assert min(real(segmenters, images)) > 0
+        return [1.0, 2.0]
+
+    real = pipeline.shortest_times
+    monkeypatch.setattr(pipeline, "shortest_times", shortest_times)
+    for out in ("a", "b"):
+        config = PredictConfig(model=str(model), inputs=(str(photos),), out=str(folder / out), tile=tile)
+        predict(config, runtime=runtime)
+        settings = json.loads((folder / out / "settings.json").read_text())
+        assert [way["backend"] for way in settings["arithmetic"]] == ["torch"]
+    assert torch.get_num_threads() == threads
+    [(networks, shape)] = timed
+    assert networks == ["Torch", "OpenVino"] and shape[1:3] == ((tile, tile) if tile else (32, 32))
+    (model / "fastest.json").unlink()
 
 
 def test_compiling_is_for_many_images_of_a_large_network(tmp_path, work):

@@ -32,7 +32,7 @@ class Timed:
     """Times the networks, and then says that they took these seconds."""
 
     def __init__(self, seconds: list[float]) -> None:
-        self.seconds, self.time = seconds, quantization._seconds
+        self.seconds, self.time = seconds, quantization.shortest_times
 
     def __call__(self, *arguments) -> list[float]:
         self.really = self.time(*arguments)
@@ -54,7 +54,7 @@ def run(tmp_path_factory) -> str:
 def result(run) -> dict:
     """Quantizes the network. Returns what the command prints."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quantization, "_seconds", timed := Timed([2.0, 1.0]))
+        patch.setattr(quantization, "shortest_times", timed := Timed([2.0, 1.0]))
         answer = CliRunner().invoke(main, ["quantize", run, "--calibration", "8", "--json"])
     assert answer.exit_code == 0, answer.output
     assert min(timed.really) > 0
@@ -106,7 +106,10 @@ def test_int8_is_not_used_on_another_instruction_set_or_damaged(run, result, mon
 
 @pytest.mark.parametrize(
     ("name", "value", "reason"),
-    [("MAY_FALL", -1.0, "is more than -1.0"), ("_seconds", Timed([1.0, 1.5]), "takes 1.50 times as long on this CPU")],
+    [
+        ("MAY_FALL", -1.0, "is more than -1.0"),
+        ("shortest_times", Timed([1.0, 1.5]), "takes 1.50 times as long on this CPU"),
+    ],
 )
 def test_int8_that_costs_too_much_or_is_slow_is_refused_and_removed(run, tmp_path, monkeypatch, name, value, reason):
     run = str(shutil.copytree(run, tmp_path / "run"))

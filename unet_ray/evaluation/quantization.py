@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import logging
-import math
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -28,6 +26,7 @@ from unet_ray.inference.arithmetic import INSTALL, Arithmetic
 from unet_ray.inference.choose_arithmetic import choose
 from unet_ray.inference.pipeline import Pipeline
 from unet_ray.inference.resolve import pipeline_of
+from unet_ray.inference.segmenter import shortest_times
 from unet_ray.models import checkpoint, compiling
 from unet_ray.models.device import instruction_set
 from unet_ray.own_process import is_own
@@ -35,8 +34,6 @@ from unet_ray.ray_backend.session import LOCAL
 
 MAY_FALL = 0.001
 """Largest loss of mean validation Dice with which int8 is accepted."""
-ROUNDS = 10
-"""Steps of each network that are timed."""
 STEM = "int8-"
 """Prefix of the names of int8 files."""
 
@@ -98,7 +95,7 @@ def quantize(
         for pipeline in (plain, in_int8)
     )
     dice, dice_int8 = float(scores.dice.mean or 0), float(scores_int8.dice.mean or 0)
-    seconds, seconds_int8 = _seconds([plain, in_int8], images)
+    seconds, seconds_int8 = shortest_times([plain.segmenter(), in_int8.segmenter()], images)
     result = Quantization(dice, dice_int8, scores.images, len(images), seconds / seconds_int8)
     if not result.problem:
         choice = {"network": name, "instructions": instructions, **dataclasses.asdict(result)}
@@ -116,20 +113,6 @@ def _calibration_images(run: str, pipeline: Pipeline, count: int) -> list[np.nda
     if not images:
         raise UserError(f"{run}: none of its training images can be read")
     return images
-
-
-def _seconds(pipelines: Sequence[Pipeline], images: Sequence[np.ndarray]) -> list[float]:
-    """Returns the shortest time that each network takes for an image. They take turns, so that other programs on this
-    machine disturb all alike."""
-    segmenters = [pipeline.segmenter() for pipeline in pipelines]
-    shortest = [math.inf] * len(segmenters)
-    for turn in range(1 + ROUNDS):
-        for number, segmenter in enumerate(segmenters):
-            started = time.perf_counter()
-            segmenter(images[turn % len(images)])
-            if turn:  # the first one prepares
-                shortest[number] = min(shortest[number], time.perf_counter() - started)
-    return shortest
 
 
 def _stored(files: dict[str, bytes], model: str) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,11 @@ from unet_ray.models.device import check_precision
 from unet_ray.models.operations import floating_point_operations
 
 log = logging.getLogger("unet_ray")
+
+TIMED_FROM = 30.0
+"""Estimated seconds of work of a process from which OpenVINO and torch are timed, which takes some two seconds. Which
+one is faster depends on network, precision and processor: on two EPYC cores with AVX512-BF16 OpenVINO took 0.85 to 1.11
+of torch's time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +44,8 @@ class Work:
     """Number of images for each process that runs the network; 0 if it is not known."""
     threads: int | None = None
     """Threads of each such process on a CPU; None: torch's number."""
+    times: Callable[[Sequence[Arithmetic]], Sequence[float]] | None = None
+    """Returns the seconds that an image takes with each of these, where the network will run; None: nobody can tell."""
 
     def int8(self) -> dict[str, Any] | None:
         """Returns the record of the network in int8 that validation accepted, if there is one for these weights."""
@@ -74,7 +82,8 @@ def choose(work: Work, *, int8: bool = True) -> Arithmetic:
     """Returns the fastest arithmetic that the options allow and all machines can do.
 
     On CPUs that is a network in int8 (if validation accepted one, and `int8`), else OpenVINO, else torch, compiled if
-    that pays. A log line says why the first choice can't be used. Raises UserError if no choice can be.
+    that pays; for long work torch comes before OpenVINO where it is faster. A log line says why the first choice can't
+    be used. Raises UserError if no choice can be.
     """
     _check(work)
     problems: list[str] = []
@@ -138,7 +147,8 @@ def _candidates(work: Work, int8: bool) -> Iterator[Arithmetic]:
             instructions = accepted.get("instructions", "")
             yield Arithmetic(device, "openvino", precision, accepted["network"], instructions)
         installed = any("openvino" in machine.libraries for machine in work.machines)
-        if options.precision != "int8" and (installed or options.backend == "openvino"):
+        wanted = installed and not _torch_is_faster(work, precision)
+        if options.precision != "int8" and (wanted or options.backend == "openvino"):
             yield Arithmetic(device, "openvino", precision)
     if options.precision == "int8":
         return
@@ -148,9 +158,33 @@ def _candidates(work: Work, int8: bool) -> Iterator[Arithmetic]:
         yield Arithmetic(device, "torch", precision)
 
 
-def _compiling_pays(work: Work, precision: str) -> bool:
-    if not work.images:
+def _torch_is_faster(work: Work, precision: str) -> bool:
+    """Returns whether torch takes less time than OpenVINO. Measures it once for each kind of processor, and keeps the
+    answer beside the model, so that the next prediction chooses the same."""
+    options, model = work.options, work.models[0]
+    threads = work.threads or torch.get_num_threads()
+    long = _operations(work) > TIMED_FROM * compiling.FLOPS["cpu"] * threads
+    rivals = [Arithmetic(work.device, backend, precision) for backend in ("torch", "openvino")]
+    if work.times is None or not long or options.backend != "auto" or options.ensemble or options.precision == "int8":
         return False
-    operations = work.images * floating_point_operations(work.card.model, work.card.image_size)
+    if any(map(work.problem_of, rivals)):
+        return False
+    known = checkpoint.read_choice(model, checkpoint.FASTEST, work.card) or {}
+    instructions = " and ".join(sorted({machine.instructions for machine in work.machines}))
+    where = f"{instructions}, {precision}, threads: {threads}"
+    if where not in known:
+        ours, theirs = work.times(rivals)
+        known[where] = "torch" if ours < theirs else "openvino"
+        with contextlib.suppress(OSError):  # the model may be on a disk that can't be written
+            checkpoint.save_choice(model, checkpoint.FASTEST, work.card, known)
+    return known[where] == "torch"
+
+
+def _operations(work: Work) -> int:
+    return work.images * floating_point_operations(work.card.model, work.card.image_size) if work.images else 0
+
+
+def _compiling_pays(work: Work, precision: str) -> bool:
+    operations = _operations(work)
     bf16 = precision == "bf16"
-    return compiling.pays(operations, torch.device(work.device), bf16=bf16, threads=work.threads)
+    return operations > 0 and compiling.pays(operations, torch.device(work.device), bf16=bf16, threads=work.threads)

@@ -21,7 +21,7 @@ from unet_ray.inference.choose_arithmetic import Work, choose
 from unet_ray.inference.chunk_size import RowCost, chunks_per_block
 from unet_ray.inference.local import run_here
 from unet_ray.inference.reader import GivenReader, Reader
-from unet_ray.inference.segmenter import BatchSegmenter
+from unet_ray.inference.segmenter import BatchSegmenter, shortest_times
 from unet_ray.inference.stages import (
     DecodeImages,
     Load,
@@ -115,17 +115,37 @@ class Pipeline(ABC):
     def chosen_here(self, images: int = 0, settle: Settle = choose) -> Pipeline:
         """Returns the pipeline with the arithmetic for this process. Raises UserError, as `settle` does."""
         device = device_here(self.options.device, self.options.workers).type
-        return self._chosen(device, [Machine.here(device)], images, None, settle)
+        return self._chosen(device, [Machine.here(device)], images, None, settle, self._times)
+
+    def _times(self, ways: Sequence[Arithmetic], threads: int | None = None) -> list[float]:
+        """Returns the seconds that an image takes with each arithmetic in this process."""
+        tile, margin = self.options.tile, self.card.model.margin
+        height, width = (side + 2 * margin for side in ((tile, tile) if tile else self.card.image_size))
+        shape = (1, height, width, self.card.model.in_channels)
+        noise = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+        before = torch.get_num_threads()
+        try:
+            return shortest_times(
+                [dataclasses.replace(self, arithmetic=way).segmenter(threads) for way in ways], [noise]
+            )
+        finally:
+            torch.set_num_threads(before)
 
     def _chosen(
-        self, device: str, machines: Sequence[Machine], images: int, threads: int | None, settle: Settle
+        self,
+        device: str,
+        machines: Sequence[Machine],
+        images: int,
+        threads: int | None,
+        settle: Settle,
+        times: Callable[[Sequence[Arithmetic]], Sequence[float]],
     ) -> Pipeline:
         if self.arithmetic is not None:
             return self
         if not machines:
             raise UserError("no node of the cluster said within two minutes what it can compute with: try again")
         models = (self.model, *self.options.ensemble)
-        work = Work(models, self.card, self.options, device, tuple(machines), images, threads)
+        work = Work(models, self.card, self.options, device, tuple(machines), images, threads, times)
         return dataclasses.replace(self, arithmetic=settle(work))
 
     def run(
@@ -164,7 +184,13 @@ class Pipeline(ABC):
             shared = {**shared, "MODEL": storage.join(self.model, checkpoint.CARD)}
             check_shared(shared)
             machines = [machine for _, machine in nodes.answers(partial(Machine.here, pool.device), pool.bundle)]
-            chosen = self._chosen(pool.device, machines, images // pool.replicas, pool.threads, settle)
+
+            def times(ways: Sequence[Arithmetic]) -> list[float]:
+                """Of all nodes, since one way is chosen for all."""
+                of_nodes = nodes.answers(partial(self._times, ways, pool.threads), pool.bundle)
+                return [sum(seconds[way] for _, seconds in of_nodes) for way in range(len(ways))]
+
+            chosen = self._chosen(pool.device, machines, images // pool.replicas, pool.threads, settle, times)
             model = ModelStage(chosen, sink, probabilities)
             each = chunks_per_block(len(numbers), self.row_cost(), pool.replicas, pool.device)
             yield from run_on_cluster(numbers, preprocess, model, postprocess, pool=pool, each=each)

@@ -5,6 +5,8 @@ Legend: N images, C channels, K classes (1 for a single logit), H, W pixels.
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -23,6 +25,8 @@ from unet_ray.inference.tiles import Band, Grid
 from unet_ray.models.checkpoint import ModelCard
 from unet_ray.models.device import check_gpu, keep_freed_memory, run_network
 
+TURNS, LEAST_TURNS, TURNS_SECONDS = 10, 3, 5.0
+"""How often networks are timed: the most, and the least after so many seconds."""
 IMAGES_AT_ONCE = {"cpu": 1, "cuda": 8}
 """On a CPU one image at a time keeps the activations in the caches, and was fastest."""
 
@@ -218,3 +222,20 @@ def check_ensemble(cards: Sequence[ModelCard], names: Sequence[str]) -> None:
         ):
             if one != other:
                 raise UserError(f"--ensemble {name}: its {what} is {one}, that of {names[0]} {other}")
+
+
+def shortest_times(segmenters: Sequence[BatchSegmenter], images: Sequence[np.ndarray]) -> list[float]:
+    """Returns the shortest time in seconds that each segmenter takes for an image, uint8 [1,H,W,C].
+
+    They take turns, so that other programs on this machine disturb all alike.
+    """
+    shortest, begun = [math.inf] * len(segmenters), time.perf_counter()
+    for turn in range(1 + TURNS):
+        for number, segmenter in enumerate(segmenters):
+            started = time.perf_counter()
+            segmenter(images[turn % len(images)])
+            if turn:  # the first one prepares
+                shortest[number] = min(shortest[number], time.perf_counter() - started)
+        if turn >= LEAST_TURNS and time.perf_counter() - begun > TURNS_SECONDS:
+            break
+    return shortest

@@ -7,6 +7,7 @@ model/threshold.json     the threshold that `evaluate --choose-threshold` has ch
 model/looks.json         how the images look that the model was trained on (`data.looks`)
 model/int8-*.xml, .bin   the network in int8 for OpenVINO, made by `unet-ray quantize`
 model/int8.json          which int8 network to use, its score and the network's own; absent if the score was too low
+model/fastest.json       whether torch or OpenVINO was faster, for each kind of processor on which they were timed
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ WEIGHTS, CARD = "model.safetensors", "model.json"
 WEIGHTS_OF_OTHERS = (".pth", ".pt", ".ckpt")
 MOST_HEADER_BYTES = 100 * 2**20
 """As safetensors itself allows."""
-CLEANUP, THRESHOLD, INT8, LOOKS = "cleanup.json", "threshold.json", "int8.json", "looks.json"
+CLEANUP, THRESHOLD, INT8 = "cleanup.json", "threshold.json", "int8.json"
+FASTEST, LOOKS = "fastest.json", "looks.json"
 ALWAYS = ("mask_values", "ignore_index")
 MASK_SETTINGS = (
     *ALWAYS, "mask_colors", "mask_nearest", "mask_resize", "mask_turn", "several_masks", "match", "overlap_order",
