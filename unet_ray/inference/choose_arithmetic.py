@@ -162,11 +162,12 @@ def _torch_is_faster(work: Work, precision: str) -> bool:
     """Returns whether torch takes less time than OpenVINO. Measures it once for each kind of processor, and keeps the
     answer beside the model, so that the next prediction chooses the same."""
     options, model = work.options, work.models[0]
-    threads = work.threads or torch.get_num_threads()
-    long = _operations(work) > TIMED_FROM * compiling.FLOPS["cpu"] * threads
-    rivals = [Arithmetic(work.device, backend, precision) for backend in ("torch", "openvino")]
-    if work.times is None or not long or options.backend != "auto" or options.ensemble or options.precision == "int8":
+    if work.times is None or options.backend != "auto" or options.ensemble or options.precision == "int8":
         return False
+    threads = work.threads or torch.get_num_threads()
+    if _operations(work) < TIMED_FROM * compiling.FLOPS["cpu"] * threads:
+        return False
+    rivals = [Arithmetic(work.device, backend, precision) for backend in ("torch", "openvino")]
     if any(map(work.problem_of, rivals)):
         return False
     known = checkpoint.read_choice(model, checkpoint.FASTEST, work.card) or {}
