@@ -11,6 +11,7 @@ from conftest import make_model, make_photos
 
 from unet_ray.config import MaskOptions, PredictConfig, UserError
 from unet_ray.inference import arithmetic, backends, choose_arithmetic, output_folder, pipeline
+from unet_ray.inference import predict as prediction
 from unet_ray.inference.arithmetic import NOT_RECORDED, Arithmetic, Machine
 from unet_ray.inference.choose_arithmetic import Work, choose, go_on
 from unet_ray.inference.predict import predict
@@ -90,68 +91,112 @@ def test_a_network_that_openvino_cannot_run_is_run_by_torch_and_one_line_says_so
         choose(dataclasses.replace(work, options=MaskOptions(backend="openvino")))
 
 
-def test_long_work_is_done_by_whichever_is_faster_and_the_next_prediction_does_the_same(work, model, monkeypatch):
+def test_long_work_is_done_by_whichever_is_faster_and_later_predictions_do_the_same(work, model, monkeypatch):
     asked = []
 
     def times(ways):
         asked.append([way.backend for way in ways])
         return seconds
 
-    def chosen(**changes) -> Arithmetic:
+    def chosen(**changes) -> str:
         changes = {"times": times, "threads": 2, **changes}
-        return dataclasses.replace(choose(dataclasses.replace(work(FULL, images=1000), **changes)), version="")
+        return choose(dataclasses.replace(work(FULL, images=1000), **changes)).backend
 
     per_image = floating_point_operations(work(FULL).card.model, work(FULL).card.image_size)
     monkeypatch.setattr(choose_arithmetic, "TIMED_FROM", 999 * per_image / (2 * compiling.FLOPS["cpu"]))
     seconds = [1.0, 2.0]
-    assert chosen(images=998).backend == "openvino", "short work is not worth it"
-    assert chosen(options=MaskOptions(backend="openvino")).backend == "openvino"
-    assert chosen(options=MaskOptions(ensemble=(str(model),))).backend == "openvino"
-    assert chosen(times=None).backend == "openvino" and not asked
-    assert chosen().backend == "torch" and asked == [["torch", "openvino"]]
+    assert chosen(images=998) == "openvino", "short work is not worth it"
+    monkeypatch.setattr(choose_arithmetic, "TIMED_IMAGES", 1001)
+    assert chosen() == "openvino", "four images would be much of it"
+    monkeypatch.undo()
+    monkeypatch.setattr(backends, "openvino_problem", lambda _location: "")
+    monkeypatch.setattr(choose_arithmetic, "TIMED_FROM", 0.0)
+    assert chosen(options=MaskOptions(backend="openvino")) == "openvino"
+    assert chosen(options=MaskOptions(ensemble=(str(model),))) == "openvino"
+    assert chosen(times=None) == "openvino" and not asked
+    assert chosen(times=lambda _ways: []) == "openvino", "a machine did not answer"
+    assert chosen() == "torch" and asked == [["torch", "openvino"]]
     seconds = [2.0, 1.0]
-    assert chosen().backend == "torch" and len(asked) == 1, "it is kept beside the model"
-    assert chosen(threads=4, images=2000).backend == "openvino" and len(asked) == 2
-    assert chosen(machines=(FULL, WITH_BF16)).backend == "openvino" and len(asked) == 3
-    assert chosen(machines=(FULL, BARE)).backend == "torch" and len(asked) == 3, "there is no choice"
+    assert chosen() == "torch" and len(asked) == 1, "it is kept beside the model"
+    assert chosen(images=1, times=None) == "torch", "for short work, too"
+    assert chosen(threads=4) == "openvino" and len(asked) == 2
+    assert chosen(machines=(FULL, WITH_BF16)) == "openvino" and len(asked) == 3
+    assert chosen(options=MaskOptions(tile=64)) == "openvino" and len(asked) == 4
+    newer = dataclasses.replace(FULL, libraries={**FULL.libraries, "openvino": "2027.1"})
+    assert chosen(machines=(newer,)) == "openvino" and len(asked) == 5
+    assert chosen(machines=(FULL, BARE)) == "torch" and len(asked) == 5, "there is no choice"
     accept_int8(model, "AVX2")
-    assert chosen().int8
+    assert choose(work(FULL, images=1000)).int8
     (model / "int8.json").unlink()
-    (model / "fastest.json").unlink()
-    monkeypatch.setattr(checkpoint, "save_choice", lambda *_: (_ for _ in ()).throw(PermissionError))
-    assert chosen().backend == "openvino" and len(asked) == 4, "the model can't be written"
 
 
-@pytest.mark.parametrize("tile", [0, 32])
-def test_the_way_is_chosen_by_timing_steps_here(model, tmp_path, monkeypatch, tile):
-    times_decide(model, tmp_path, monkeypatch, LOCAL, tile)
+@pytest.mark.parametrize("error", [PermissionError("read-only"), UserError("s3://b/m: cannot be written")])
+def test_a_model_that_cannot_be_written_is_timed_each_time(work, model, monkeypatch, error):
+    (model / "fastest.json").unlink(missing_ok=True)
+    monkeypatch.setattr(choose_arithmetic, "TIMED_FROM", 0.0)
+
+    def refuse(*_arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr(checkpoint, "save_choice", refuse)
+    for seconds, backend in (([1.0, 2.0], "torch"), ([2.0, 1.0], "openvino")):
+        times = dataclasses.replace(work(FULL, images=1000), times=lambda _ways, seconds=seconds: seconds)
+        assert choose(times).backend == backend
 
 
-def test_on_ray_it_is_chosen_by_timing_steps_on_the_nodes(ray_cluster, model, tmp_path, monkeypatch):
-    times_decide(model, tmp_path, monkeypatch, Runtime(), 0)
+def test_a_part_that_timed_for_long_goes_on_as_another_part_began(model, tmp_path, monkeypatch):
+    pytest.importorskip("openvino")
+    photos = make_photos(tmp_path / "photos", 4)
+
+    def config(part: str) -> PredictConfig:
+        return PredictConfig(model=str(model), inputs=(str(photos),), out=str(tmp_path / "out"), part=part)
+
+    def slow(work: Work) -> Arithmetic:
+        monkeypatch.undo()
+        predict(config("2/2"), runtime=LOCAL)  # begins and ends meanwhile
+        return work.with_version(Arithmetic("cpu", "torch", "fp32"))
+
+    monkeypatch.setattr(prediction, "choose", slow)
+    predict(config("1/2"), runtime=LOCAL)
+    assert [way.backend for way in output_folder.arithmetics(str(tmp_path / "out"))] == ["openvino"]
 
 
-def times_decide(model: Path, folder: Path, monkeypatch, runtime: Runtime, tile: int) -> None:
+@pytest.mark.parametrize("settings", [(), (("model.padding", "valid"), ("data.image_size", 100))])
+@pytest.mark.parametrize("tile", [0, 40])
+def test_steps_are_timed_here_at_the_size_of_the_work(tmp_path, monkeypatch, tile, settings):
     pytest.importorskip("openvino")
     monkeypatch.setattr(choose_arithmetic, "TIMED_FROM", 0.0)
-    photos, threads = make_photos(folder / "photos", 3), torch.get_num_threads()
-    timed = []
+    monkeypatch.setattr(choose_arithmetic, "TIMED_IMAGES", 0)
+    model, photos = make_model(tmp_path / "model", *settings), make_photos(tmp_path / "photos", 3)
+    threads, timed = torch.get_num_threads(), []
 
-    def shortest_times(segmenters, images):
-        timed.append(([type(segmenter.models[0][0]).__name__ for segmenter in segmenters], images[0].shape))
-        assert min(real(segmenters, images)) > 0
+    def shortest_times(segmenters, image):
+        timed.append(([type(segmenter.models[0][0]).__name__ for segmenter in segmenters], image.shape[1:3]))
+        assert min(real(segmenters, image)) > 0
         return [1.0, 2.0]
 
     real = pipeline.shortest_times
     monkeypatch.setattr(pipeline, "shortest_times", shortest_times)
     for out in ("a", "b"):
-        config = PredictConfig(model=str(model), inputs=(str(photos),), out=str(folder / out), tile=tile)
-        predict(config, runtime=runtime)
-        settings = json.loads((folder / out / "settings.json").read_text())
-        assert [way["backend"] for way in settings["arithmetic"]] == ["torch"]
+        config = PredictConfig(model=str(model), inputs=(str(photos),), out=str(tmp_path / out), tile=tile)
+        predict(config, runtime=LOCAL)
+        assert [way.backend for way in output_folder.arithmetics(str(tmp_path / out))] == ["torch"]
+    size = checkpoint.read_card(str(model)).image_size
+    assert timed == [(["Torch", "OpenVino"], (tile, tile) if tile else tuple(size))]
     assert torch.get_num_threads() == threads
-    [(networks, shape)] = timed
-    assert networks == ["Torch", "OpenVino"] and shape[1:3] == ((tile, tile) if tile else (32, 32))
+
+
+def test_on_ray_the_nodes_time_them_as_replicas_do(ray_cluster, model, tmp_path, monkeypatch):
+    pytest.importorskip("openvino")
+    (model / "fastest.json").unlink(missing_ok=True)
+    monkeypatch.setattr(choose_arithmetic, "TIMED_FROM", 0.0)
+    monkeypatch.setattr(choose_arithmetic, "TIMED_IMAGES", 0)
+    photos = make_photos(tmp_path / "photos", 3)
+    predict(PredictConfig(model=str(model), inputs=(str(photos),), out=str(tmp_path / "out")), runtime=Runtime())
+    answers = json.loads((model / "fastest.json").read_text())
+    del answers["weights_sha256"]
+    [way] = output_folder.arithmetics(str(tmp_path / "out"))
+    assert [*answers.values()] == [way.backend]
     (model / "fastest.json").unlink()
 
 

@@ -17,7 +17,7 @@ from unet_ray.cli import main
 from unet_ray.config import EvaluateConfig, MaskOptions, UserError
 from unet_ray.evaluation import quantization
 from unet_ray.evaluation.quantization import MAY_FALL, quantize
-from unet_ray.inference import arithmetic, backends
+from unet_ray.inference import arithmetic, backends, pipeline
 from unet_ray.inference.arithmetic import Arithmetic
 from unet_ray.inference.resolve import pipeline_of
 from unet_ray.inference.segmenter import BatchSegmenter
@@ -32,7 +32,7 @@ class Timed:
     """Times the networks, and then says that they took these seconds."""
 
     def __init__(self, seconds: list[float]) -> None:
-        self.seconds, self.time = seconds, quantization.shortest_times
+        self.seconds, self.time = seconds, pipeline.shortest_times
 
     def __call__(self, *arguments) -> list[float]:
         self.really = self.time(*arguments)
@@ -54,7 +54,7 @@ def run(tmp_path_factory) -> str:
 def result(run) -> dict:
     """Quantizes the network. Returns what the command prints."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quantization, "shortest_times", timed := Timed([2.0, 1.0]))
+        patch.setattr(pipeline, "shortest_times", timed := Timed([2.0, 1.0]))
         answer = CliRunner().invoke(main, ["quantize", run, "--calibration", "8", "--json"])
     assert answer.exit_code == 0, answer.output
     assert min(timed.really) > 0
@@ -68,20 +68,20 @@ def test_int8_is_kept_used_and_close(run, result):
     assert result["calibrated_on"] == 8
     assert result["dice"] - result["dice_int8"] <= MAY_FALL
 
-    pipeline = pipeline_of(run, MaskOptions(device="cpu")).chosen_here()
-    card, chosen = pipeline.card, pipeline.arithmetic
+    kept = pipeline_of(run, MaskOptions(device="cpu")).chosen_here()
+    card, chosen = kept.card, kept.arithmetic
     assert chosen is not None and chosen.int8 and chosen.instructions == instruction_set()
     for others in ({"precision": "fp32"}, {"ensemble": (run,)}, {"backend": "torch"}):
         assert not pipeline_of(run, MaskOptions(device="cpu", **others)).chosen_here().arithmetic.int8
-    network, _ = backends.load(pipeline.model, chosen)
+    network, _ = backends.load(kept.model, chosen)
     assert any(op.get_type_name() == "FakeQuantize" for op in network.network.get_ops())
     image = np.random.default_rng(0).integers(0, 255, (1, 40, 32, 3)).astype(np.uint8)  # not the size of calibration
-    both = [each(image).logits.astype(np.float32) for each in (plain, pipeline.segmenter())]
+    both = [each(image).logits.astype(np.float32) for each in (plain, kept.segmenter())]
     assert np.corrcoef(both[0].ravel(), both[1].ravel())[0, 1] > 0.99
     assert not np.array_equal(*both)
 
     other = dataclasses.replace(card, weights_sha256="")
-    assert checkpoint.read_choice(pipeline.model, checkpoint.INT8, other) is None
+    assert checkpoint.read_choice(kept.model, checkpoint.INT8, other) is None
 
 
 def test_int8_is_not_used_on_another_instruction_set_or_damaged(run, result, monkeypatch, caplog):
@@ -105,22 +105,40 @@ def test_int8_is_not_used_on_another_instruction_set_or_damaged(run, result, mon
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "reason"),
+    ("module", "name", "value", "reason"),
     [
-        ("MAY_FALL", -1.0, "is more than -1.0"),
-        ("shortest_times", Timed([1.0, 1.5]), "takes 1.50 times as long on this CPU"),
+        (quantization, "MAY_FALL", -1.0, "Dice falls by"),
+        (pipeline, "shortest_times", Timed([1.0, 1.5]), "int8 takes 1.50 times as long on this CPU"),
     ],
 )
-def test_int8_that_costs_too_much_or_is_slow_is_refused_and_removed(run, tmp_path, monkeypatch, name, value, reason):
+def test_int8_that_costs_too_much_or_is_slow_is_refused_and_removed(
+    run, result, tmp_path, monkeypatch, module, name, value, reason
+):
     run = str(shutil.copytree(run, tmp_path / "run"))
-    monkeypatch.setattr(quantization, name, value)
+    assert list(Path(run, "model").glob("int8*"))
+    monkeypatch.setattr(module, name, value)
     answer = CliRunner().invoke(main, ["quantize", run, "--calibration", "2"])
     assert answer.exit_code == 2
-    assert "refused" in answer.stderr and (reason in answer.stderr)
+    assert f"refused: {reason}" in answer.stderr
     assert not pipeline_of(run, MaskOptions(device="cpu")).chosen_here().arithmetic.int8
     assert not list(Path(run, "model").glob("int8*"))
     with pytest.raises(UserError, match="unet-ray quantize"):
         pipeline_of(run, MaskOptions(precision="int8"))
+
+
+def test_what_was_kept_on_another_processor_stays_where_it_is_refused_on_this_one(run, result, tmp_path, monkeypatch):
+    model = shutil.copytree(run, tmp_path / "run") / "model"
+    record = json.loads((model / "int8.json").read_text()) | {"instructions": "AVX9000"}
+    (model / "int8.json").write_text(json.dumps(record))
+    before = {file.name: file.read_bytes() for file in model.glob("int8*")}
+    monkeypatch.setattr(pipeline, "shortest_times", Timed([1.0, 1.5]))
+    assert quantize(EvaluateConfig(model=str(model.parent), device="cpu"), calibration=3).problem
+    assert {file.name: file.read_bytes() for file in model.glob("int8*")} == before
+    monkeypatch.setattr(pipeline, "shortest_times", Timed([1.5, 1.0]))
+    assert not quantize(EvaluateConfig(model=str(model.parent), device="cpu"), calibration=3).problem
+    now = json.loads((model / "int8.json").read_text())
+    assert now["instructions"] == instruction_set() and now["network"] != record["network"]
+    assert {file.name.partition(".")[0] for file in model.glob("int8-*")} == {now["network"]}
 
 
 def test_a_model_folder_without_its_run_cannot_be_calibrated(run, tmp_path):

@@ -289,7 +289,8 @@ mask_options = options(
         MASKS,
         "--backend",
         type=click.Choice(["auto", "torch", "compiled", "openvino"]),
-        help="Library that runs the network. auto: OpenVINO on CPUs if it is installed (the extra `cpu`).",
+        help="Library that runs the network. auto: on CPUs OpenVINO if it is installed (the extra `cpu`); before long "
+        "work it and torch are timed, and the faster one is used.",
         shown="auto",
     ),
     option(

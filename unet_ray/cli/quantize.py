@@ -38,7 +38,8 @@ def quantize(run: str, calibration: int, allow_code: bool, as_json: bool) -> Non
     Example:
       unet-ray quantize RUN
 
-    Writes RUN/model/int8.json and the network's files, int8-*, beside it. Exit code 2: refused, and nothing is kept.
+    Writes RUN/model/int8.json and the network's files, int8-*, beside it. Exit code 2: refused; only a network that was
+    kept on another kind of CPU stays.
     """
     from unet_ray.evaluation.quantization import quantize as make_int8
 

@@ -26,7 +26,6 @@ from unet_ray.inference.arithmetic import INSTALL, Arithmetic
 from unet_ray.inference.choose_arithmetic import choose
 from unet_ray.inference.pipeline import Pipeline
 from unet_ray.inference.resolve import pipeline_of
-from unet_ray.inference.segmenter import shortest_times
 from unet_ray.models import checkpoint, compiling
 from unet_ray.models.device import instruction_set
 from unet_ray.own_process import is_own
@@ -56,7 +55,7 @@ class Quantization:
     def problem(self) -> str:
         """Why it was refused; empty if it was kept."""
         if self.dice - self.dice_int8 > MAY_FALL:
-            return f"{self.dice - self.dice_int8:.4f} is more than {MAY_FALL}"
+            return f"Dice falls by {self.dice - self.dice_int8:.4f}, more than {MAY_FALL}"
         return "" if self.speedup > 1 else f"int8 takes {1 / self.speedup:.2f} times as long on this CPU"
 
 
@@ -71,7 +70,8 @@ def quantize(
     Weights and activations become 8-bit integers (symmetric, per channel for weights: NNCF's post-training
     quantization) with ranges from `calibration` training images. The result is refused and deleted if the mean Dice on
     the run's validation images is lower by more than `MAY_FALL`, or if it is not faster, as on CPUs without
-    instructions for int8. This holds for processors with the same instruction set only, which the record names.
+    instructions for int8; what was accepted on another kind of processor then stays. A result holds for processors with
+    the same instruction set only, which the record names.
 
     Raises UserError for what the user must fix, also if OpenVINO or NNCF is not installed.
     """
@@ -82,7 +82,7 @@ def quantize(
     unchosen = pipeline_of(config.model, dataclasses.replace(config, precision="auto"))
     images = _calibration_images(config.model, unchosen, calibration)
     plain = unchosen.chosen_here(settle=partial(choose, int8=False))
-    storage.delete_file(storage.join(plain.model, checkpoint.INT8))
+    before = checkpoint.read_choice(plain.model, checkpoint.INT8, plain.card) or {}
     network = _in_int8(backends.exported(plain.model, plain.card), images)
     name = _stored(backends.serialized(network), plain.model)
     assert plain.arithmetic is not None, "just chosen"
@@ -95,13 +95,18 @@ def quantize(
         for pipeline in (plain, in_int8)
     )
     dice, dice_int8 = float(scores.dice.mean or 0), float(scores_int8.dice.mean or 0)
-    seconds, seconds_int8 = shortest_times([plain.segmenter(), in_int8.segmenter()], images)
+    seconds, seconds_int8 = plain.times([plain.arithmetic, arithmetic])
     result = Quantization(dice, dice_int8, scores.images, len(images), seconds / seconds_int8)
     if not result.problem:
         choice = {"network": name, "instructions": instructions, **dataclasses.asdict(result)}
         checkpoint.save_choice(plain.model, checkpoint.INT8, plain.card, choice)
-    else:
-        _delete_networks(plain.model)
+        kept = name
+    elif before.get("instructions", instructions) == instructions:
+        storage.delete_file(storage.join(plain.model, checkpoint.INT8))
+        kept = ""
+    else:  # other processors go on with theirs
+        kept = before["network"]
+    _delete_networks(plain.model, kept)
     return result
 
 
@@ -116,16 +121,16 @@ def _calibration_images(run: str, pipeline: Pipeline, count: int) -> list[np.nda
 
 
 def _stored(files: dict[str, bytes], model: str) -> str:
-    """Writes the int8 network into the model directory and deletes an earlier one. Returns the stem of its files."""
+    """Writes the int8 network into the model directory. Returns the stem of its files."""
     name = f"{STEM}{backends.checksum(files)[:16]}"
-    _delete_networks(model)
     backends.write(files, storage.join(model, name))
     return name
 
 
-def _delete_networks(model: str) -> None:
+def _delete_networks(model: str, kept: str) -> None:
+    """Deletes all int8 networks but the one with this stem."""
     for name in storage.names_in(model):
-        if name.startswith(STEM):
+        if name.startswith(STEM) and not (kept and name.startswith(kept)):
             storage.delete_file(storage.join(model, name))
 
 

@@ -22,10 +22,10 @@ from unet_ray.models.operations import floating_point_operations
 
 log = logging.getLogger("unet_ray")
 
-TIMED_FROM = 30.0
-"""Estimated seconds of work of a process from which OpenVINO and torch are timed, which takes some two seconds. Which
-one is faster depends on network, precision and processor: on two EPYC cores with AVX512-BF16 OpenVINO took 0.85 to 1.11
-of torch's time."""
+TIMED_FROM, TIMED_IMAGES = 120.0, 200
+"""Work of a process, in estimated seconds and in images, from which OpenVINO and torch are timed. That takes as long as
+four images, or some seconds. Which one is faster depends on network, precision and processor: on two EPYC cores with
+AVX512-BF16 OpenVINO took 0.85 to 1.11 of torch's time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,8 @@ class Work:
     threads: int | None = None
     """Threads of each such process on a CPU; None: torch's number."""
     times: Callable[[Sequence[Arithmetic]], Sequence[float]] | None = None
-    """Returns the seconds that an image takes with each of these, where the network will run; None: nobody can tell."""
+    """Returns the seconds that an image takes with each of these, where the network will run; nothing if a machine does
+    not answer. None: nobody can tell."""
 
     def int8(self) -> dict[str, Any] | None:
         """Returns the record of the network in int8 that validation accepted, if there is one for these weights."""
@@ -81,9 +82,9 @@ class Work:
 def choose(work: Work, *, int8: bool = True) -> Arithmetic:
     """Returns the fastest arithmetic that the options allow and all machines can do.
 
-    On CPUs that is a network in int8 (if validation accepted one, and `int8`), else OpenVINO, else torch, compiled if
-    that pays; for long work torch comes before OpenVINO where it is faster. A log line says why the first choice can't
-    be used. Raises UserError if no choice can be.
+    On CPUs that is a network in int8 (if validation accepted one, and `int8`), else OpenVINO, or torch where it was
+    timed to be faster, else torch, compiled if that pays. A log line says why the first choice can't be used. Raises
+    UserError if no choice can be.
     """
     _check(work)
     problems: list[str] = []
@@ -147,8 +148,9 @@ def _candidates(work: Work, int8: bool) -> Iterator[Arithmetic]:
             instructions = accepted.get("instructions", "")
             yield Arithmetic(device, "openvino", precision, accepted["network"], instructions)
         installed = any("openvino" in machine.libraries for machine in work.machines)
-        wanted = installed and not _torch_is_faster(work, precision)
-        if options.precision != "int8" and (wanted or options.backend == "openvino"):
+        if installed and _torch_is_faster(work, precision):
+            yield Arithmetic(device, "torch", precision)
+        elif options.precision != "int8" and (installed or options.backend == "openvino"):
             yield Arithmetic(device, "openvino", precision)
     if options.precision == "int8":
         return
@@ -159,26 +161,36 @@ def _candidates(work: Work, int8: bool) -> Iterator[Arithmetic]:
 
 
 def _torch_is_faster(work: Work, precision: str) -> bool:
-    """Returns whether torch takes less time than OpenVINO. Measures it once for each kind of processor, and keeps the
-    answer beside the model, so that the next prediction chooses the same."""
+    """Returns whether torch was faster than OpenVINO when they were timed for this network on such processors. Times
+    them before long work, and keeps the answer beside the model, so that later predictions choose the same."""
     options, model = work.options, work.models[0]
-    if work.times is None or options.backend != "auto" or options.ensemble or options.precision == "int8":
-        return False
-    threads = work.threads or torch.get_num_threads()
-    if _operations(work) < TIMED_FROM * compiling.FLOPS["cpu"] * threads:
-        return False
-    rivals = [Arithmetic(work.device, backend, precision) for backend in ("torch", "openvino")]
-    if any(map(work.problem_of, rivals)):
+    if options.backend != "auto" or options.precision == "int8" or options.ensemble:
         return False
     known = checkpoint.read_choice(model, checkpoint.FASTEST, work.card) or {}
-    instructions = " and ".join(sorted({machine.instructions for machine in work.machines}))
-    where = f"{instructions}, {precision}, threads: {threads}"
-    if where not in known:
-        ours, theirs = work.times(rivals)
-        known[where] = "torch" if ours < theirs else "openvino"
-        with contextlib.suppress(OSError):  # the model may be on a disk that can't be written
+    conditions = _conditions(work, precision)
+    if conditions not in known:
+        rivals = [Arithmetic(work.device, backend, precision) for backend in ("torch", "openvino")]
+        if work.times is None or not _is_long(work) or any(map(work.problem_of, rivals)):
+            return False
+        seconds = work.times(rivals)
+        if not seconds:
+            return False
+        known[conditions] = "torch" if seconds[0] < seconds[1] else "openvino"
+        with contextlib.suppress(OSError, UserError):  # some models can't be written
             checkpoint.save_choice(model, checkpoint.FASTEST, work.card, known)
-    return known[where] == "torch"
+    return known[conditions] == "torch"
+
+
+def _conditions(work: Work, precision: str) -> str:
+    """Returns all that an answer depends on, as one text."""
+    machines = {f"{m.instructions} ({', '.join(map(' '.join, sorted(m.libraries.items())))})" for m in work.machines}
+    size = work.options.tile or "x".join(map(str, work.card.image_size))
+    return f"{' and '.join(sorted(machines))}, {precision}, threads: {work.threads or torch.get_num_threads()}, {size}"
+
+
+def _is_long(work: Work) -> bool:
+    threads = work.threads or torch.get_num_threads()
+    return work.images >= TIMED_IMAGES and _operations(work) > TIMED_FROM * compiling.FLOPS["cpu"] * threads
 
 
 def _operations(work: Work) -> int:

@@ -40,6 +40,7 @@ from unet_ray.models.checkpoint import ModelCard
 from unet_ray.models.device import device_here
 from unet_ray.models.operations import floating_point_operations
 from unet_ray.models.tiles import mirrored
+from unet_ray.own_process import claim
 from unet_ray.ray_backend.session import Runtime
 
 READ_SECONDS = 0.0065
@@ -115,19 +116,16 @@ class Pipeline(ABC):
     def chosen_here(self, images: int = 0, settle: Settle = choose) -> Pipeline:
         """Returns the pipeline with the arithmetic for this process. Raises UserError, as `settle` does."""
         device = device_here(self.options.device, self.options.workers).type
-        return self._chosen(device, [Machine.here(device)], images, None, settle, self._times)
+        return self._chosen(device, [Machine.here(device)], images, None, settle, self.times)
 
-    def _times(self, ways: Sequence[Arithmetic], threads: int | None = None) -> list[float]:
+    def times(self, ways: Sequence[Arithmetic], threads: int | None = None) -> list[float]:
         """Returns the seconds that an image takes with each arithmetic in this process."""
-        tile, margin = self.options.tile, self.card.model.margin
-        height, width = (side + 2 * margin for side in ((tile, tile) if tile else self.card.image_size))
-        shape = (1, height, width, self.card.model.in_channels)
+        tile = self.options.tile
+        shape = (1, *((tile, tile) if tile else self.card.image_size), self.card.model.in_channels)
         noise = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
         before = torch.get_num_threads()
         try:
-            return shortest_times(
-                [dataclasses.replace(self, arithmetic=way).segmenter(threads) for way in ways], [noise]
-            )
+            return shortest_times([dataclasses.replace(self, arithmetic=way).segmenter(threads) for way in ways], noise)
         finally:
             torch.set_num_threads(before)
 
@@ -187,13 +185,20 @@ class Pipeline(ABC):
 
             def times(ways: Sequence[Arithmetic]) -> list[float]:
                 """Of all nodes, since one way is chosen for all."""
-                of_nodes = nodes.answers(partial(self._times, ways, pool.threads), pool.bundle)
-                return [sum(seconds[way] for _, seconds in of_nodes) for way in range(len(ways))]
+                question = partial(_times_like_a_replica, self, ways, pool.threads)
+                of_nodes = nodes.answers(question, pool.bundle, nodes.runtime_env(pool.device))
+                complete = len(of_nodes) == len(machines)
+                return [sum(seconds[way] for _, seconds in of_nodes) for way in range(len(ways))] if complete else []
 
             chosen = self._chosen(pool.device, machines, images // pool.replicas, pool.threads, settle, times)
             model = ModelStage(chosen, sink, probabilities)
             each = chunks_per_block(len(numbers), self.row_cost(), pool.replicas, pool.device)
             yield from run_on_cluster(numbers, preprocess, model, postprocess, pool=pool, each=each)
+
+
+def _times_like_a_replica(pipeline: Pipeline, ways: Sequence[Arithmetic], threads: int | None) -> list[float]:
+    claim()  # a replica keeps freed memory, too
+    return pipeline.times(ways, threads)
 
 
 @dataclass(frozen=True, slots=True)

@@ -212,6 +212,10 @@ class _Run:
         out, part = self.ledger.out, self.ledger.part
         used = output_folder.arithmetics(out) if self.already_done or part != WHOLE else []
         chosen = go_on(work, used, allow_mixed=self.allow_mixed) if used else choose(work)
+        if not used and part != WHOLE:
+            # Choosing may have taken longer than another part waits for us, see below.
+            used = output_folder.arithmetics(out)
+            chosen = go_on(work, used, allow_mixed=self.allow_mixed) if used else chosen
         if chosen not in used:
             self.ledger.check_lock()
             output_folder.record_arithmetics(out, [*used, chosen], part)

@@ -6,8 +6,8 @@ model/cleanup.json       the clean-up of masks that `evaluate --choose-cleanup` 
 model/threshold.json     the threshold that `evaluate --choose-threshold` has chosen
 model/looks.json         how the images look that the model was trained on (`data.looks`)
 model/int8-*.xml, .bin   the network in int8 for OpenVINO, made by `unet-ray quantize`
-model/int8.json          which int8 network to use, its score and the network's own; absent if the score was too low
-model/fastest.json       whether torch or OpenVINO was faster, for each kind of processor on which they were timed
+model/int8.json          which int8 network to use, its score and the network's own; absent if it was refused
+model/fastest.json       whether torch or OpenVINO was faster, under all conditions under which they were timed
 """
 
 from __future__ import annotations

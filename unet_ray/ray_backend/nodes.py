@@ -72,15 +72,18 @@ def able_to_work() -> list[dict[str, Any]]:
     return [node for node in alive() if node["Resources"].get("CPU", 0) or node["Resources"].get("GPU", 0)]
 
 
-def answers(question: Callable[[], Answer], bundle: Bundle | None = None) -> list[tuple[str, Answer]]:
+def answers(
+    question: Callable[[], Answer], bundle: Bundle | None = None, env: dict[str, Any] | None = None
+) -> list[tuple[str, Answer]]:
     """Asks every node that can run anything, or only those with the resources of the bundle.
 
-    Returns (address, answer) of each that answers. This node answers in this process. Raises what the question raises.
+    Returns (address, answer) of each that answers. This node answers in this process. With `env`, a `runtime_env`, each
+    node answers in a process of its own with this environment, which then ends. Raises what the question raises.
     """
-    here = ray.get_runtime_context().get_node_id()
+    here = ray.get_runtime_context().get_node_id() if env is None else None
     needs = (bundle or {}).items()
     asked = [node for node in able_to_work() if all(node["Resources"].get(name, 0) >= least for name, least in needs)]
-    futures = [None if node["NodeID"] == here else _ask_on(node, question) for node in asked]
+    futures = [None if node["NodeID"] == here else _ask_on(node, question, env) for node in asked]
     found = []
     for node, future in zip(asked, futures, strict=True):
         address = node["NodeManagerAddress"]
@@ -93,14 +96,19 @@ def answers(question: Callable[[], Answer], bundle: Bundle | None = None) -> lis
     return found
 
 
-@ray.remote(num_cpus=0, max_retries=0)
-def _asked(question: Callable[[], Answer], _keys: Keys) -> Answer:
+def _answer(question: Callable[[], Answer], _keys: Keys) -> Answer:
     return question()
 
 
-def _ask_on(node: dict[str, Any], question: Callable[[], Answer]) -> ray.ObjectRef:
+_asked = ray.remote(num_cpus=0, max_retries=0)(_answer)
+_asked_in_own_process = ray.remote(num_cpus=0, max_retries=0, max_calls=1)(_answer)
+
+
+def _ask_on(node: dict[str, Any], question: Callable[[], Answer], env: dict[str, Any] | None) -> ray.ObjectRef:
     strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-    return _asked.options(scheduling_strategy=strategy).remote(question, Keys())
+    if env is None:
+        return _asked.options(scheduling_strategy=strategy).remote(question, Keys())
+    return _asked_in_own_process.options(scheduling_strategy=strategy, runtime_env=env).remote(question, Keys())
 
 
 def total(resource: str) -> float:
