@@ -17,7 +17,7 @@ NETWORKS = {
     "group norm": [("model.norm", "group")],
     "instance norm": [("model.norm", "instance")],
     "bilinear": [("model.up", "bilinear")],
-    "attention": [("model.name", "attention_unet"), ("model.context", "dilated")],
+    "attention": [("model.name", "attention_unet")],
     "nested": [("model.name", "unet++"), ("model.deep_supervision", "true")],
     "valid": [("model.padding", "valid"), ("model.depth", 2), ("data.tile", 40), ("data.image_size", 100)],
     "classes": [("model.num_classes", 3), ("data.mask_values", [0, 1, 2])],

@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from unet_ray.config import U_NETS, ModelConfig, UserError
+from unet_ray.config import ModelConfig, UserError
 from unet_ray.models import build, parameter_count
 from unet_ray.models.baselines import otsu_threshold
-from unet_ray.models.unet import Dilated
 from unet_ray.registry import NETWORKS
 
 SMALL = {"base_channels": 4, "depth": 2}
@@ -66,27 +65,6 @@ def test_deep_supervision_trains_a_head_for_each_node_of_the_finest_level_and_fi
         ModelConfig(deep_supervision=True)
 
 
-@pytest.mark.parametrize("name", U_NETS)
-def test_dilated_context_lets_a_pixel_see_further(name):
-    def sees(context: str) -> int:
-        model = build(ModelConfig(name=name, context=context, norm="none", **SMALL)).eval()
-        before = torch.randn(1, model.config.channels[-1], 33, 33, requires_grad=True)
-        model.context(before)[..., 16, 16].sum().backward()
-        assert torch.isfinite(model(image(45, 66))).all()
-        return int((before.grad.abs().sum(dim=1) > 0).any(dim=1).sum())
-
-    assert (sees("none"), sees("dilated")) == (1, 1 + 2 * (1 + 2 + 4))
-
-
-def test_dilated_context_is_the_sum_of_a_cascade():
-    context = Dilated(4, "none")
-    x = torch.randn(1, 4, 9, 9)
-    outputs = [x]
-    for step in context.steps:
-        outputs.append(step(outputs[-1]))
-    assert torch.allclose(context(x), sum(outputs))
-
-
 @pytest.mark.parametrize("name", ["unet", "unet++"])
 def test_checkpointed_activations_give_the_same_gradients_and_statistics(name):
     torch.manual_seed(0)
@@ -132,9 +110,6 @@ def test_pixels_are_normalised_channel_by_channel():
     ("settings", "message"),
     [
         ({"name": "unet++", "padding": "valid"}, "padding must be same"),
-        ({"context": "dilated", "padding": "valid"}, "model.context is for"),
-        ({"context": "dilated", "name": "fcn"}, r"model.context is for unet, attention_unet, unet\+\+ with"),
-        ({"context": "dilated", "encoder": "efficientnet_lite0"}, "and no model.encoder"),
         ({"padding": "valid", "up": "bilinear"}, "up must be transpose"),
         ({"pretrained": True}, "pretrained is for"),
     ],

@@ -16,7 +16,7 @@ from unet_ray.models.operations import _by_area, _counted_by_torch, without_weig
         ModelConfig(),
         ModelConfig(name="attention_unet", base_channels=8),
         ModelConfig(name="unet++", base_channels=8),
-        ModelConfig(name="unet++", base_channels=8, deep_supervision=True, context="dilated"),
+        ModelConfig(name="unet++", base_channels=8, deep_supervision=True),
         ModelConfig(base_channels=16, depth=5, growth=1.5, patch=2),
         ModelConfig(base_channels=8, up="bilinear", num_classes=5, in_channels=1, norm="instance"),
         ModelConfig(encoder="efficientnet_lite0"),

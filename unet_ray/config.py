@@ -24,8 +24,6 @@ IGNORE = 255
 
 NO_ENCODER = "resnet34"
 """`model.encoder` of a `unet` without one: the default, which is that of `smp`."""
-U_NETS = ("unet", "attention_unet", "unet++")
-"""`model.name` of the U-Net family."""
 MAX_CLASSES = 255
 """The most classes: class ids are uint8, and 255 is `IGNORE`."""
 
@@ -66,9 +64,6 @@ class ModelConfig:
     patch: int = 1
     """Side in pixels of a square that is folded into channels before the first convolution and unfolded after the last
     (sub-pixel convolution, Shi et al. 2016). 2 takes a quarter of the time of 1, at the same mask resolution."""
-    context: Literal["none", "dilated"] = "none"
-    """`dilated`: of the U-Net family, a cascade of dilated convolutions at the deepest level, for scenes in which what
-    is around an object tells its class."""
     deep_supervision: bool = False
     """Of `unet++`: a head for each node of the finest level. The loss is the mean of theirs, and the mask that of the
     mean of their logits (Zhou et al. 2018, section 3.2 and figure 1)."""
@@ -105,8 +100,6 @@ class ModelConfig:
         if self.padding == "valid" and self.up == "bilinear":
             # Interpolation reads beyond a tile's edge, so tiles would not equal the whole image.
             raise UserError("model.up must be transpose with model.padding=valid")
-        if self.context != "none" and (self.name not in U_NETS or self.has_own_encoder or self.padding == "valid"):
-            raise UserError(f"model.context is for {', '.join(U_NETS)} with model.padding=same and no model.encoder")
         if self.deep_supervision and self.name != "unet++":
             raise UserError(f"model.deep_supervision is for model.name=unet++, not {self.name}")
         self._check_encoder()

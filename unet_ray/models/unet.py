@@ -30,17 +30,16 @@ class UNet(SegmentationModel):
             for here, below in pairwise(widths)
         )
         self.join = nn.ModuleList(DoubleConv(2 * width, width, config) for width in widths[:-1])
-        self.context = Dilated(widths[-1], config.norm) if config.context == "dilated" else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
         self.head = nn.Conv2d(widths[0], self.out_channels, 1)
         initialise(self)
 
     def bottleneck(self, x: Tensor) -> Tensor:
-        return self.context(self.contract(self.down, x)[-1])
+        return self.contract(self.down, x)[-1]
 
     def body(self, x: Tensor) -> Tensor:
         skips = self.contract(self.down, x)
-        x = self.dropout(self.context(skips[-1]))
+        x = self.dropout(skips[-1])
         for level in reversed(range(self.config.depth)):
             up = self.up[level](x)
             skip = crop_centre(skips[level], up)
@@ -68,18 +67,17 @@ class UNetPlusPlus(SegmentationModel):
             for i in range(depth + 1 - j):
                 self.up[f"{i}_{j}"] = Up(widths[i + 1], widths[i], config.up)
                 self.join[f"{i}_{j}"] = DoubleConv((j + 1) * widths[i], widths[i], config)
-        self.context = Dilated(widths[-1], config.norm) if config.context == "dilated" else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
         self.heads = depth if config.deep_supervision else 1
         self.head = nn.Conv2d(self.heads * widths[0], self.heads * self.out_channels, 1, groups=self.heads)
         initialise(self)
 
     def bottleneck(self, x: Tensor) -> Tensor:
-        return self.context(self.contract(self.down, x)[-1])
+        return self.contract(self.down, x)[-1]
 
     def body(self, x: Tensor) -> Tensor:
         levels = [[x] for x in self.contract(self.down, x)]
-        levels[-1] = [self.dropout(self.context(levels[-1][0]))]
+        levels[-1] = [self.dropout(levels[-1][0])]
         for j in range(1, self.config.depth + 1):
             for i in range(self.config.depth + 1 - j):
                 up = self.up[f"{i}_{j}"](levels[i + 1][j - 1])
@@ -95,27 +93,6 @@ def contracting_path(config: ModelConfig) -> nn.ModuleList:
     widths = config.channels
     inputs = [config.in_channels * config.patch**2, *widths[:-1]]
     return nn.ModuleList(DoubleConv(i, o, config) for i, o in zip(inputs, widths, strict=True))
-
-
-class Dilated(nn.Module):
-    """Lets the deepest level see far: the sum of a cascade of dilated convolutions and what goes into it (the centre of
-    D-LinkNet: Zhou, Zhang, Wu 2018, figure 3). Shape: [N,C,H,W] -> [N,C,H,W]."""
-
-    def __init__(self, channels: int, norm: str) -> None:
-        super().__init__()
-        self.steps = nn.ModuleList(self._step(channels, norm, dilation) for dilation in (1, 2, 4))
-
-    @staticmethod
-    def _step(channels: int, norm: str, dilation: int) -> nn.Sequential:
-        conv = nn.Conv2d(channels, channels, 3, padding=dilation, dilation=dilation, bias=norm == "none")
-        return nn.Sequential(conv, *([] if norm == "none" else [norm_layer(norm, channels)]), nn.ReLU(inplace=True))
-
-    def forward(self, x: Tensor) -> Tensor:
-        total = x
-        for step in self.steps:
-            x = step(x)
-            total = total + x
-        return total
 
 
 class AttentionGate(nn.Module):
