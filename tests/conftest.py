@@ -45,6 +45,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group(fixture))
 
 
+def loaded_after(code: str) -> set[str]:
+    """Returns the modules that a fresh interpreter has loaded after `code`."""
+    script = f"import sys\n{code}\nprint(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    return set(done.stdout.split())
+
+
 def disc(size: int, centre: tuple[float, float], radius: float) -> np.ndarray:
     """Returns class ids, uint8 [size,size]: 1 inside the disc, 0 outside."""
     y, x = np.mgrid[:size, :size]

@@ -142,18 +142,17 @@ def _candidates(work: Work, int8: bool) -> Iterator[Arithmetic]:
     named = options.precision not in ("auto", "int8")
     fastest = "bf16" if all(machine.bf16 for machine in work.machines) else "fp32"
     precision = options.precision if named else fastest
-    if device == "cpu" and options.backend in ("auto", "openvino"):
-        accepted = work.int8() if int8 and not named else None
-        if accepted is not None:
-            instructions = accepted.get("instructions", "")
-            yield Arithmetic(device, "openvino", precision, accepted["network"], instructions)
-        installed = any("openvino" in machine.libraries for machine in work.machines)
-        if installed and _torch_is_faster(work, precision):
-            yield Arithmetic(device, "torch", precision)
-        elif options.precision != "int8" and (installed or options.backend == "openvino"):
-            yield Arithmetic(device, "openvino", precision)
+    by_openvino = device == "cpu" and options.backend in ("auto", "openvino")
+    accepted = work.int8() if by_openvino and int8 and not named else None
+    if accepted is not None:
+        yield Arithmetic(device, "openvino", precision, accepted["network"], accepted.get("instructions", ""))
     if options.precision == "int8":
         return
+    installed = any("openvino" in machine.libraries for machine in work.machines)
+    if by_openvino and installed and _torch_is_faster(work, precision):
+        yield Arithmetic(device, "torch", precision)
+    elif by_openvino and (installed or options.backend == "openvino"):
+        yield Arithmetic(device, "openvino", precision)
     if options.backend == "compiled" or (options.backend == "auto" and _compiling_pays(work, precision)):
         yield Arithmetic(device, "compiled", precision)
     if options.backend in ("auto", "torch"):
@@ -164,7 +163,7 @@ def _torch_is_faster(work: Work, precision: str) -> bool:
     """Returns whether torch was faster than OpenVINO when they were timed for this network on such processors. Times
     them before long work, and keeps the answer beside the model, so that later predictions choose the same."""
     options, model = work.options, work.models[0]
-    if options.backend != "auto" or options.precision == "int8" or options.ensemble:
+    if options.backend != "auto" or options.ensemble:
         return False
     known = checkpoint.read_choice(model, checkpoint.FASTEST, work.card) or {}
     conditions = _conditions(work, precision)
@@ -189,8 +188,10 @@ def _conditions(work: Work, precision: str) -> str:
 
 
 def _is_long(work: Work) -> bool:
-    threads = work.threads or torch.get_num_threads()
-    return work.images >= TIMED_IMAGES and _operations(work) > TIMED_FROM * compiling.FLOPS["cpu"] * threads
+    return (
+        work.images >= TIMED_IMAGES
+        and compiling.estimated_seconds(_operations(work), work.device, work.threads) > TIMED_FROM
+    )
 
 
 def _operations(work: Work) -> int:
@@ -198,6 +199,5 @@ def _operations(work: Work) -> int:
 
 
 def _compiling_pays(work: Work, precision: str) -> bool:
-    operations = _operations(work)
-    bf16 = precision == "bf16"
-    return operations > 0 and compiling.pays(operations, torch.device(work.device), bf16=bf16, threads=work.threads)
+    device = torch.device(work.device)
+    return compiling.pays(_operations(work), device, bf16=precision == "bf16", threads=work.threads)

@@ -40,7 +40,6 @@ from unet_ray.models.checkpoint import ModelCard
 from unet_ray.models.device import device_here
 from unet_ray.models.operations import floating_point_operations
 from unet_ray.models.tiles import mirrored
-from unet_ray.own_process import claim
 from unet_ray.ray_backend.session import Runtime
 
 READ_SECONDS = 0.0065
@@ -185,7 +184,7 @@ class Pipeline(ABC):
 
             def times(ways: Sequence[Arithmetic]) -> list[float]:
                 """Of all nodes, since one way is chosen for all."""
-                question = partial(_times_like_a_replica, self, ways, pool.threads)
+                question = partial(self.times, ways, pool.threads)
                 of_nodes = nodes.answers(question, pool.bundle, nodes.runtime_env(pool.device))
                 complete = len(of_nodes) == len(machines)
                 return [sum(seconds[way] for _, seconds in of_nodes) for way in range(len(ways))] if complete else []
@@ -194,11 +193,6 @@ class Pipeline(ABC):
             model = ModelStage(chosen, sink, probabilities)
             each = chunks_per_block(len(numbers), self.row_cost(), pool.replicas, pool.device)
             yield from run_on_cluster(numbers, preprocess, model, postprocess, pool=pool, each=each)
-
-
-def _times_like_a_replica(pipeline: Pipeline, ways: Sequence[Arithmetic], threads: int | None) -> list[float]:
-    claim()  # a replica keeps freed memory, too
-    return pipeline.times(ways, threads)
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,7 +218,7 @@ class WholeImagePipeline(Pipeline):
         height, width = self.card.image_size
         size = height * width * max(self.card.model.in_channels, 2 * self.card.model.num_classes)
         operations = floating_point_operations(self.card.model, self.card.image_size)
-        return RowCost(size, READ_SECONDS + operations / (2 * compiling.FLOPS["cpu"]))
+        return RowCost(size, READ_SECONDS + compiling.estimated_seconds(operations, "cpu", threads=2))
 
     def preprocess(self, load: Load) -> Preprocess:
         return Preprocess(load, DecodeImages(self.reader(), self.card.image_size))

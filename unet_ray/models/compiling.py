@@ -38,8 +38,14 @@ def pays(operations: float, device: torch.device, *, bf16: bool, sizes: int = 1,
     kind = device.type
     if not (bf16 or kind == "cuda"):
         return False
+    return estimated_seconds(operations, kind, threads) * GAIN > 2 * SECONDS[kind] * sizes
+
+
+def estimated_seconds(operations: float, kind: str, threads: int | None = None) -> float:
+    """Returns how long a process takes for so many operations, by the measured rate. `kind`: `cpu` or `cuda`.
+    `threads`: its threads on a CPU; None: as many as here."""
     threads = (threads or torch.get_num_threads()) if kind == "cpu" else 1
-    return operations / (FLOPS[kind] * threads) * GAIN > 2 * SECONDS[kind] * sizes
+    return operations / (FLOPS[kind] * threads)
 
 
 def is_possible(device: torch.device) -> bool:

@@ -12,6 +12,7 @@ import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from unet_ray.keys import Keys
+from unet_ray.own_process import claim
 from unet_ray.ray_backend import internals
 
 log = logging.getLogger("unet_ray")
@@ -78,7 +79,8 @@ def answers(
     """Asks every node that can run anything, or only those with the resources of the bundle.
 
     Returns (address, answer) of each that answers. This node answers in this process. With `env`, a `runtime_env`, each
-    node answers in a process of its own with this environment, which then ends. Raises what the question raises.
+    node answers in a process of its own with this environment, claimed as a replica's is, which then ends. Raises what
+    the question raises.
     """
     here = ray.get_runtime_context().get_node_id() if env is None else None
     needs = (bundle or {}).items()
@@ -96,12 +98,15 @@ def answers(
     return found
 
 
-def _answer(question: Callable[[], Answer], _keys: Keys) -> Answer:
+@ray.remote(num_cpus=0, max_retries=0)
+def _asked(question: Callable[[], Answer], _keys: Keys) -> Answer:
     return question()
 
 
-_asked = ray.remote(num_cpus=0, max_retries=0)(_answer)
-_asked_in_own_process = ray.remote(num_cpus=0, max_retries=0, max_calls=1)(_answer)
+@ray.remote(num_cpus=0, max_retries=0, max_calls=1)
+def _asked_in_own_process(question: Callable[[], Answer], _keys: Keys) -> Answer:
+    claim()
+    return question()
 
 
 def _ask_on(node: dict[str, Any], question: Callable[[], Answer], env: dict[str, Any] | None) -> ray.ObjectRef:
