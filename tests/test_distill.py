@@ -14,6 +14,7 @@ from runs import lines, trained_on_discs, weights_sha256
 from unet_ray.cli import main
 from unet_ray.config import IGNORE
 from unet_ray.evaluation.distillation import config_of
+from unet_ray.models import checkpoint
 from unet_ray.settings import load_train_config
 from unet_ray.training.step import prepare
 from unet_ray.training.teacher import distance
@@ -101,6 +102,18 @@ def test_it_goes_on_after_a_stop_with_the_same_network(run, tmp_path):
     assert distill(run, tmp_path / "two", *options, "--epochs", 4, "--resume").exit_code == 0
     assert lines(tmp_path / "two") == lines(tmp_path / "whole")
     assert weights_sha256(tmp_path / "two") == weights_sha256(tmp_path / "whole")
+
+
+def test_it_does_not_go_on_with_a_teacher_that_was_trained_again(run, tmp_path):
+    shutil.copytree(run, tmp_path / "RUN")
+    (tmp_path / "images").symlink_to(run.parent / "images")
+    options = ["--local", "--may-fall", 1, "--set", "train.schedule=constant"]
+    assert distill(tmp_path / "RUN", tmp_path / "SMALL", *options, "--epochs", 1).exit_code == 0
+    for name in (checkpoint.CARD, checkpoint.WEIGHTS):
+        shutil.copy(tmp_path / "SMALL/model" / name, tmp_path / "RUN/model" / name)
+    for epochs in (1, 2):  # finished before, or not
+        done = distill(tmp_path / "RUN", tmp_path / "SMALL", *options, "--epochs", epochs, "--resume")
+        assert done.exit_code == 2 and "RUN/model have changed since" in done.output, done.output
 
 
 def test_two_workers_on_ray_take_the_same_steps(run, tmp_path, ray_cluster):

@@ -151,13 +151,14 @@ def test_changed_and_missing_pools_are_said(pool, tmp_path):
         load_train_config(settings=[("data.unlabeled", "x"), ("model.padding", "valid"), ("data.image_size", 36)])
 
 
-def test_images_that_are_held_out_are_no_unlabeled_ones(pool, tmp_path):
+def test_images_that_are_held_out_are_no_unlabeled_ones_be_it_by_another_name_of_the_folder(pool, tmp_path):
     masks = sorted((pool / "few").iterdir())
     with (tmp_path / "split.csv").open("w") as file:
         file.write("key,part\n")
         for number, path in enumerate(masks):
             file.write(f"{path.stem},{['train', 'train', 'val', 'test'][number % 4]}\n")
-    options = ["--local", "--unlabeled", pool / "all/images", "--split", tmp_path / "split.csv"]
+    (tmp_path / "same").symlink_to(pool / "all")
+    options = ["--local", "--unlabeled", tmp_path / "same/images", "--split", tmp_path / "split.csv"]
     assert train(pool, tmp_path / "RUN", *options).exit_code == 0
     names = (tmp_path / "RUN/unlabeled.txt").read_text()
     assert not [path.stem for path in masks if path.stem in names]

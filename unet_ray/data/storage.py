@@ -59,6 +59,11 @@ def absolute(location: str | os.PathLike[str]) -> str:
     return keys.stripped(location) if is_uri(location) else str(Path(location).expanduser().absolute())
 
 
+def real(location: str) -> str:
+    """Returns the one name of a file on a disk that has several by links and `..`; a URI as it is."""
+    return location if is_uri(location) else os.path.realpath(location)
+
+
 @functools.cache
 def _filesystem(scheme_and_host: str, user: str = "") -> FileSystem:
     from pyarrow.fs import LocalFileSystem

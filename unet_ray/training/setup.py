@@ -21,6 +21,7 @@ from unet_ray.data.splits import SPLIT, divided, read_split, write_split
 from unet_ray.models import run_files, training_state
 from unet_ray.models.training_state import TrainingState
 from unet_ray.settings import load_train_config
+from unet_ray.training import teacher
 from unet_ray.training.results import read_metrics
 from unet_ray.training.schedules import learning_rate_at, stops_early
 
@@ -55,13 +56,14 @@ class Split(NamedTuple):
         return cls([pairs[i] for i in used], [number[i] for i in train], [number[i] for i in val], test_keys)
 
     def with_unlabeled(self, config: DataConfig, left_out: Collection[str]) -> Split:
-        """Adds the images of `data.unlabeled`, without those that have masks or are in `left_out` (locations)."""
-        known = {pair.image for pair in self.pairs} | set(left_out)
+        """Adds the images of `data.unlabeled`, without those that have masks or are in `left_out` (locations), be it
+        under another name of the folder."""
+        known = set(map(storage.real, [*(pair.image for pair in self.pairs), *left_out]))
         found = [
             Pair(image.name, image.path, "")
             for location in locations(config.unlabeled or ())
             for image in find_images(location)
-            if image.path not in known
+            if storage.real(image.path) not in known
         ]
         if not found:
             raise UserError(f"{shown_locations(config.unlabeled or ())}: no image there but those that have masks")
@@ -185,6 +187,7 @@ def _check_resumable(config: TrainConfig, split: Split, out: str, state: Trainin
             f"`--config {storage.join(out, run_files.CONFIG)}` has the old ones, or choose another --out"
         )
     _check_unlabeled(split, out)
+    _check_teacher(config, out)
     now, written = split.subset_by_key(), read_split(storage.join(out, SPLIT))
     changed = {key for key in now.keys() | written.keys() if now.get(key) != written.get(key)}
     if written and changed:
@@ -210,6 +213,7 @@ def is_done(config: TrainConfig, out: str) -> bool:
     begun = _settings_that_must_match(load_train_config(config_file=state.settings))
     if begun != _settings_that_must_match(with_absolute_paths(config)):
         return False
+    _check_teacher(config, out)
     dices = [line["val_dice"] for line in _history(out, state.epoch) if "val_dice" in line]
     return state.epoch >= config.train.epochs or stops_early(config.train, dices)
 
@@ -222,6 +226,16 @@ def _check_unlabeled(split: Split, out: str) -> None:
         raise UserError(
             f"the images of --unlabeled have changed since {out} was begun, so --resume can't go on: put them back, or "
             "choose another --out"
+        )
+
+
+def _check_teacher(config: TrainConfig, out: str) -> None:
+    """Raises UserError if the teacher is another than before: it was trained again."""
+    place = storage.join(out, run_files.TEACHER)
+    if storage.exists(place) and storage.read_bytes(place).decode().strip() != teacher.digest(config):
+        raise UserError(
+            f"the weights of {config.train.teacher} have changed since {out} was begun, so --resume can't go on: choose "
+            "another --out"
         )
 
 
@@ -256,10 +270,12 @@ def _settings_that_must_match(config: TrainConfig) -> TrainConfig:
 
 
 def write_start(config: TrainConfig, split: Split, out: str) -> None:
-    """Writes the files that a run has before its first epoch: split.csv and config.yaml."""
+    """Writes the files that a run has before its first epoch: what it learns from, and config.yaml."""
     write_split(storage.join(out, SPLIT), split.subset_by_key())
     if split.unlabeled:
         storage.write_bytes(storage.join(out, run_files.UNLABELED), split.unlabeled_names(), durable=True)
+    if config.train.teacher:
+        storage.write_bytes(storage.join(out, run_files.TEACHER), f"{teacher.digest(config)}\n".encode(), durable=True)
     storage.write_bytes(storage.join(out, run_files.CONFIG), config.to_yaml().encode(), durable=True)
 
 

@@ -24,7 +24,7 @@ def check(config: TrainConfig) -> None:
     """Raises UserError if there is no model at `train.teacher`, or none that can teach a network of these settings."""
     if config.train.teacher is None:
         return
-    card = checkpoint.read_card(checkpoint.model_directory(config.train.teacher))
+    card = _card_of(config.train.teacher)
     for name, theirs, ours in (
         ("model.in_channels", card.model.in_channels, config.model.in_channels),
         ("model.num_classes", card.model.num_classes, config.model.num_classes),
@@ -47,6 +47,15 @@ def _check_meaning(card: ModelCard, data: DataConfig) -> None:
         raise UserError(f"the teacher's data.mask_values are {[*theirs]}, in another order than {[*ours]}")
     if card.classes and data.classes and card.classes != data.classes:
         raise UserError(f"the teacher's data.classes are {[*card.classes]}, not {[*data.classes]}")
+
+
+def digest(config: TrainConfig) -> str:
+    """Returns the SHA-256 of the teacher's weights, and "" if there is none."""
+    return _card_of(config.train.teacher).weights_sha256 if config.train.teacher else ""
+
+
+def _card_of(location: str) -> ModelCard:
+    return checkpoint.read_card(checkpoint.model_directory(location))
 
 
 def load(config: TrainConfig, device: torch.device) -> SegmentationModel | None:
