@@ -13,7 +13,7 @@ Each section is a table: seconds are medians over the rounds, ratios are to the 
     epochs    an epoch `--local` and through Ray
     overhead  reading, decoding and writing without a network, beside one bare process per core
     memory    peak resident memory, and images per second, of a short and a long folder
-    start     `--help`, one image from a cold start, and the first mask through Ray by part
+    start     `--help`, one image from a cold start, a training's first step, and the first mask through Ray by part
     scale     images a second that one command hands out to replicas that sleep instead of computing
     names     ten million names handed out like that, killed once and gone on (half an hour; only if it is named)
 """

@@ -8,7 +8,7 @@ from conftest import disc
 from PIL import Image
 
 from unet_ray.config import IGNORE, DataConfig
-from unet_ray.data.imaging import ImageError, _resized, decode_image, decode_mask, stored_values
+from unet_ray.data.imaging import ImageError, _pixels, _resized, decode_image, decode_mask, stored_values
 
 GRAY = np.linspace(0, 255, 12 * 8).astype(np.uint8).reshape(8, 12)
 RGB = np.stack([GRAY, GRAY[::-1], GRAY[:, ::-1]], axis=-1)
@@ -166,6 +166,17 @@ def test_resizing_equals_pillows_except_for_rounding(size, mode):
     found = _resized(image, (64, 64))
     assert found.shape == expected.shape
     assert np.abs(found.astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize(("size", "channels"), [((301, 203), 4), ((2500, 2100), 3)])
+def test_pillows_own_memory_and_a_copy_of_it_are_resized_to_the_same(size, channels, monkeypatch):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3)).astype(np.uint8))
+    if hasattr(image, "__arrow_c_array__"):  # Pillow 11.2
+        assert _pixels(image).shape == (*size, channels), "more than 16 MB are in pieces, and are copied"
+    shared = _resized(image, (800, 640))
+    monkeypatch.delattr(Image.Image, "__arrow_c_array__", raising=False)
+    assert _pixels(image).shape == (*size, 3)
+    assert np.array_equal(_resized(image, (800, 640)), shared)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -8,14 +8,13 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from measures.common import Job, Line, table
+from measures.common import Apart, Job, Line, table
 from unet_ray.config import Cleanup
 from unet_ray.data.chunks import Chunk, Stage
 from unet_ray.inference.formats import formats_of
@@ -31,6 +30,10 @@ from unet_ray.own_process import claim
 from unet_ray.ray_backend.data_context import configure
 from unet_ray.ray_backend.inference import pool_of_replicas, run_on_cluster
 from unet_ray.ray_backend.session import ray_session
+
+LOCAL, RAY = "--local", "through Ray"
+COUNT, CHUNK = 80, 64
+"""Chunks, and images of each, as in a folder of 4,096 images or more."""
 
 
 class NoNetwork:
@@ -62,24 +65,21 @@ class Way:
     card: ModelCard
     out: str
     images: list[str]
-    chunk: int = 64
-    """Images per chunk, as in a folder of 4,096 images or more."""
 
     def load(self, number: int) -> Chunk:
-        start, count = number * self.chunk, self.chunk
-        rows_here = range(start, start + count)
+        rows_here = range(number * CHUNK, (number + 1) * CHUNK)
         paths = [self.images[row % len(self.images)] for row in rows_here]
         names = [f"{row:07d}" for row in rows_here]
         columns: dict[str, Any] = {
             "path": [os.fsencode(path) for path in paths],
             "name": [name.encode() for name in names],
             "output": [f"{name}.png".encode() for name in names],
-            "number": [number] * count,
+            "number": [number] * CHUNK,
             "row": list(rows_here),
-            "size": [0] * count,
-            "mtime_ns": [0] * count,
+            "size": [0] * CHUNK,
+            "mtime_ns": [0] * CHUNK,
         }
-        return Chunks(columns, self.chunk)(0)
+        return Chunks(columns, CHUNK)(0)
 
     def stages(self) -> tuple[Preprocess, _NoModel, Stage]:
         reader = Reader.of(self.card, 10**9)
@@ -99,33 +99,42 @@ class Way:
 
 
 def overhead_section(job: Job) -> Iterator[Line]:
+    """Runs the three in turns, each alone: `--local` in a process of its own that has no Ray, as the command's."""
     cores = os.cpu_count() or 1
-    count = 80
-    notes = {}
+    bare = f"{cores} bare processes"
     seconds: dict[str, list[float]] = {}
-    runs: dict[str, Callable[..., Iterator[Chunk]]] = {
-        "--local": partial(run_here, range(count)),
-        "through Ray": lambda *stages: run_on_cluster(range(count), *stages, pool=pool_of_replicas(1, "cpu")),
-    }
     context = multiprocessing.get_context("spawn")
-    with ray_session(), context.Pool(cores) as pool:
+    with context.Pool(cores) as pool, Apart(_local) as local:
         pool.map(_imported, range(cores))
-        configure()
         for turn in range(job.rounds):
-            way = Way(job.card, str(job.folder / f"bare{turn}"), job.images)
+            ways = {name: Way(job.card, str(job.folder / f"{name}{turn}"), job.images) for name in (bare, LOCAL, RAY)}
             started = time.perf_counter()
-            pool.map(way.bare, [range(start, count, cores) for start in range(cores)], chunksize=1)
-            name = f"{cores} bare processes"
-            seconds.setdefault(name, []).append((time.perf_counter() - started) / (count * way.chunk))
-            for name, run in runs.items():
-                way = Way(job.card, str(job.folder / f"{name}{turn}"), job.images)
-                times = [time.perf_counter() for _ in run(*way.stages())]
-                # Take the middle half: processes have started, and the last chunks don't have the machine alone.
-                begun, ended = count // 4, 3 * count // 4
-                seconds.setdefault(name, []).append((times[ended] - times[begun]) / ((ended - begun) * way.chunk))
+            pool.map(ways[bare].bare, [range(start, COUNT, cores) for start in range(cores)], chunksize=1)
+            seconds.setdefault(bare, []).append((time.perf_counter() - started) / (COUNT * CHUNK))
+            seconds.setdefault(LOCAL, []).append(local(ways[LOCAL]))
+            with ray_session():
+                configure()
+                seconds.setdefault(RAY, []).append(_through_ray(ways[RAY]))
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    notes["through Ray"] = f"{count * way.chunk} images of {_size_of(job.images[0])}, one PNG mask each"
-    yield from table("overhead", medians, notes)
+    note = f"{COUNT * CHUNK} images of {_size_of(job.images[0])}, one PNG mask each"
+    yield from table("overhead", medians, {RAY: note})
+
+
+def _local() -> Callable[[Way], float]:
+    claim()
+    keep_freed_memory()
+    return lambda way: _seconds_an_image(run_here(range(COUNT), *way.stages()))
+
+
+def _through_ray(way: Way) -> float:
+    return _seconds_an_image(run_on_cluster(range(COUNT), *way.stages(), pool=pool_of_replicas(1, "cpu")))
+
+
+def _seconds_an_image(chunks: Iterator[Chunk]) -> float:
+    """Takes the middle half: processes have started, and the last chunks don't have the machine alone."""
+    times = [time.perf_counter() for _ in chunks]
+    begun, ended = COUNT // 4, 3 * COUNT // 4
+    return (times[ended] - times[begun]) / ((ended - begun) * CHUNK)
 
 
 def _imported(_number: int) -> None:

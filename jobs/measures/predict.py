@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from measures.common import Apart, Job, Line, mask_of, network_of, table
-from unet_ray.config import PredictConfig
+from unet_ray.config import PredictConfig, UserError
 from unet_ray.inference.predict import predict
 from unet_ray.ray_backend.session import Runtime, ray_session
 
@@ -51,8 +51,11 @@ def reports_of(run: Callable[[Callable[[int, int, int], None]], object]) -> Repo
 
 
 def steady(reports: Reports, begin: float = 0, end: float = 1) -> float:
-    """Returns the seconds per image between the first and the last report, or between two shares of the images."""
+    """Returns the seconds per image between the first and the last report, or between two shares of the images.
+    Raises UserError if there is one report only."""
     (_, first), (_, last) = reports[0], reports[-1]
+    if first == last:
+        raise UserError(f"{last} images are done at once: give more --images to see a rate")
     bounds = [first + share * (last - first) for share in (begin, end)]
     begun, ended = (next(report for report in reports if report[1] >= bound) for bound in bounds)
     return (ended[0] - begun[0]) / max(1, ended[1] - begun[1])

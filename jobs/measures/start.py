@@ -1,22 +1,27 @@
-"""Measures `--help`, one image from a cold start, and the first mask through Ray by part."""
+"""Measures `--help`, one image from a cold start, a training's first step, and the first mask through Ray by part."""
 
 from __future__ import annotations
 
 import itertools
 import os
 import shutil
+import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from PIL import Image
 
 from measures.common import ROOT, Job, Line, in_turns, table
+from measures.train import small_training
 from unet_ray.config import PredictConfig
 from unet_ray.inference.predict import predict
+from unet_ray.models.run_files import METRICS
 from unet_ray.ray_backend.session import ray_session
+from unet_ray.training.results import read_metrics
 
 
 def start_section(job: Job) -> Iterator[Line]:
@@ -40,6 +45,9 @@ def start_section(job: Job) -> Iterator[Line]:
     steps["one image, --local"] = ours
     yield from table("start", in_turns(steps, job.rounds))
     yield from table("start", in_turns({"--help": lambda: run("--help")}, 5))
+    if job.pairs:
+        for name, where in (("first training step, --local", ["--local"]), ("first training step, Ray", [])):
+            yield Line("start", name, statistics.median(_to_first_step(job, run, where) for _ in range(job.rounds)))
     out = str(job.folder / "first")
     started = time.perf_counter()
     with ray_session():
@@ -48,6 +56,16 @@ def start_section(job: Job) -> Iterator[Line]:
     parts = {"Ray": ready, "listing": summary.stages["listing"], "to the first masks": summary.stages["starting"]}
     note = ", ".join(f"{name} {value:.1f} s" for name, value in parts.items())
     yield Line("start", "first mask through Ray", sum(parts.values()), None, f"{note}; imports come before")
+
+
+def _to_first_step(job: Job, run: Callable[..., None], where: Sequence[str]) -> float:
+    """Returns the seconds from the command to the first step of a training."""
+    with tempfile.TemporaryDirectory(dir=job.folder) as folder:
+        settings = [part for name, value in small_training(job, 16) for part in ("--set", f"{name}={value}")]
+        started = time.time()
+        run("train", "--out", f"{folder}/RUN", "--epochs", "1", "--no-report", *settings, *where)
+        ended = Path(folder, "RUN", METRICS).stat().st_mtime  # when its only epoch was written down
+        return ended - read_metrics(f"{folder}/RUN")[0]["seconds"] - started
 
 
 def _theirs_cold(job: Job, image: str) -> Callable[[], object]:

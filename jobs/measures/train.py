@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -101,22 +102,23 @@ def train_section(job: Job) -> Iterator[Line]:
     yield from table("train", seconds, {"unet_ray": f"batch {job.config.train.batch_size}"})
 
 
+def small_training(job: Job, images: int) -> list[tuple[str, Any]]:
+    """Returns the settings of a training of a small network on so many images."""
+    return [
+        *(("model.base_channels", 16), ("model.patch", 2), ("model.depth", 4), ("model.norm", "batch")),
+        ("data.images", job.config.data.images),
+        ("data.masks", job.config.data.masks),
+        ("data.image_size", 512),
+        ("data.fraction", min(1.0, images / len(job.pairs))),
+        ("train.batch_size", 4),
+        ("compute.device", job.device),
+    ]
+
+
 def epochs_section(job: Job) -> Iterator[Line]:
     """Times whole epochs of a small network, so that the rest of the work shows. A run's first epoch does not count."""
     count = 20
-    small = [("model.base_channels", 16), ("model.patch", 2), ("model.depth", 4), ("model.norm", "batch")]
-    config = load_train_config(
-        settings=[
-            *small,
-            ("data.images", job.config.data.images),
-            ("data.masks", job.config.data.masks),
-            ("data.image_size", 512),
-            ("data.fraction", min(1.0, 128 / len(job.pairs))),
-            ("train.epochs", 1 + count),
-            ("train.batch_size", 4),
-            ("compute.device", job.device),
-        ]
-    )
+    config = load_train_config(settings=[*small_training(job, 128), ("train.epochs", 1 + count)])
     measured: dict[str, tuple[float, float]] = {}
     for name, local in (("--local", True), ("through Ray", False)):
         out = str(job.folder / name)

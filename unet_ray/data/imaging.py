@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import PIL
+import pyarrow as pa
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -205,11 +206,31 @@ def _resized(band: Image.Image, size_hw: tuple[int, int]) -> np.ndarray:
     if any(have >= 4 * want for have, want in zip(band.size, size_hw[::-1], strict=True)):
         # Pillow first reduces by a whole number: nearly the same result, far faster, and no copy of a large image.
         return np.asarray(band.resize(size_hw[::-1], Image.Resampling.BILINEAR, reducing_gap=2.0))
-    # torch has Pillow's antialiased resize in AVX2, which takes a quarter of the time on one thread.
-    pixels = torch.from_numpy(np.array(band))
-    planes = pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
-    small = F.interpolate(planes[None], size=size_hw, mode="bilinear", antialias=True)[0]
-    return (small[0] if pixels.ndim == 2 else small.permute(1, 2, 0)).numpy()
+    # torch has Pillow's antialiased resize in AVX2, which takes a quarter of the time on one thread. It takes half of
+    # that if it knows the memory as channels_last, which the order of these two steps decides.
+    pixels = _pixels(band)[None].permute(0, 3, 1, 2)
+    small = F.interpolate(pixels, size=size_hw, mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
+    if band.mode == "L":
+        return small[..., 0]
+    if small.shape[-1] == len(band.getbands()):
+        return small
+    rgb = np.empty((*size_hw, 3), np.uint8)
+    for channel in range(3):  # a quarter of the time of all at once
+        rgb[..., channel] = small[..., channel]
+    return rgb
+
+
+def _pixels(image: Image.Image) -> torch.Tensor:
+    """Returns an image's pixels, uint8 [H,W,C]. RGB has a fourth channel without a meaning where Pillow's memory, which
+    has one, need not be copied: `np.array` copies it three times, and keeps other threads from running meanwhile."""
+    if image.mode == "RGB" and hasattr(image, "__arrow_c_array__"):  # Pillow 11.2 and newer
+        try:
+            flat = torch.from_dlpack(pa.array(image).flatten())
+        except ValueError:  # an image of more than 16 MB is in several pieces
+            pass
+        else:
+            return flat.reshape(image.height, image.width, -1)
+    return torch.from_numpy(np.array(image)).reshape(image.height, image.width, -1)
 
 
 def _in_mode(image: Image.Image, channels: int, value_range: ValueRange) -> Image.Image:

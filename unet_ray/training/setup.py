@@ -234,8 +234,8 @@ def _check_teacher(config: TrainConfig, out: str) -> None:
     place = storage.join(out, run_files.TEACHER)
     if storage.exists(place) and storage.read_bytes(place).decode().strip() != teacher.digest(config):
         raise UserError(
-            f"the weights of {config.train.teacher} have changed since {out} was begun, so --resume can't go on: choose "
-            "another --out"
+            f"the weights of {config.train.teacher} have changed since {out} was begun, so --resume can't go on: "
+            "choose another --out"
         )
 
 
