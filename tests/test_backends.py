@@ -1,5 +1,7 @@
 """OpenVINO and compiled networks give the same output as torch, or say why they can't."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from conftest import make_model
@@ -7,6 +9,7 @@ from conftest import make_model
 from unet_ray.config import UserError
 from unet_ray.inference import backends
 from unet_ray.inference.arithmetic import Arithmetic
+from unet_ray.inference.certainty import Certainty
 from unet_ray.inference.segmenter import BatchSegmenter
 from unet_ray.models import checkpoint, compiling
 
@@ -42,6 +45,38 @@ def test_openvino_gives_what_torch_gives_for_any_size(tmp_path, name):
             expected, found = by_torch(image), by_openvino(image)
         assert found.shape == expected.shape
         assert torch.allclose(found, expected, atol=2e-3, rtol=2e-3)
+
+
+@pytest.fixture
+def three_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield 3
+    torch.set_num_threads(before)
+
+
+def test_openvino_computes_images_at_the_same_time_and_keeps_them_apart(tmp_path, three_threads):
+    pytest.importorskip("openvino")
+    make_model(tmp_path)
+    one_by_one, _ = backends.load(str(tmp_path), OPENVINO, one_by_one=True)
+    network, _ = backends.load(str(tmp_path), OPENVINO)
+    assert isinstance(network, backends.OpenVino) and network.streams == three_threads
+    image = noise(23, 3, 40, 56)
+    expected = torch.cat([one_by_one(each[None]) for each in image])
+    assert torch.equal(network(image), expected)
+    with ThreadPoolExecutor(4) as callers:  # as of a server
+        parts = list(callers.map(network, image.split(5)))
+    assert torch.equal(torch.cat(parts), expected)
+
+
+def test_torchs_threads_leave_the_cores_to_openvinos(tmp_path, three_threads, monkeypatch):
+    pytest.importorskip("openvino")
+    make_model(tmp_path)
+    seen, of = [], Certainty.of
+    monkeypatch.setattr(Certainty, "of", lambda logits: seen.append(torch.get_num_threads()) or of(logits))
+    for arithmetic, threads in ((OPENVINO, 1), (TORCH, three_threads)):
+        BatchSegmenter(str(tmp_path), arithmetic)(noise(1, 32, 32, 3).numpy())
+        assert seen.pop() == threads and torch.get_num_threads() == three_threads
 
 
 def test_openvinos_network_is_kept_beside_the_model_until_its_weights_change(tmp_path, monkeypatch):

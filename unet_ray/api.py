@@ -351,7 +351,7 @@ class Segmenter:
             },
         )
         self.pipeline = pipeline_of(os.fspath(model), options).chosen_here()
-        self.batches = self.pipeline.segmenter()
+        self.batches = self.pipeline.segmenter(one_by_one=True)
 
     def __repr__(self) -> str:
         card = self.pipeline.card

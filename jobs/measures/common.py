@@ -149,7 +149,7 @@ def arithmetic_for(job: Job, precision: str = "auto", backend: str = "auto") -> 
 
 def network_of(job: Job, precision: str = "auto", backend: str = "auto") -> backends.Network:
     """Loads the network as `predict` would on this machine."""
-    return backends.load(job.model, arithmetic_for(job, precision, backend))[0]
+    return backends.load(job.model, arithmetic_for(job, precision, backend), one_by_one=True)[0]
 
 
 def mask_of(

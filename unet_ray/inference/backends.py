@@ -13,6 +13,7 @@ import logging
 import platform
 import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -44,17 +45,20 @@ EXPORTED = "openvino"
 """Folder of a model directory for the network in OpenVINO's format; it may be deleted."""
 
 
-def load(location: str, arithmetic: Arithmetic, *, allow_code: bool = False) -> tuple[Network, ModelCard]:
+def load(
+    location: str, arithmetic: Arithmetic, *, one_by_one: bool = False, allow_code: bool = False
+) -> tuple[Network, ModelCard]:
     """Returns the network of a model directory, ready to compute in this arithmetic, and its card.
 
-    It never falls back to another arithmetic. Raises UserError if this process can't compute so. `allow_code`: see
-    `checkpoint.load_model`.
+    It never falls back to another arithmetic. Raises UserError if this process can't compute so. `one_by_one`: see
+    `OpenVino`. `allow_code`: see `checkpoint.load_model`.
     """
     if arithmetic.backend == "openvino":
         card = checkpoint.read_card(location)
         custom_parts.check_permission(location, card.model.name, allow_code)
         checkpoint.say_if_code_changed(location, card)
-        return OpenVino(_openvino_network(location, card, arithmetic.int8), card, arithmetic), card
+        network = _openvino_network(location, card, arithmetic.int8)
+        return OpenVino(network, card, arithmetic, one_by_one=one_by_one), card
     model, card = checkpoint.load_model(location, allow_code=allow_code)
     fold_batch_norm(model.eval())
     model = model.to(torch.device(arithmetic.device), memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -115,37 +119,61 @@ def fold_batch_norm(model: SegmentationModel) -> None:
                     block[number], block[number + 1] = fuse_conv_bn_eval(first, second), nn.Identity()
 
 
+MOST_STREAMS, IMAGES_PER_STREAM = 8, 4
+"""The most images that OpenVINO computes at the same time, each of which takes memory, and how many it gets at a time
+for each of them, so that none waits for long for the others."""
+
+
 class OpenVino:
     """Runs a network with OpenVINO on the CPU. It compiles the network again whenever the image size changes.
 
     `network`: an openvino.Model, uint8 [1,H,W,C] -> float32 [1,K,H,W], for sides that the U-Net can halve.
+    `one_by_one`: images come one at a time, and all threads work on each. Else each thread works on an image of its
+    own, and waits for no other: of 0.56 GFLOP, two threads compute an image in 3.5 instead of 4.2 ms.
     """
 
-    def __init__(self, network: Any, card: ModelCard, arithmetic: Arithmetic) -> None:
+    def __init__(self, network: Any, card: ModelCard, arithmetic: Arithmetic, *, one_by_one: bool) -> None:
         openvino = import_openvino()
         self.network, self.core, self.step = network, openvino.Core(), without_weights(card.model).step
         self.padded = card.model.padding == "same"
+        threads = torch.get_num_threads()
+        self.streams = 1 if one_by_one else min(threads, MOST_STREAMS)
+        self.at_once = self.streams * IMAGES_PER_STREAM
         self.settings = {
             "INFERENCE_PRECISION_HINT": "bf16" if arithmetic.precision == "bf16" else "f32",
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            **({"PERFORMANCE_HINT": "LATENCY"} if one_by_one else {"NUM_STREAMS": self.streams}),
+            "INFERENCE_NUM_THREADS": threads,
             # Otherwise two processes would pin their threads to the same cores.
             "ENABLE_CPU_PINNING": False,
         }
         self.size: tuple[int, ...] = ()
-        self.request: Any = None
+        self.queue: Any = None
+        self.lock = threading.Lock()  # of the queue, which has one callback
 
     def __call__(self, image_NCHW: Tensor) -> Tensor:
         height, width = image_NCHW.shape[-2:]
         if self.padded:
             image_NCHW = continue_edge(image_NCHW, -height % self.step, -width % self.step)
         image = image_NCHW.permute(0, 2, 3, 1).contiguous().numpy()
-        if image.shape[1:] != self.size:
-            self.network.reshape([1, *image.shape[1:]])
-            self.request = self.core.compile_model(self.network, "CPU", self.settings).create_infer_request()
-            self.size = image.shape[1:]
-        logits = np.concatenate([self.request.infer([one[None]])[0] for one in image])
-        return torch.from_numpy(logits)[..., :height, :width]
+        with self.lock:
+            return torch.from_numpy(self._logits(image))[..., :height, :width]
+
+    def _logits(self, image_NHWC: np.ndarray) -> np.ndarray:
+        size = image_NHWC.shape[1:]
+        if size != self.size:
+            self.network.reshape([1, *size])
+            compiled = self.core.compile_model(self.network, "CPU", self.settings)
+            self.queue, self.size = import_openvino().AsyncInferQueue(compiled, self.streams), size
+        found: dict[int, np.ndarray] = {}
+
+        def keep(request: Any, number: int) -> None:
+            found[number] = request.get_output_tensor(0).data.copy()
+
+        self.queue.set_callback(keep)
+        for number, image in enumerate(image_NHWC):
+            self.queue.start_async([image[None]], number)
+        self.queue.wait_all()
+        return np.concatenate([found[number] for number in range(len(image_NHWC))])
 
 
 class _DiffersError(Exception):

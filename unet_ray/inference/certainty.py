@@ -75,8 +75,7 @@ class Certainty:
 def _decided(logits_NKHW: Tensor) -> Tensor:
     """Returns the probability of the decided class, float32 [N,H*W]."""
     if logits_NKHW.shape[1] == 1:
-        foreground = logits_NKHW.flatten(1).sigmoid()
-        return torch.maximum(foreground, 1 - foreground)
+        return logits_NKHW.flatten(1).abs().sigmoid()
     return logits_NKHW.flatten(2).softmax(dim=1).amax(dim=1)
 
 

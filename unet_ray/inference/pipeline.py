@@ -17,6 +17,7 @@ from unet_ray.data import storage
 from unet_ray.data.chunks import Chunk, Stage, objects
 from unet_ray.data.imaging import Source
 from unet_ray.inference.arithmetic import Arithmetic, Machine
+from unet_ray.inference.backends import MOST_STREAMS
 from unet_ray.inference.choose_arithmetic import Work, choose
 from unet_ray.inference.chunk_size import RowCost, chunks_per_block
 from unet_ray.inference.local import run_here
@@ -100,8 +101,8 @@ class Pipeline(ABC):
         column = self.options.column if isinstance(self.options, PredictConfig) else None
         return Reader.of(self.card, self.options.max_pixels, column)
 
-    def segmenter(self, threads: int | None = None) -> BatchSegmenter:
-        """Loads the network. The arithmetic must be chosen. `threads`: see BatchSegmenter."""
+    def segmenter(self, threads: int | None = None, *, one_by_one: bool = False) -> BatchSegmenter:
+        """Loads the network. The arithmetic must be chosen. `threads`, `one_by_one`: see BatchSegmenter."""
         assert self.arithmetic is not None, "call chosen_here, or run"
         return BatchSegmenter(
             self.model,
@@ -109,6 +110,7 @@ class Pipeline(ABC):
             ensemble=self.options.ensemble,
             flips=self.card.flips if self.options.tta else "",
             threads=threads,
+            one_by_one=one_by_one,
             allow_code=self.options.allow_code,
         )
 
@@ -119,12 +121,13 @@ class Pipeline(ABC):
 
     def times(self, ways: Sequence[Arithmetic], threads: int | None = None) -> list[float]:
         """Returns the seconds that an image takes with each arithmetic in this process."""
-        tile = self.options.tile
-        shape = (1, *((tile, tile) if tile else self.card.image_size), self.card.model.in_channels)
+        tile, before = self.options.tile, torch.get_num_threads()
+        count = min(threads or before, MOST_STREAMS)  # so that each thread has an image
+        shape = (count, *((tile, tile) if tile else self.card.image_size), self.card.model.in_channels)
         noise = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-        before = torch.get_num_threads()
         try:
-            return shortest_times([dataclasses.replace(self, arithmetic=way).segmenter(threads) for way in ways], noise)
+            segmenters = [dataclasses.replace(self, arithmetic=way).segmenter(threads) for way in ways]
+            return [seconds / count for seconds in shortest_times(segmenters, noise)]
         finally:
             torch.set_num_threads(before)
 
