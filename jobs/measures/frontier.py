@@ -38,9 +38,13 @@ class Way:
     """A model, and how it predicts."""
 
     model: str
-    name: str
+    how: str
     local: bool
     precision: Precision = "auto"
+
+    @property
+    def name(self) -> str:
+        return f"{_short(self.model)} {self.how}"
 
 
 def frontier_section(job: Job) -> Iterator[Line]:
@@ -75,7 +79,11 @@ def frontier_section(job: Job) -> Iterator[Line]:
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     yield from table("frontier", medians, {way.name: _note(job, way, scores[way.name]) for way in ways})
     if job.plots:
-        points = [(name, 1 / medians[name], score) for name, score in scores.items() if score is not None]
+        points = [
+            (_short(way.model), way.how, 1 / medians[way.name], score)
+            for way in ways
+            if (score := scores[way.name]) is not None
+        ]
         plots.frontier(job.plots / "frontier.png", points, 1 / medians[MILESIAL] if MILESIAL in medians else None)
 
 
@@ -92,9 +100,9 @@ def _ways(job: Job, model: str) -> Iterator[Way]:
             continue
         chosen.add(arithmetic)
         named = "" if arithmetic is None else "int8" if arithmetic.int8 else arithmetic.precision
-        yield Way(model, f"{_short(model)} {named} --local", local=True, precision=precision)
+        yield Way(model, f"{named} --local".strip(), local=True, precision=precision)
         if precision == "auto":
-            yield Way(model, f"{_short(model)} {named} through Ray", local=False)
+            yield Way(model, f"{named} through Ray".strip(), local=False)
 
 
 def _repeated(job: Job) -> str:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,23 +26,23 @@ def _figure(rows: int, size: tuple[float, float]) -> tuple[Figure, Any]:
     return figure, axes
 
 
-def frontier(location: Path, points: Sequence[tuple[str, float, float]], peer: float | None) -> None:
-    """Draws Dice against images a second. `points`: name, images a second, Dice; `peer`: milesial's images a second,
-    with weights that nobody trained."""
+def frontier(location: Path, points: Sequence[tuple[str, str, float, float]], peer: float | None) -> None:
+    """Draws Dice against images a second. `points`: model, way of prediction, images a second, Dice; `peer`: milesial's
+    images a second, with weights that nobody trained."""
     figure, (axes,) = _figure(1, (7, 4.2))
-    beside: Counter[float] = Counter()
-    for name, rate, dice in sorted(points, key=lambda point: -point[1]):
-        axes.plot(rate, dice, "o", color=OURS)
-        up = 8 + 13 * beside[round(dice, 4)]  # names of points that lie side by side stand one above the other
-        beside[round(dice, 4)] += 1
-        line = {"arrowstyle": "-", "color": THEIRS, "linewidth": 0.5}
-        offset = {"xytext": (-14, up), "textcoords": "offset points", "ha": "right", "fontsize": 8}
-        axes.annotate(f"{name}: {rate:.0f} a second", (rate, dice), arrowprops=line, **offset)
+    for way, marker in zip(dict.fromkeys(way for _, way, _, _ in points), cycle("o^sDvP"), strict=False):
+        of_way = [(rate, dice) for _, its_way, rate, dice in points if its_way == way]
+        axes.plot(*zip(*of_way, strict=True), marker, color=OURS, label=way)
+    fastest = {model: (rate, dice) for model, _, rate, dice in sorted(points, key=lambda point: point[2])}
+    for model, (rate, dice) in fastest.items():
+        offset = {"xytext": (9, -3), "textcoords": "offset points", "fontsize": 8}
+        axes.annotate(f"{model}: {rate:.0f} a second", (rate, dice), **offset)
     if peer:
         axes.axvline(peer, color=THEIRS, linestyle="--")
         axes.text(peer, axes.get_ylim()[0], " milesial's predict.py", color=THEIRS, fontsize=8)
     axes.set(xscale="log", xlabel="images a second, photographs to PNG masks", ylabel="mean Dice")
     axes.margins(0.3)
+    axes.legend(frameon=False, fontsize=8, loc="lower center")
     figure.savefig(location)
 
 

@@ -110,6 +110,6 @@ def distill(
     click.echo(f"Dice {result.dice_small:.4f} with {result.gflop_small:.2f} GFLOP: {out}")
     print_places(model=storage.join(out, "model"), **written_report(out, no_report))
     if not result.kept:
-        click.echo(f"refused: {result.dice - result.dice_small:.4f} is more than {may_fall:g}", err=True)
+        click.echo(f"refused: Dice falls by {result.dice - result.dice_small:.3g}, more than {may_fall:g}", err=True)
         sys.exit(2)
     print_next(f"unet-ray predict {shlex.quote(out)} FOLDER --out MASKS")

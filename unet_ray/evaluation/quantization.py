@@ -55,7 +55,7 @@ class Quantization:
     def problem(self) -> str:
         """Why it was refused; empty if it was kept."""
         if self.dice - self.dice_int8 > MAY_FALL:
-            return f"Dice falls by {self.dice - self.dice_int8:.4f}, more than {MAY_FALL}"
+            return f"Dice falls by {self.dice - self.dice_int8:.3g}, more than {MAY_FALL}"
         return "" if self.speedup > 1 else f"int8 takes {1 / self.speedup:.2f} times as long on this CPU"
 
 
