@@ -47,7 +47,7 @@ EXPORTED = "openvino"
 
 def load(
     location: str, arithmetic: Arithmetic, *, one_by_one: bool = False, allow_code: bool = False
-) -> tuple[Network, ModelCard]:
+) -> tuple[Torch | OpenVino, ModelCard]:
     """Returns the network of a model directory, ready to compute in this arithmetic, and its card.
 
     It never falls back to another arithmetic. Raises UserError if this process can't compute so. `one_by_one`: see
@@ -85,11 +85,16 @@ def openvino_problem(location: str) -> str:
     return ""
 
 
+IMAGES_AT_ONCE = {"cpu": 1, "cuda": 8}
+"""Of torch. On a CPU one image at a time keeps the activations in the caches, and was fastest."""
+
+
 class Torch:
     """Runs a network with torch, compiled or not."""
 
     def __init__(self, model: SegmentationModel, arithmetic: Arithmetic) -> None:
         self.device, self.precision, self.model = torch.device(arithmetic.device), arithmetic.precision, model
+        self.at_once = IMAGES_AT_ONCE[self.device.type]
         self.run: Callable[[Tensor], Tensor] = model
         if arithmetic.backend == "compiled":
             # With frozen weights, the compiler can arrange them in memory for the processor.

@@ -28,8 +28,6 @@ from unet_ray.models.device import check_gpu, keep_freed_memory, run_network
 
 TURNS, TURNS_SECONDS = 10, 5.0
 """How often networks are timed at most, and the seconds after which no further turn begins."""
-IMAGES_AT_ONCE = {"cpu": 1, "cuda": 8}
-"""Of torch. On a CPU one image at a time keeps the activations in the caches, and was fastest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +89,7 @@ class BatchSegmenter:
             for path in (location, *ensemble)
         ]
         network, self.card = self.models[0]
-        self.by_openvino = isinstance(network, backends.OpenVino)
-        self.at_once = network.at_once if isinstance(network, backends.OpenVino) else IMAGES_AT_ONCE[self.device.type]
+        self.at_once = network.at_once
         check_ensemble([card for _, card in self.models], [location, *ensemble])
         # Each view is an image flipped along some axes of NCHW.
         self.views: list[tuple[int, ...]] = [()]
@@ -101,8 +98,14 @@ class BatchSegmenter:
 
     @torch.inference_mode()
     def __call__(self, image_NHWC: np.ndarray) -> Segmentation:
+        logits, confidence, uncertainty = [], [], []
         with self._without_torchs_threads():
-            return self._segmented(image_NHWC)
+            for output in self._with_room(self._logits, image_NHWC):
+                logits.append(output.half().cpu().numpy())
+                certainty = Certainty.of(output)
+                confidence.append(torch.where(_finite(output), certainty.confidence(), torch.nan).float().cpu().numpy())
+                uncertainty.append(certainty.uncertainty().float().cpu().numpy())
+        return Segmentation(*map(np.concatenate, (logits, confidence, uncertainty)))
 
     @contextmanager
     def _without_torchs_threads(self) -> Iterator[None]:
@@ -111,20 +114,11 @@ class BatchSegmenter:
         one of 3.2 GFLOP 1.2 times."""
         threads = torch.get_num_threads()
         try:
-            if self.by_openvino:
+            if isinstance(self.models[0][0], backends.OpenVino):
                 torch.set_num_threads(1)
             yield
         finally:
             torch.set_num_threads(threads)
-
-    def _segmented(self, image_NHWC: np.ndarray) -> Segmentation:
-        logits, confidence, uncertainty = [], [], []
-        for output in self._with_room(self._logits, image_NHWC):
-            logits.append(output.half().cpu().numpy())
-            certainty = Certainty.of(output)
-            confidence.append(torch.where(_finite(output), certainty.confidence(), torch.nan).float().cpu().numpy())
-            uncertainty.append(certainty.uncertainty().float().cpu().numpy())
-        return Segmentation(*map(np.concatenate, (logits, confidence, uncertainty)))
 
     @torch.inference_mode()
     def embed(self, image_NHWC: np.ndarray) -> np.ndarray:
@@ -183,27 +177,22 @@ class BatchSegmenter:
         of overlapping tiles are averaged with Gaussian weights (as nnU-Net does). An unpadded network needs no overlap:
         its tiles are exact. The image is mirrored at its edges. Memory holds the image, its mask and one row of tiles.
         """
-        with self._without_torchs_threads():
-            return self._by_tiles(pixels, tile, overlap, threshold, probabilities)
-
-    def _by_tiles(
-        self, pixels: Pixels, tile: int, overlap: float, threshold: float, probabilities: bool
-    ) -> SegmentedMask:
         height, width = pixels.size_hw
         classes = self.card.model.num_classes
         mask = np.empty((height, width), np.uint8)
         maps = np.empty((classes, height, width), np.uint8) if probabilities else None
         certainty: Certainty | None = None
         finite = True
-        for top, logits in self._bands(pixels, tile, overlap):
-            bottom = top + logits.shape[1]
-            planes = logits.cpu().numpy()
-            mask[top:bottom] = own_size.decide(planes, classes, threshold)
-            here = Certainty.of(logits[None])
-            certainty = here if certainty is None else certainty + here
-            finite = finite and bool(_finite(logits[None]))
-            if maps is not None:
-                maps[:, top:bottom] = own_size.to_probabilities(planes)
+        with self._without_torchs_threads():
+            for top, logits in self._bands(pixels, tile, overlap):
+                bottom = top + logits.shape[1]
+                planes = logits.cpu().numpy()
+                mask[top:bottom] = own_size.decide(planes, classes, threshold)
+                here = Certainty.of(logits[None])
+                certainty = here if certainty is None else certainty + here
+                finite = finite and bool(_finite(logits[None]))
+                if maps is not None:
+                    maps[:, top:bottom] = own_size.to_probabilities(planes)
         assert certainty is not None, "an image has a row"
         confidence = float(certainty.confidence()) if finite else np.nan
         return SegmentedMask(mask, confidence, float(certainty.uncertainty()), maps)

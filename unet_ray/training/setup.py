@@ -58,7 +58,7 @@ class Split(NamedTuple):
     def with_unlabeled(self, config: DataConfig, left_out: Collection[str]) -> Split:
         """Adds the images of `data.unlabeled`, without those that have masks or are in `left_out` (locations), be it
         under another name of the folder."""
-        known = set(map(storage.real, [*(pair.image for pair in self.pairs), *left_out]))
+        known = set(map(storage.real, {pair.image for pair in self.pairs} | set(left_out)))
         found = [
             Pair(image.name, image.path, "")
             for location in locations(config.unlabeled or ())
@@ -206,7 +206,8 @@ def _check_resumable(config: TrainConfig, split: Split, out: str, state: Trainin
 
 
 def is_done(config: TrainConfig, out: str) -> bool:
-    """Returns whether `out` holds a training of these settings whose last epoch is done."""
+    """Returns whether `out` holds a training of these settings whose last epoch is done. Raises UserError if the
+    teacher has been trained again since then."""
     state = training_state.read_state(storage.join(out, run_files.LAST))
     if state is None:
         return False
@@ -231,10 +232,12 @@ def _check_unlabeled(split: Split, out: str) -> None:
 
 def _check_teacher(config: TrainConfig, out: str) -> None:
     """Raises UserError if the teacher is another than before: it was trained again."""
-    place = storage.join(out, run_files.TEACHER)
-    if storage.exists(place) and storage.read_bytes(place).decode().strip() != teacher.digest(config):
+    location, place = config.train.teacher, storage.join(out, run_files.TEACHER)
+    if location is None or not storage.exists(place):  # of a run without one, or of an older version
+        return
+    if storage.read_bytes(place).decode().strip() != teacher.digest(location):
         raise UserError(
-            f"the weights of {config.train.teacher} have changed since {out} was begun, so --resume can't go on: "
+            f"the weights of {location} have changed since {out} was begun, so --resume can't go on: "
             "choose another --out"
         )
 
@@ -274,8 +277,9 @@ def write_start(config: TrainConfig, split: Split, out: str) -> None:
     write_split(storage.join(out, SPLIT), split.subset_by_key())
     if split.unlabeled:
         storage.write_bytes(storage.join(out, run_files.UNLABELED), split.unlabeled_names(), durable=True)
-    if config.train.teacher:
-        storage.write_bytes(storage.join(out, run_files.TEACHER), f"{teacher.digest(config)}\n".encode(), durable=True)
+    if config.train.teacher is not None:
+        digest = teacher.digest(config.train.teacher)
+        storage.write_bytes(storage.join(out, run_files.TEACHER), f"{digest}\n".encode(), durable=True)
     storage.write_bytes(storage.join(out, run_files.CONFIG), config.to_yaml().encode(), durable=True)
 
 

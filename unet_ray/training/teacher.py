@@ -49,9 +49,9 @@ def _check_meaning(card: ModelCard, data: DataConfig) -> None:
         raise UserError(f"the teacher's data.classes are {[*card.classes]}, not {[*data.classes]}")
 
 
-def digest(config: TrainConfig) -> str:
-    """Returns the SHA-256 of the teacher's weights, and "" if there is none."""
-    return _card_of(config.train.teacher).weights_sha256 if config.train.teacher else ""
+def digest(location: str) -> str:
+    """Returns the SHA-256 of a teacher's weights."""
+    return _card_of(location).weights_sha256
 
 
 def _card_of(location: str) -> ModelCard:
