@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import cycle, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +43,20 @@ def frontier(location: Path, points: Sequence[tuple[str, str, float, float]], pe
     axes.set(xscale="log", xlabel="images a second, photographs to PNG masks", ylabel="mean Dice")
     axes.margins(0.3)
     axes.legend(frameon=False, fontsize=8, loc="lower center")
+    figure.savefig(location)
+
+
+def learning_curves(location: Path, curves: Mapping[str, Sequence[tuple[int, float, float, float]]]) -> None:
+    """Draws Dice against labelled images. `curves`: network -> images, mean Dice, ends of its interval."""
+    figure, (axes,) = _figure(1, (4.2, 3.2))
+    for (network, points), color in zip(curves.items(), cycle((THEIRS, OURS, SECOND)), strict=False):
+        labelled, dice, low, high = zip(*points, strict=True)
+        axes.plot(labelled, dice, "o-", color=color, label=network)
+        axes.fill_between(labelled, low, high, color=color, alpha=0.15, linewidth=0)
+        axes.set_xticks(labelled, [f"{count:,}" for count in labelled])
+    axes.set(xscale="log", xlabel="labelled images", ylabel="Dice on unseen images")
+    axes.minorticks_off()
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
     figure.savefig(location)
 
 
