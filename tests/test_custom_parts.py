@@ -90,11 +90,12 @@ def training(out: str, *more: object) -> list[object]:
     return ["train", *data, *flags(TINY), *more]
 
 
-def as_user(folder: Path, *arguments: object) -> subprocess.CompletedProcess:
+def as_user(folder: Path, *arguments: object, **variables: str) -> subprocess.CompletedProcess:
     """Runs `unet-ray` as its script does: in a process of its own, with the folder not on Python's path."""
     code = "import sys; sys.path[:] = [p for p in sys.path if p]; from unet_ray.cli import main; main()"
     words = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(words, cwd=folder, env=environment(), capture_output=True, text=True, check=False)
+    env = environment(**variables)
+    return subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -106,21 +107,22 @@ def run(folder):
     return folder / "RUN"
 
 
-def test_on_ray_an_exception_names_its_line_and_two_workers_end_with_the_same_network(run, folder):
+def test_on_ray_an_exception_names_its_line_and_two_workers_end_with_the_same_network(run, folder, ray_cluster):
+    here = {"RAY_ADDRESS": ray_cluster.get_runtime_context().gcs_address}
     command = training("RAY", "--workers", 2, "--set", NET, "--set", f"{LOSS}+bad:third", "--set", CUSTOM)
     (folder / "bad.py").write_text(MODULE)
-    done = as_user(folder, *command)
+    done = as_user(folder, *command, **here)
     assert done.returncode == 2, done.stderr
     assert f"bad.py, line {AT_STEP_3}, in third: ValueError: at step 3" in done.stderr.splitlines()[-1]
     (folder / "bad.py").write_text(MODULE.replace("calls > 3", "calls > 9999"))
-    done = as_user(folder, *command, "--resume")
+    done = as_user(folder, *command, "--resume", **here)
     assert done.returncode == 0, done.stderr
     losses = [
         [json.loads(line)["train_loss"] for line in (each / "metrics.jsonl").read_text().splitlines()]
         for each in (run, folder / "RAY")
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    done = as_user(folder, "predict", "RAY", "discs/images", "--out", "RAY_MASKS", "--allow-code", "--json")
+    done = as_user(folder, "predict", "RAY", "discs/images", "--out", "RAY_MASKS", "--allow-code", "--json", **here)
     assert done.returncode == 0 and json.loads(done.stdout)["ok"] == 12, done.stderr
 
 

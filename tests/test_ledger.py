@@ -16,7 +16,7 @@ from unet_ray.inference.chunk_size import RowCost, chunk_rows
 from unet_ray.inference.digests import DigestMap, digests_of
 from unet_ray.inference.formats.kaggle import KaggleSubmission
 from unet_ray.inference.ledger import SHARD_ROWS, Ledger, Loader
-from unet_ray.inference.survey import survey as survey_images
+from unet_ray.inference.survey import Survey
 
 
 def images(numbers, *, size=1, suffix=".jpg"):
@@ -35,7 +35,10 @@ def open_ledger(folder, **options) -> Ledger:
 
 
 def survey(folder, found) -> int:
-    return survey_images(open_ledger(folder), iter(found), outputs_of, RowCost(1000, 1.0))
+    survey = Survey(open_ledger(folder), RowCost(1000, 1.0))
+    survey.add_all(iter(found), outputs_of)
+    survey.close()
+    return survey.count
 
 
 def todo(ledger: Ledger) -> list[int]:

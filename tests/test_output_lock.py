@@ -28,7 +28,7 @@ from unet_ray.inference.ledger import Ledger
 from unet_ray.inference.naming import Naming
 from unet_ray.inference.predict import predict
 from unet_ray.inference.stages import Prediction
-from unet_ray.inference.survey import survey
+from unet_ray.inference.survey import Survey
 from unet_ray.inference.write import Write
 from unet_ray.models.run_files import LOCK
 from unet_ray.ray_backend.session import LOCAL
@@ -279,7 +279,9 @@ def test_a_run_that_lost_its_lock_records_nothing(tmp_path, monkeypatch):
     ledger = Ledger(str(tmp_path), (), holder=Holder(str(tmp_path), str(tmp_path / NAME), "me"))
 
     def list_inputs() -> None:
-        survey(ledger, found, Naming("{stem}.png"), RowCost(1, 1.0), lambda _count: None)
+        survey = Survey(ledger, RowCost(1, 1.0))
+        survey.add_all(found, Naming("{stem}.png"))
+        survey.close()
 
     list_inputs()
     chunk = {**ledger.load(0), "redone": np.array([True])}

@@ -113,7 +113,7 @@ def _command(out: str, model: str, names: str) -> None:
 
     def tell(done: int, _failed: int, images: int) -> None:
         nonlocal listed, last, listing
-        listed = listed if images else done
+        listed = images or done
         has_listed, listing = listing and images > 0, images == 0
         if time.time() - last >= EVERY_SECONDS or has_listed or done == images:
             last = time.time()
@@ -123,7 +123,7 @@ def _command(out: str, model: str, names: str) -> None:
     Path(out).mkdir(exist_ok=True)
     with ray_session():
         configure()
-        hand_out(out, model, int(names), REPLICAS, tell)
+        hand_out(out, model, int(names), REPLICAS, tell, while_listing=True)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,8 +25,9 @@ from unet_ray.inference.formats.base import OutputFormat
 from unet_ray.inference.ledger import Ledger
 from unet_ray.inference.predict import _Run
 from unet_ray.inference.resolve import pipeline_of
+from unet_ray.inference.rounds import rounds
 from unet_ray.inference.stages import TIMES, Load
-from unet_ray.inference.survey import survey
+from unet_ray.inference.survey import Survey
 from unet_ray.ray_backend.data_context import configure
 from unet_ray.ray_backend.inference import Pool, run_on_cluster
 from unet_ray.ray_backend.session import Runtime, ray_session
@@ -86,15 +88,26 @@ def _handed_out(job: Job, replicas: int) -> tuple[Line, float]:
     return Line("scale", f"{replicas} replicas", seconds, 1 / seconds / (replicas * RATE), note), cpu
 
 
-def hand_out(out: str, model: str, images: int, replicas: int, on_progress: OnProgress) -> Ledger:
+def hand_out(
+    out: str, model: str, images: int, replicas: int, on_progress: OnProgress, *, while_listing: bool = False
+) -> None:
     """Lists so many names, hands them out to replicas that sleep, and records them as done; goes on if it was stopped.
-    Ray must be started. `on_progress` gets 0 as the number of all images while it lists."""
+    Ray must be started. `on_progress` gets 0 as the number of all images until it hands out the first.
+    `while_listing`: as `predict` does; else the listing ends first."""
     ledger = Ledger(out, ())
     cost = pipeline_of(model, MaskOptions()).row_cost()
-    survey(ledger, _names(images), lambda image: iter([f"{image.key}.png"]), cost, lambda n: on_progress(n, 0, 0), None)
     run = _Run(ledger, on_progress, allow_mixed=False)
-    run.segment(_Sleeping(replicas, cost), _Recorded(ledger), Runtime(), _NoLock())  # type: ignore[arg-type]
-    return ledger
+    listing = rounds(
+        Survey(ledger, cost),
+        _names(images),
+        lambda image: iter([f"{image.key}.png"]),
+        at_once=while_listing,
+        on_listed=lambda count: on_progress(count, 0, 0),
+    )
+    with closing(listing):
+        for shards in listing:
+            run.take(shards)
+            run.segment(_Sleeping(replicas, cost), _Recorded(ledger), Runtime(), _NoLock())  # type: ignore[arg-type]
 
 
 def _names(images: int) -> Iterator[ImageFile]:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 
 from unet_ray.config import PredictConfig, UserError
 from unet_ray.data import looks, storage, video
@@ -33,9 +33,10 @@ from unet_ray.inference.parts import WHOLE, Part
 from unet_ray.inference.pipeline import Pipeline
 from unet_ray.inference.reader import Reader
 from unet_ray.inference.resolve import pipeline_of
+from unet_ray.inference.rounds import rounds
 from unet_ray.inference.stages import TIMES
 from unet_ray.inference.summary import Outcome, PredictSummary, finish, unlike_before
-from unet_ray.inference.survey import survey
+from unet_ray.inference.survey import Survey
 from unet_ray.inference.unlike import say_if_unlike
 from unet_ray.inference.write import Write
 from unet_ray.ray_backend.session import LOCAL, Runtime
@@ -78,15 +79,21 @@ def predict(
         ledger = Ledger(out, _tables(formats), config.retry_failed, lock.holder, part)
         rename(ledger, output_folder.moves(out, config))
         begun = output_folder.begin(out, settings, part)
-        listed = _survey(config, images, ledger, pipeline, begun, on_progress)
+        survey = Survey(ledger, pipeline.row_cost(), pipeline.reader() if config.same_content else None)
         run = _Run(ledger, on_progress, allow_mixed=config.allow_mixed)
-        unlike = say_if_unlike(run.sample(pipeline.reader(), looks.SAMPLE), pipeline)
+        unlike: tuple[str, ...] | None = None
+        with closing(_rounds(config, images, survey, pipeline, begun, on_progress)) as listing, ExitStack() as stack:
+            for shards in listing:
+                run.take(shards)
+                unlike = unlike or say_if_unlike(run.sample(pipeline.reader(), looks.SAMPLE), pipeline)
+                if config.adapt and run.images:
+                    sample = run.sample(pipeline.reader(), adapt.SAMPLE)
+                    pipeline = adapted(pipeline, sample, storage.join(out, adapt.FOLDER), unlike)
+                if not survey.complete:
+                    stack.enter_context(runtime.started())  # for all rounds
+                run.segment(pipeline, Write(ledger, formats, pipeline.card, pipeline.reader()), runtime, lock)
         said = unlike or unlike_before(ledger.out)
-        if config.adapt and run.images:
-            sample = run.sample(pipeline.reader(), adapt.SAMPLE)
-            pipeline = adapted(pipeline, sample, storage.join(out, adapt.FOLDER), unlike)
-        run.segment(pipeline, Write(ledger, formats, pipeline.card, pipeline.reader()), runtime, lock)
-        outcome = Outcome(listed, run.done - run.already_done, started, run.seconds_by_stage(started), said)
+        outcome = Outcome(survey.count, run.done - run.already_done, started, run.seconds_by_stage(started), said)
         return finish(ledger, formats, pipeline, outcome)
 
 
@@ -95,35 +102,35 @@ def _tables(formats: tuple[OutputFormat, ...]) -> tuple[SideTable, ...]:
     return tuple({format.table.folder: format.table for format in formats if format.table is not None}.values())
 
 
-def _survey(
+def _rounds(
     config: PredictConfig,
     given: Iterable[ImageFile] | None,
-    ledger: Ledger,
+    survey: Survey,
     pipeline: Pipeline,
     begun: bool,
     on_progress: OnProgress,
-) -> int:
-    """Writes the images of the inputs, or those given, into the ledger. Returns their number.
+) -> Generator[list[int], None, None]:
+    """Lists the images of the inputs, or those given, into the ledger. Yields the shards of each round of work.
 
-    `begun`: whether an earlier run had begun in this folder. Raises UserError if an input does not exist.
+    Work begins while a large input is listed. Not if there are several, of which a later one may not exist, nor if the
+    model is adapted to a sample of all images. `begun`: whether an earlier run had begun in this folder. Raises
+    UserError if an input does not exist.
     """
-    choice = Choice(strict=config.strict)
+    ledger, choice, working = survey.ledger, Choice(strict=config.strict), False
     if given is None:
         given = images_of(config.inputs, config.column, choice, pipeline.card.model.in_channels)
     images, naming = ledger.part.share(iter(given), Naming(config.name))
+    at_once = len(config.inputs) == 1 and not config.adapt
+    listing = rounds(survey, images, naming, at_once=at_once, on_listed=lambda count: on_progress(count, 0, 0))
     try:
-        listed = survey(
-            ledger,
-            images,
-            naming,
-            pipeline.row_cost(),
-            lambda count: on_progress(count, 0, 0),
-            pipeline.reader() if config.same_content else None,
-        )
-        _say_what_was_passed_over(choice)
-        return listed
+        with closing(listing):
+            for shards in listing:
+                if survey.complete:
+                    _say_what_was_passed_over(choice)
+                working = True
+                yield shards
     except UserError:
-        if not begun:  # else the settings with a mistyped input would refuse the right one
+        if not begun and not working:  # else the settings with a mistyped input would refuse the right one
             output_folder.take_back(ledger.out, ledger.part)
         raise
 
@@ -145,22 +152,31 @@ class _Run:
     def __init__(self, ledger: Ledger, on_progress: OnProgress, *, allow_mixed: bool) -> None:
         self.ledger, self.on_progress, self.allow_mixed = ledger, on_progress, allow_mixed
         self.load = Loader(ledger)
-        shards = ledger.shards()
-        self.states: dict[int, ShardState] = dict(zip(shards, ledger.states(shards), strict=True))
-        self.images = sum(state.rows for state in self.states.values())
-        self.already_done = sum(state.done for state in self.states.values())
-        self.done, self.failed = self.already_done, sum(state.failed for state in self.states.values())
-        self.remaining = {shard: state.rows - state.done for shard, state in self.states.items() if state.todo}
-        """Shard -> rows to do; without shards whose last chunk this run has done."""
+        self.states: dict[int, ShardState] = {}
+        """Shard -> its state when this round began."""
+        self.remaining: dict[int, int] = {}
+        """Shard -> rows to do in this round; without shards whose last chunk this run has done."""
+        self.images = self.already_done = self.done = self.failed = 0
         self.work_seconds = dict.fromkeys(TIMES, 0.0)
-        self.listed = time.perf_counter()
+        self.listed: float | None = None
         self.first_done: float | None = None
-        self.ended = self.listed
-        on_progress(self.done, self.failed, self.images)
+        self.ended = 0.0
+
+    def take(self, shards: list[int]) -> None:
+        """Begins a round of work on these shards, none of which was in a round before."""
+        self.listed = self.listed or time.perf_counter()
+        self.states = dict(zip(shards, self.ledger.states(shards), strict=True))
+        self.remaining = {shard: state.rows - state.done for shard, state in self.states.items() if state.todo}
+        done = sum(state.done for state in self.states.values())
+        self.images += sum(state.rows for state in self.states.values())
+        self.already_done += done
+        self.done += done
+        self.failed += sum(state.failed for state in self.states.values())
+        self.on_progress(self.done, self.failed, self.images)
 
     @property
     def numbers(self) -> list[int]:
-        """The numbers of the chunks with work."""
+        """The numbers of the chunks with work in this round."""
         return [number for state in self.states.values() for number in state.todo]
 
     def sample(self, reader: Reader, count: int) -> Iterator[Source | str]:
@@ -175,7 +191,7 @@ class _Run:
     def segment(self, pipeline: Pipeline, write: Write, runtime: Runtime, lock: OutputLock) -> None:
         """Runs the chunks with work through the pipeline, and merges each shard after its last chunk."""
         numbers = self.numbers
-        if numbers:
+        if numbers and self.first_done is None:
             _look(self.load(numbers[0]), pipeline)
         shared = {f"--out {self.ledger.out}": storage.join(self.ledger.out, SETTINGS)}
         if numbers:
@@ -245,10 +261,11 @@ class _Run:
 
     def seconds_by_stage(self, started: float) -> dict[str, float]:
         """Returns `PredictSummary.stages`. `started`: `time.perf_counter()` at the beginning of `predict`."""
-        first_done = self.first_done or self.listed
+        listed = self.listed or started
+        first_done = self.first_done or listed
         return {
-            "listing": self.listed - started,
-            "starting": first_done - self.listed,
+            "listing": listed - started,
+            "starting": first_done - listed,
             "running": self.ended - first_done,
             **{name.removesuffix("_ms"): seconds for name, seconds in self.work_seconds.items()},
         }

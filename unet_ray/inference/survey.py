@@ -18,6 +18,7 @@ from unet_ray.data.inputs import ImageFile
 from unet_ray.inference.chunk_size import RowCost, chunk_rows
 from unet_ray.inference.digests import DigestMap, digests_of
 from unet_ray.inference.ledger import SHARD_ROWS, Ledger
+from unet_ray.inference.parts import Proposals
 from unet_ray.inference.reader import Reader, checksum
 
 log = logging.getLogger("unet_ray")
@@ -40,41 +41,15 @@ CHECKSUM_THREADS, CHECKSUMS_AT_ONCE = 16, 64
 """Threads that read images, more than processors because a disk or bucket takes part of the time; images for each."""
 
 
-def survey(
-    ledger: Ledger,
-    images: Iterable[ImageFile],
-    outputs_of: Callable[[ImageFile], Iterator[str]],
-    cost: RowCost,
-    on_listed: Callable[[int], None] = lambda _count: None,
-    reader: Reader | None = None,
-) -> int:
-    """Adds new images to the ledger, and renews the size and time of changed ones. Returns the number of different
-    images in this listing.
+class Survey:
+    """Adds new images to the ledger, and renews the size and time of changed ones.
 
-    `outputs_of` proposes paths for an image's mask; the first that no other image has is taken. Memory grows by about
-    60 bytes per image. `reader` reads the images of another time but the same size, to compare checksums: those whose
-    content is the same are not changed. None: they are.
+    `reader` reads the images of another time but the same size, to compare checksums: those whose content is the same
+    are not changed. None: they are. Memory grows by about 60 bytes per image.
     """
-    listing = _Listing(ledger, outputs_of, cost, reader)
-    images = iter(images)
-    while batch := list(islice(images, SHARD_ROWS)):
-        listing.add(batch)
-        on_listed(listing.count)
-    listing.close()
-    return listing.count
 
-
-class _Listing:
-    """Collects the images of this listing and tells them from those of earlier runs."""
-
-    def __init__(
-        self,
-        ledger: Ledger,
-        outputs_of: Callable[[ImageFile], Iterator[str]],
-        cost: RowCost,
-        reader: Reader | None,
-    ) -> None:
-        self.ledger, self.outputs_of, self.reader = ledger, outputs_of, reader
+    def __init__(self, ledger: Ledger, cost: RowCost, reader: Reader | None = None) -> None:
+        self.ledger, self.reader = ledger, reader
         self.known, self.taken = DigestMap(), DigestMap()
         """Paths of the images and of their masks -> row, counted over all shards."""
         self._read_earlier()
@@ -87,7 +62,28 @@ class _Listing:
         """Different images in this listing."""
         self.twice = 0
         """Lines that named an image again."""
+        self.complete = False
+        """Whether all images are in the ledger."""
         self.writer = _ShardWriter(ledger, cost)
+
+    @property
+    def shards(self) -> int:
+        """How many shards the ledger has."""
+        return self.writer.shards
+
+    def numbers(self, start: int, stop: int) -> list[int]:
+        """Returns the numbers of the shards from the one in place `start` to that before `stop`."""
+        return [self.ledger.part.shard(place) for place in range(start, stop)]
+
+    def add_all(
+        self, images: Iterable[ImageFile], outputs_of: Proposals, on_listed: Callable[[int], None] = lambda _count: None
+    ) -> None:
+        """Adds images, shard by shard. `outputs_of` proposes paths for the mask of each; the first that no other image
+        has is taken. `close` adds the last shard, and renews the images that have changed."""
+        images = iter(images)
+        while batch := list(islice(images, SHARD_ROWS)):
+            self._add(batch, outputs_of)
+            on_listed(self.count)
 
     def _read_earlier(self) -> None:
         sizes, times, count = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], 0
@@ -101,13 +97,13 @@ class _Listing:
             count += len(table)
         self.sizes, self.times = np.concatenate(sizes), np.concatenate(times)
 
-    def add(self, batch: list[ImageFile]) -> None:
+    def _add(self, batch: list[ImageFile], outputs_of: Proposals) -> None:
         digests = digests_of([os.fsencode(image.path) for image in batch])
         new = self._new(batch, digests)
         if not new:
             return
         images = [batch[place] for place in new]
-        outputs, output_digests = self._free_outputs(images)
+        outputs, output_digests = self._free_outputs(images, outputs_of)
         for image, output in zip(images, outputs, strict=True):
             self.writer.add(image, output)
         self.known.add(digests[new], np.arange(self.rows, self.rows + len(new)))
@@ -137,9 +133,9 @@ class _Listing:
         if (image.size, image.mtime_ns) != (self.sizes[row], self.times[row]):
             self.changed[row] = (image.size, image.mtime_ns)
 
-    def _free_outputs(self, images: list[ImageFile]) -> tuple[list[bytes], np.ndarray]:
+    def _free_outputs(self, images: list[ImageFile], outputs_of: Proposals) -> tuple[list[bytes], np.ndarray]:
         """Returns an unused path for each image's mask, and the digests of the paths."""
-        proposals = [self.outputs_of(image) for image in images]
+        proposals = [outputs_of(image) for image in images]
         outputs = [os.fsencode(next(proposal)) for proposal in proposals]
         digests = digests_of(outputs).copy()
         in_batch: set[bytes] = set()
@@ -152,7 +148,9 @@ class _Listing:
         return outputs, digests
 
     def close(self) -> None:
+        """Writes the last shard, and renews the images that have changed, in whose shards nobody may work meanwhile."""
         self.writer.close()
+        self.complete = True
         if self.twice:
             log.warning("%d images are listed more than once: each is done once", self.twice)
         if not self.changed:

@@ -1,0 +1,90 @@
+"""Lists the inputs in a thread, and hands out rounds of work: the images that are known by then."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, wait
+
+from unet_ray.data.inputs import ImageFile
+from unet_ray.inference.parts import Proposals
+from unet_ray.inference.survey import Survey
+
+ROUND_SHARDS = 64
+"""So many new shards, of 4,096 images each, are a round while others are still listed. Each round starts the replicas
+of the model anew, which takes some seconds. If the network is slower than the listing, each round has more images than
+the one before: a hundred million images are some ten rounds."""
+LOOK_SECONDS = 0.1
+STOP_SECONDS = 5.0
+"""How long a listing that is to stop may take to notice it. A bucket that does not answer may take minutes: the thread
+then ends by itself."""
+
+
+def rounds(
+    survey: Survey,
+    images: Iterable[ImageFile],
+    outputs_of: Proposals,
+    *,
+    at_once: bool,
+    on_listed: Callable[[int], None] = lambda _count: None,
+) -> Generator[list[int], None, None]:
+    """Lists `images` into the ledger of `survey`. Yields the shards that can be worked on; the last time, when all are
+    listed (`survey.complete`), the rest of them.
+
+    `at_once`: yields new shards as soon as there are `ROUND_SHARDS`; else all shards together. Those of earlier runs
+    come last, since their images may have changed. `on_listed` gets the number of images while the caller waits.
+    Close the generator, to stop the listing. Raises what the listing raises.
+    """
+    waiting, stopped = threading.Event(), threading.Event()
+    waiting.set()
+
+    def until_stopped() -> Iterator[ImageFile]:
+        for image in images:
+            if stopped.is_set():
+                return
+            yield image
+
+    def tell(count: int) -> None:
+        if waiting.is_set():
+            on_listed(count)
+
+    earlier = given = survey.shards
+    thread, listing = _in_thread(lambda: survey.add_all(until_stopped(), outputs_of, tell))
+    try:
+        while _goes_on(listing, survey, given + ROUND_SHARDS if at_once else None):
+            new = survey.numbers(given, survey.shards)
+            given += len(new)
+            waiting.clear()
+            yield new
+            waiting.set()
+    finally:
+        stopped.set()
+        thread.join(STOP_SECONDS)
+    listing.result()
+    survey.close()
+    yield [*survey.numbers(0, earlier), *survey.numbers(given, survey.shards)]
+
+
+def _in_thread(function: Callable[[], None]) -> tuple[threading.Thread, Future[None]]:
+    """Calls a function in a thread that does not keep the process alive."""
+    result: Future[None] = Future()
+
+    def call() -> None:
+        try:
+            function()
+        except BaseException as error:
+            result.set_exception(error)  # the caller raises it
+        else:
+            result.set_result(None)
+
+    thread = threading.Thread(target=call, name="listing", daemon=True)
+    thread.start()
+    return thread, result
+
+
+def _goes_on(listing: Future[None], survey: Survey, enough: int | None) -> bool:
+    """Waits until all is listed, or until there are `enough` shards. Returns whether more is to come."""
+    while not wait([listing], LOOK_SECONDS).done:
+        if enough is not None and survey.shards >= enough:
+            return True
+    return False
