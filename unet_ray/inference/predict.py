@@ -224,9 +224,9 @@ class _Run:
         self.ended = time.perf_counter()
 
     def _arithmetic(self, work: Work) -> Arithmetic:
-        """Chooses the arithmetic for new masks, and records it. Goes on with that of earlier runs and other parts."""
+        """Chooses the arithmetic for new masks, and records it. Goes on with that of earlier runs, rounds and parts."""
         out, part = self.ledger.out, self.ledger.part
-        used = output_folder.arithmetics(out) if self.already_done or part != WHOLE else []
+        used = output_folder.arithmetics(out) if self.done or part != WHOLE else []
         chosen = go_on(work, used, allow_mixed=self.allow_mixed) if used else choose(work)
         if not used and part != WHOLE:
             # Choosing may have taken longer than another part waits for us, see below.

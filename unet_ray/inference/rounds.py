@@ -32,11 +32,10 @@ def rounds(
     listed (`survey.complete`), the rest of them.
 
     `at_once`: yields new shards as soon as there are `ROUND_SHARDS`; else all shards together. Those of earlier runs
-    come last, since their images may have changed. `on_listed` gets the number of images while the caller waits.
+    come last, since their images may have changed. `on_listed` gets the number of images before the first round.
     Close the generator, to stop the listing. Raises what the listing raises.
     """
-    waiting, stopped = threading.Event(), threading.Event()
-    waiting.set()
+    stopped = threading.Event()
 
     def until_stopped() -> Iterator[ImageFile]:
         for image in images:
@@ -44,24 +43,23 @@ def rounds(
                 return
             yield image
 
-    def tell(count: int) -> None:
-        if waiting.is_set():
-            on_listed(count)
-
     earlier = given = survey.shards
-    thread, listing = _in_thread(lambda: survey.add_all(until_stopped(), outputs_of, tell))
+    thread, listing = _in_thread(lambda: survey.add_all(until_stopped(), outputs_of))
     try:
-        while _goes_on(listing, survey, given + ROUND_SHARDS if at_once else None):
-            new = survey.numbers(given, survey.shards)
-            given += len(new)
-            waiting.clear()
-            yield new
-            waiting.set()
+        while not wait([listing], LOOK_SECONDS).done:
+            if given == earlier:
+                on_listed(survey.count)
+            if at_once and survey.shards >= given + ROUND_SHARDS:
+                new = survey.numbers(given, survey.shards)
+                given += len(new)
+                yield new
     finally:
         stopped.set()
         thread.join(STOP_SECONDS)
     listing.result()
     survey.close()
+    if given == earlier:
+        on_listed(survey.count)
     yield [*survey.numbers(0, earlier), *survey.numbers(given, survey.shards)]
 
 
@@ -80,11 +78,3 @@ def _in_thread(function: Callable[[], None]) -> tuple[threading.Thread, Future[N
     thread = threading.Thread(target=call, name="listing", daemon=True)
     thread.start()
     return thread, result
-
-
-def _goes_on(listing: Future[None], survey: Survey, enough: int | None) -> bool:
-    """Waits until all is listed, or until there are `enough` shards. Returns whether more is to come."""
-    while not wait([listing], LOOK_SECONDS).done:
-        if enough is not None and survey.shards >= enough:
-            return True
-    return False

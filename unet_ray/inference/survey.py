@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
@@ -75,15 +75,12 @@ class Survey:
         """Returns the numbers of the shards from the one in place `start` to that before `stop`."""
         return [self.ledger.part.shard(place) for place in range(start, stop)]
 
-    def add_all(
-        self, images: Iterable[ImageFile], outputs_of: Proposals, on_listed: Callable[[int], None] = lambda _count: None
-    ) -> None:
+    def add_all(self, images: Iterable[ImageFile], outputs_of: Proposals) -> None:
         """Adds images, shard by shard. `outputs_of` proposes paths for the mask of each; the first that no other image
         has is taken. `close` adds the last shard, and renews the images that have changed."""
         images = iter(images)
         while batch := list(islice(images, SHARD_ROWS)):
             self._add(batch, outputs_of)
-            on_listed(self.count)
 
     def _read_earlier(self) -> None:
         sizes, times, count = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], 0
