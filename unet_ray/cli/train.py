@@ -215,7 +215,8 @@ def train(
       RUN/model/         the epoch with the best validation Dice: predict's MODEL
       RUN/last/          the last finished epoch, from which --resume goes on
       RUN/config.yaml    every setting: --config RUN/config.yaml repeats the run
-      RUN/split.csv      its training and validation images
+      RUN/split.csv      its training and validation images (RUN/unlabeled.txt: those of --unlabeled)
+      RUN/teacher.txt    with train.teacher: the checksum of its weights, which --resume compares
       RUN/metrics.jsonl  one line for each epoch: losses, scores, counts, speed, seconds of waiting for images
       RUN/tensorboard/   the same for TensorBoard (for MLflow: --set compute.mlflow=URI and the extra `mlflow`)
       RUN/report.html    curves, scores, pictures
