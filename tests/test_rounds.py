@@ -62,12 +62,26 @@ def test_what_is_listed_is_worked_on_and_each_shard_is_in_one_round(tmp_path):
     assert all(len(shards) >= ROUND for shards in later[:-1])
     assert counts and counts == sorted(counts) and counts[-1] <= 9, "until the first round"
 
-    survey = Survey(Ledger(str(tmp_path), ()), RowCost(1000, 1.0))
-    more = [image(0, size=2), *map(image, range(1, 30))]
-    again = [*rounds(survey, more, outputs_of, at_once=True)]
-    assert sorted(shard for shards in again for shard in shards) == [*range(8)]
-    assert again[-1][:5] == [0, 1, 2, 3, 4], "shards of earlier runs come when their changed images are renewed"
-    assert Ledger(str(tmp_path), ()).inputs(0, ["size"])["size"].to_pylist()[0] == 2
+
+def test_shards_of_earlier_runs_are_ready_when_nothing_in_them_has_changed(tmp_path):
+    assert [*listed(tmp_path, map(image, range(22)))][-1][-1] == 5
+    go_on = threading.Event()
+
+    def images():
+        yield from (image(number, size=2 if number == 5 else 1) for number in range(20) if number != 9)
+        yield from [image(0), image(1)]  # again
+        yield from map(image, range(22, 34))
+        assert go_on.wait(20)
+
+    ready = []
+    found = listed(tmp_path, images())
+    while len(ready) < 5:
+        ready += next(found)
+    assert sorted(ready) == [0, 3, 4, 6, 7], "not the changed, nor those with images that are gone or not listed yet"
+    go_on.set()
+    assert sorted(shard for shards in found for shard in shards) == [1, 2, 5, 8]
+    sizes = Ledger(str(tmp_path), ()).inputs(1, ["size"])["size"].to_pylist()
+    assert sizes == [1, 2, 1, 1]
 
 
 def test_all_is_listed_first_if_it_must_be(tmp_path):

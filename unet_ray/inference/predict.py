@@ -89,7 +89,7 @@ def predict(
                 if config.adapt and run.images:
                     sample = run.sample(pipeline.reader(), adapt.SAMPLE)
                     pipeline = adapted(pipeline, sample, storage.join(out, adapt.FOLDER), unlike)
-                if not survey.complete:
+                if run.numbers and not survey.complete:
                     stack.enter_context(runtime.started())  # for all rounds
                 run.segment(pipeline, Write(ledger, formats, pipeline.card, pipeline.reader()), runtime, lock)
         said = unlike or unlike_before(ledger.out)

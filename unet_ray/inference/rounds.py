@@ -11,7 +11,7 @@ from unet_ray.inference.parts import Proposals
 from unet_ray.inference.survey import Survey
 
 ROUND_SHARDS = 64
-"""So many new shards, of 4,096 images each, are a round while others are still listed. Each round starts the replicas
+"""So many shards, of 4,096 images each, are a round while others are still listed. Each round starts the replicas
 of the model anew, which takes some seconds. If the network is slower than the listing, each round has more images than
 the one before: a hundred million images are some ten rounds."""
 LOOK_SECONDS = 0.1
@@ -28,12 +28,11 @@ def rounds(
     at_once: bool,
     on_listed: Callable[[int], None] = lambda _count: None,
 ) -> Generator[list[int], None, None]:
-    """Lists `images` into the ledger of `survey`. Yields the shards that can be worked on; the last time, when all are
-    listed (`survey.complete`), the rest of them.
+    """Lists `images` into the ledger of `survey`. Yields shards that can be worked on, each of them once; the last
+    time, when all images are listed (`survey.complete`), the rest of them.
 
-    `at_once`: yields new shards as soon as there are `ROUND_SHARDS`; else all shards together. Those of earlier runs
-    come last, since their images may have changed. `on_listed` gets the number of images before the first round.
-    Close the generator, to stop the listing. Raises what the listing raises.
+    `at_once`: yields shards as soon as there are `ROUND_SHARDS`; else all together. `on_listed` gets the number of
+    images before the first round. Close the generator, to stop the listing. Raises what the listing raises.
     """
     stopped = threading.Event()
 
@@ -43,14 +42,13 @@ def rounds(
                 return
             yield image
 
-    earlier = given = survey.shards
+    given = 0
     thread, listing = _in_thread(lambda: survey.add_all(until_stopped(), outputs_of))
     try:
         while not wait([listing], LOOK_SECONDS).done:
-            if given == earlier:
+            if not given:
                 on_listed(survey.count)
-            if at_once and survey.shards >= given + ROUND_SHARDS:
-                new = survey.numbers(given, survey.shards)
+            if at_once and len(new := survey.ready[given:]) >= ROUND_SHARDS:
                 given += len(new)
                 yield new
     finally:
@@ -58,9 +56,9 @@ def rounds(
         thread.join(STOP_SECONDS)
     listing.result()
     survey.close()
-    if given == earlier:
+    if not given:
         on_listed(survey.count)
-    yield [*survey.numbers(0, earlier), *survey.numbers(given, survey.shards)]
+    yield survey.ready[given:]
 
 
 def _in_thread(function: Callable[[], None]) -> tuple[threading.Thread, Future[None]]:

@@ -56,24 +56,19 @@ class Survey:
         self.rows = self.earlier = len(self.sizes)
         self.seen = np.zeros(self.earlier, bool)
         """Which of the earlier images this listing contains, bool [N]."""
+        self.unseen = np.diff(self.bounds)
+        """How many images of each earlier shard it does not contain so far, int [S]."""
         self.changed: dict[int, tuple[int, int]] = {}
         """Row of an earlier image -> its new size and time."""
         self.count = 0
         """Different images in this listing."""
         self.twice = 0
         """Lines that named an image again."""
+        self.ready: list[int] = []
+        """Shards that can be worked on: new ones, and those of earlier runs of which this listing has all images, and
+        none has changed. Once it is `complete`, all shards."""
         self.complete = False
-        """Whether all images are in the ledger."""
-        self.writer = _ShardWriter(ledger, cost)
-
-    @property
-    def shards(self) -> int:
-        """How many shards the ledger has."""
-        return self.writer.shards
-
-    def numbers(self, start: int, stop: int) -> list[int]:
-        """Returns the numbers of the shards from the one in place `start` to that before `stop`."""
-        return [self.ledger.part.shard(place) for place in range(start, stop)]
+        self.writer = _ShardWriter(ledger, cost, self.ready)
 
     def add_all(self, images: Iterable[ImageFile], outputs_of: Proposals) -> None:
         """Adds images, shard by shard. `outputs_of` proposes paths for the mask of each; the first that no other image
@@ -84,7 +79,8 @@ class Survey:
 
     def _read_earlier(self) -> None:
         sizes, times, count = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], 0
-        for shard in self.ledger.shards():
+        self.shards, bounds = self.ledger.shards(), [0]
+        for shard in self.shards:
             table = self.ledger.inputs(shard, ["path", "output", "size", "mtime_ns"])
             rows = np.arange(count, count + len(table))
             self.known.add(digests_of(table["path"].to_pylist()), rows)
@@ -92,11 +88,15 @@ class Survey:
             sizes.append(table["size"].to_numpy())
             times.append(table["mtime_ns"].to_numpy())
             count += len(table)
+            bounds.append(count)
         self.sizes, self.times = np.concatenate(sizes), np.concatenate(times)
+        self.bounds = np.array(bounds)
+        """The row at which each earlier shard begins, then the number of rows, int [S+1]."""
 
     def _add(self, batch: list[ImageFile], outputs_of: Proposals) -> None:
         digests = digests_of([os.fsencode(image.path) for image in batch])
-        new = self._new(batch, digests)
+        new, earlier = self._new(batch, digests)
+        self._settle(earlier)
         if not new:
             return
         images = [batch[place] for place in new]
@@ -108,9 +108,9 @@ class Survey:
         self.rows += len(new)
         self.count += len(new)
 
-    def _new(self, batch: list[ImageFile], digests: np.ndarray) -> list[int]:
-        """Returns the places in the batch of images that are in no shard yet, and notes the others."""
-        new = []
+    def _new(self, batch: list[ImageFile], digests: np.ndarray) -> tuple[list[int], list[int]]:
+        """Returns the places in the batch of images that are in no shard yet, and the rows of the others."""
+        new, earlier = [], []
         in_batch: set[bytes] = set()
         for place, row in enumerate(self.known.find(digests).tolist()):
             digest = digests[place].tobytes()
@@ -120,15 +120,28 @@ class Survey:
             in_batch.add(digest)
             if row >= 0:
                 self._note_earlier(row, batch[place])
+                earlier.append(row)
             else:
                 new.append(place)
-        return new
+        return new, earlier
 
     def _note_earlier(self, row: int, image: ImageFile) -> None:
         self.count += 1
         self.seen[row] = True
         if (image.size, image.mtime_ns) != (self.sizes[row], self.times[row]):
             self.changed[row] = (image.size, image.mtime_ns)
+
+    def _settle(self, rows: list[int]) -> None:
+        """Counts these rows as seen. Earlier shards that are thereby seen whole are ready, if nothing has changed."""
+        changed = self._places([row for row in rows if row in self.changed])
+        self.unseen[changed] = -1  # never 0: it is ready once it is renewed
+        places, counts = np.unique(self._places(rows), return_counts=True)
+        self.unseen[places] -= counts
+        self.ready += [self.shards[place] for place in places[self.unseen[places] == 0]]
+
+    def _places(self, rows: list[int]) -> np.ndarray:
+        """Returns the place of each row's shard among the earlier ones."""
+        return np.searchsorted(self.bounds, np.array(rows, np.int64), side="right") - 1
 
     def _free_outputs(self, images: list[ImageFile], outputs_of: Proposals) -> tuple[list[bytes], np.ndarray]:
         """Returns an unused path for each image's mask, and the digests of the paths."""
@@ -147,11 +160,14 @@ class Survey:
     def close(self) -> None:
         """Writes the last shard, and renews the images that have changed, in whose shards nobody may work meanwhile."""
         self.writer.close()
-        self.complete = True
         if self.twice:
             log.warning("%d images are listed more than once: each is done once", self.twice)
-        if not self.changed:
-            return
+        if self.changed:
+            self._renew_changed()
+        self.ready += sorted({*self.shards} - {*self.ready})
+        self.complete = True
+
+    def _renew_changed(self) -> None:
         sizes = sum(size != self.sizes[row] for row, (size, _) in self.changed.items())
         same = _renew(self.ledger, self.changed, self.reader)
         if same:
@@ -213,10 +229,10 @@ def _write_inputs(ledger: Ledger, shard: int, table: pa.Table, rows_per_chunk: i
 
 
 class _ShardWriter:
-    """Collects inputs and writes them shard by shard."""
+    """Collects inputs and writes them shard by shard; `written` gets the numbers."""
 
-    def __init__(self, ledger: Ledger, cost: RowCost) -> None:
-        self.ledger, self.cost = ledger, cost
+    def __init__(self, ledger: Ledger, cost: RowCost, written: list[int]) -> None:
+        self.ledger, self.cost, self.written = ledger, cost, written
         self.shards = len(ledger.shards())
         self.rows: list[tuple] = []
 
@@ -231,6 +247,8 @@ class _ShardWriter:
             return
         columns = zip(*self.rows, strict=True)
         table = pa.table([pa.array(c, f.type) for c, f in zip(columns, INPUTS_SCHEMA, strict=True)], INPUTS_SCHEMA)
-        _write_inputs(self.ledger, self.ledger.part.shard(self.shards), table, chunk_rows(len(table), self.cost))
+        shard = self.ledger.part.shard(self.shards)
+        _write_inputs(self.ledger, shard, table, chunk_rows(len(table), self.cost))
+        self.written.append(shard)
         self.shards += 1
         self.rows = []
