@@ -270,6 +270,23 @@ def test_a_lock_that_cannot_be_read_for_a_moment_is_read_again(tmp_path, monkeyp
 # --- fencing ---
 
 
+def test_a_first_run_that_lost_its_lock_while_it_listed_takes_nothing_back(tmp_path, discs):
+    model, out = make_model(tmp_path / "model"), tmp_path / "out"
+    theirs = out / "manifest.parquet" / "part-000000.parquet"
+
+    def images():
+        yield ImageFile("a", str(discs[0] / "a_000.png"), "a.png", 1, 1)
+        lock = out / NAME
+        lock.write_text(json.dumps({**json.loads(lock.read_text()), "id": "another"}))
+        theirs.parent.mkdir()
+        theirs.write_bytes(b"of the other run")
+
+    config = PredictConfig(model=str(model), inputs=(str(discs[0]),), out=str(out))
+    with pytest.raises(UserError, match="has taken over"):
+        predict(config, images=images(), runtime=LOCAL)
+    assert theirs.read_bytes() == b"of the other run" and (out / "settings.json").exists()
+
+
 def test_a_run_that_lost_its_lock_records_nothing(tmp_path, monkeypatch):
     _shorten(monkeypatch)
     (tmp_path / "a.jpg").write_bytes(b"x")

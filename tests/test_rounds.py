@@ -1,5 +1,6 @@
 """Work begins while the inputs are listed: each shard is in one round, and the result is that of a whole listing."""
 
+import shutil
 import threading
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from unet_ray.inference.ledger import Ledger
 from unet_ray.inference.predict import predict
 from unet_ray.inference.rounds import rounds
 from unet_ray.inference.survey import Survey
+from unet_ray.ray_backend import autoscaling, nodes
+from unet_ray.ray_backend.inference import pool_of_replicas
 from unet_ray.ray_backend.session import LOCAL, Runtime
 
 SHARD, ROUND = 4, 2
@@ -29,6 +32,7 @@ def small_shards(monkeypatch):
     """Shards of four images; two of them are a round."""
     monkeypatch.setattr(survey_module, "SHARD_ROWS", SHARD)
     monkeypatch.setattr(rounds_module, "ROUND_SHARDS", ROUND)
+    monkeypatch.setattr(rounds_module, "SHARD_ROWS", SHARD)
 
 
 def image(number: int, *, size: int = 1) -> ImageFile:
@@ -53,14 +57,14 @@ def halting(count: int, after: int, go_on: threading.Event):
 
 def test_what_is_listed_is_worked_on_and_each_shard_is_in_one_round(tmp_path):
     go_on = threading.Event()
-    counts = []
-    found = listed(tmp_path, halting(19, 9, go_on), on_listed=counts.append)
+    waits = []
+    found = listed(tmp_path, halting(19, 9, go_on), on_listed=lambda: waits.append(1))
     assert next(found) == [0, 1]
+    assert waits
     go_on.set()
     later = [*found]
     assert [shard for shards in later for shard in shards] == [2, 3, 4]
     assert all(len(shards) >= ROUND for shards in later[:-1])
-    assert counts and counts == sorted(counts) and counts[-1] <= 9, "until the first round"
 
 
 def test_shards_of_earlier_runs_are_ready_when_nothing_in_them_has_changed(tmp_path):
@@ -135,21 +139,32 @@ def contents(out: Path) -> dict[str, bytes]:
     return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*.png")}
 
 
-def prediction(model: Path, photos: Path, out: Path, runtime: Runtime, waiting_for: int = 0, stop_at: int = 0):
+def prediction(
+    model: Path,
+    photos: Path,
+    out: Path,
+    runtime: Runtime = LOCAL,
+    waiting_for: int = 0,
+    stop_at: int = 0,
+    in_the_middle=lambda: None,
+    **options,
+):
     """Predicts; the listing waits in its middle until so many masks are there, and the run is stopped at so many."""
-    config = PredictConfig(model=str(model), inputs=(str(photos),), out=str(out), precision="fp32", device="cpu")
+    settings = {"precision": "fp32", "device": "cpu", **options}
+    config = PredictConfig(model=str(model), inputs=(str(photos),), out=str(out), **settings)
     some_done = threading.Event()
 
     def images():
         for number, found in enumerate(files_of(photos)):
             if number == 20 and waiting_for:
                 assert some_done.wait(100), "nothing is done while the listing waits"
+                in_the_middle()
             yield found
 
-    def on_progress(done: int, _failed: int, _all: int) -> None:
-        if _all and done >= waiting_for:
+    def on_progress(done: int, _failed: int, total: int) -> None:
+        if total and done >= waiting_for:
             some_done.set()
-        if stop_at and _all and done >= stop_at:
+        if stop_at and total and done >= stop_at:
             raise KeyboardInterrupt
 
     return predict(config, images=images(), runtime=runtime, on_progress=on_progress)
@@ -160,21 +175,66 @@ def test_masks_are_written_while_the_listing_goes_on_and_are_those_of_a_whole_li
 ):
     choices = []
     monkeypatch.setattr(predict_module, "choose", lambda work: choices.append(work) or choose(work))
-    begun = prediction(model, photos, tmp_path / "begun", LOCAL, waiting_for=8)
+    begun = prediction(model, photos, tmp_path / "begun", waiting_for=8)
     assert len(choices) == 1, "each round goes on with the arithmetic of the first"
     assert (begun.images, begun.ok, begun.already_done, begun.gone) == (40, 40, 0, 0)
     with pytest.raises(KeyboardInterrupt):
-        prediction(model, photos, tmp_path / "stopped", LOCAL, waiting_for=8, stop_at=12)
-    gone_on = prediction(model, photos, tmp_path / "stopped", LOCAL)
+        prediction(model, photos, tmp_path / "stopped", waiting_for=8, stop_at=12)
+    gone_on = prediction(model, photos, tmp_path / "stopped")
     assert gone_on.ok == 40 and 12 <= gone_on.already_done < 40
     monkeypatch.setattr(rounds_module, "ROUND_SHARDS", 10**6)
-    prediction(model, photos, tmp_path / "whole", LOCAL)
+    prediction(model, photos, tmp_path / "whole")
     whole = contents(tmp_path / "whole")
     assert len(whole) == 40 and whole == contents(tmp_path / "begun") == contents(tmp_path / "stopped")
+
+
+def test_a_run_that_goes_on_keeps_its_arithmetic_also_if_new_images_are_listed_first(model, photos, tmp_path):
+    pytest.importorskip("openvino")
+    later = tmp_path / "photos"
+    later.mkdir()
+    for path in sorted(photos.iterdir())[:16]:
+        shutil.copy(path, later)
+    assert prediction(model, later, tmp_path / "out", backend="torch").arithmetic == ["torch in fp32 on CPUs"]
+    for path in sorted(photos.iterdir())[:24]:
+        shutil.copy(path, later / f"+{path.name}")
+    seen = []
+    config = PredictConfig(model=str(model), inputs=(str(later),), out=str(tmp_path / "out"))
+    done = predict(config, images=files_of(later), runtime=LOCAL, on_progress=lambda *told: seen.append(told))
+    assert (done.ok, done.already_done, done.arithmetic) == (40, 16, ["torch in fp32 on CPUs"])
+    counts = [told[0] for told in seen if told[2]]
+    assert counts == sorted(counts) and counts[0] == 16, "what is done already is no work of this run"
+    assert seen[-1] == (40, 0, 40)
+
+
+def test_a_model_that_is_replaced_between_two_rounds_is_an_error(photos, tmp_path):
+    model, other = make_model(tmp_path / "model"), make_model(tmp_path / "other", seed=1)
+
+    def replace():
+        for path in (path for path in other.iterdir() if path.is_file()):
+            shutil.copy(path, model)
+
+    with pytest.raises(UserError, match="was replaced while it was in use: put the old one back"):
+        prediction(model, photos, tmp_path / "out", waiting_for=8, in_the_middle=replace)
+    assert 8 <= len(contents(tmp_path / "out")) < 40
+
+
+def test_it_does_not_depend_on_the_listings_speed_what_pays():
+    assert rounds_module.expected(7) == 7
+    assert rounds_module.expected(8) == rounds_module.expected(10**9) == rounds_module.MANY
+
+
+def test_a_later_round_goes_on_with_the_replicas_that_still_fit(monkeypatch):
+    there = [{"NodeID": "a", "Resources": {"CPU": 2.0}}]
+    monkeypatch.setattr(nodes, "alive", lambda: there)
+    monkeypatch.setattr(nodes, "look", lambda: None)
+    monkeypatch.setattr(autoscaling, "may_grow", lambda: False)
+    with pytest.raises(UserError, match="--workers 4: the cluster has 2 CPUs"):
+        pool_of_replicas(4, "cpu")
+    assert pool_of_replicas(4, "cpu", again=True).replicas == 2
 
 
 def test_rounds_through_ray_end_with_the_same_masks(model, photos, tmp_path, ray_cluster):
     done = prediction(model, photos, tmp_path / "ray", Runtime(), waiting_for=8)
     assert (done.images, done.ok) == (40, 40)
-    prediction(model, photos, tmp_path / "local", LOCAL)
+    prediction(model, photos, tmp_path / "local")
     assert contents(tmp_path / "ray") == contents(tmp_path / "local")

@@ -50,11 +50,13 @@ def names_section(job: Job) -> Iterator[Line]:
     out = job.folder / "names"
     command = [sys.executable, "-m", "measures.names", str(out), job.model, str(job.names)]
     first = _watched(command, stop_at=int(KILLED_AFTER * job.names))
+    ledger = Ledger(str(out), ())
+    kept = sum(state.done for state in ledger.states(ledger.shards()))
     second = _watched(command)
-    yield _line("until it is killed", first)
-    yield _line("gone on", second)
+    yield _line("until it is killed", first, 0)
+    yield _line("gone on", second, kept)
     twice, missing = _checked(out, job.names)
-    lost = max(0, first[-1].done - next(sample.done for sample in second if sample.done))
+    lost = max(0, first[-1].done - kept)
     note = f"{job.names:,} names: {twice} twice, {missing} missing; the kill took back {lost:,} that were reported"
     yield Line("names", "the manifest", note=note)
     if job.plots:
@@ -82,15 +84,17 @@ def _watched(command: list[str], stop_at: int | None = None) -> list[Sample]:
     return samples
 
 
-def _line(name: str, samples: list[Sample]) -> Line:
-    working = [sample for sample in samples if sample.done > samples[0].done]
-    begin, end = working[len(working) // 4], working[-1]
-    seconds = (end.time - begin.time) / (end.done - begin.done)
-    cpu = (end.cpu - begin.cpu) / (end.done - begin.done) * 1000
+def _line(name: str, samples: list[Sample], before: int) -> Line:
+    """Returns the line of a run, from its first name listed to its end. `before`: names that were done already."""
+    begin, end = samples[0], samples[-1]
+    images = end.done - before
+    seconds = (end.time - begin.time) / images
+    worked = next(sample for sample in samples if sample.done > before)
     listing = max(samples, key=lambda sample: sample.listed)
     note = (
-        f"{1 / seconds:,.0f} images/s, driver {cpu:.3f} s of CPU a thousand images, at most "
-        f"{max(sample.memory for sample in samples) / 2**20:,.0f} MB; listed in {listing.time - samples[0].time:,.0f} s"
+        f"{1 / seconds:,.0f} images/s, driver {(end.cpu - begin.cpu) / images * 1000:.3f} s of CPU a thousand images, "
+        f"at most {max(sample.memory for sample in samples) / 2**20:,.0f} MB; first done after "
+        f"{worked.time - begin.time:,.0f} s, all listed after {listing.time - begin.time:,.0f} s"
     )
     return Line("names", name, seconds, None, note)
 
@@ -109,16 +113,14 @@ def _checked(out: Path, names: int) -> tuple[int, int]:
 def _command(out: str, model: str, names: str) -> None:
     """What is watched and killed: lists the names and hands them out; prints samples."""
     process = psutil.Process()
-    listed, last, listing = 0, 0.0, True
+    last = 0.0
 
     def tell(done: int, _failed: int, images: int) -> None:
-        nonlocal listed, last, listing
-        listed = images or done
-        has_listed, listing = listing and images > 0, images == 0
-        if time.time() - last >= EVERY_SECONDS or has_listed or done == images:
+        nonlocal last
+        if time.time() - last >= EVERY_SECONDS or done == int(names):
             last = time.time()
             cpu, memory = sum(process.cpu_times()[:2]), process.memory_info().rss
-            print(json.dumps(Sample(last, listed, done if images else 0, cpu, memory)), flush=True)
+            print(json.dumps(Sample(last, images or done, done if images else 0, cpu, memory)), flush=True)
 
     Path(out).mkdir(exist_ok=True)
     with ray_session():

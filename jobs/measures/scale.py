@@ -96,14 +96,10 @@ def hand_out(
     `while_listing`: as `predict` does; else the listing ends first."""
     ledger = Ledger(out, ())
     cost = pipeline_of(model, MaskOptions()).row_cost()
-    run = _Run(ledger, on_progress, allow_mixed=False)
-    listing = rounds(
-        Survey(ledger, cost),
-        _names(images),
-        lambda image: iter([f"{image.key}.png"]),
-        at_once=while_listing,
-        on_listed=lambda count: on_progress(count, 0, 0),
-    )
+    survey = Survey(ledger, cost)
+    run = _Run(ledger, survey, on_progress, allow_mixed=False)
+    proposals = lambda image: iter([f"{image.key}.png"])  # noqa: E731
+    listing = rounds(survey, _names(images), proposals, at_once=while_listing, on_listed=run.tell)
     with closing(listing):
         for shards in listing:
             run.take(shards)
@@ -124,6 +120,8 @@ class _Sleeping:
     cost: RowCost
 
     def run(self, numbers: Sequence[int], load: Load, sink: Any, **_more: Any) -> Generator[Chunk, None, None]:
+        if not numbers:
+            return
         processes = min(PROCESSES, self.replicas)
         pool = Pool(processes, "cpu", 1, {"CPU": 0.0}, {"num_cpus": 0.0}, TASK_CPUS, grows=False)
         network = partial(_network, RATE * self.replicas / processes)

@@ -26,7 +26,6 @@ from unet_ray.inference.ledger import MANIFEST, WORK
 from unet_ray.inference.moved import Move, renamed
 from unet_ray.inference.parts import WHOLE, Part
 from unet_ray.inference.pipeline import Pipeline
-from unet_ray.models import checkpoint
 
 ARITHMETIC = "arithmetic"
 """Key of the settings: a list of `Arithmetic.to_json`."""
@@ -41,12 +40,10 @@ SETTINGS, SUMMARY, REPORT = "settings.json", "summary.json", "report.html"
 def settings_of(config: PredictConfig, pipeline: Pipeline, part: Part) -> dict[str, Any]:
     """Returns the settings that affect the output: two runs with the same ones, and the same arithmetic, write the same
     files."""
-    options = pipeline.options
-    others = [checkpoint.read_card(model) for model in options.ensemble]
-    code = [custom_parts.source_sha256(card.model.name) for card in (pipeline.card, *others)]
+    code = [custom_parts.source_sha256(card.model.name) for card in (pipeline.card, *pipeline.others)]
     return {
         "weights_sha256": pipeline.card.weights_sha256,
-        "ensemble": [card.weights_sha256 for card in others],
+        "ensemble": [card.weights_sha256 for card in pipeline.others],
         "inputs": naming.shown(config.inputs),
         "column": config.column,
         "formats": sorted(config.formats),

@@ -61,6 +61,8 @@ class Pipeline(ABC):
     cleanup: Cleanup
     cleanup_text: str
     options: MaskOptions
+    others: tuple[ModelCard, ...] = ()
+    """The cards of the ensemble's other models."""
     arithmetic: Arithmetic | None = None
     """With what the network computes; None until it is chosen for the machines that will run it."""
 
@@ -102,9 +104,10 @@ class Pipeline(ABC):
         return Reader.of(self.card, self.options.max_pixels, column)
 
     def segmenter(self, threads: int | None = None, *, one_by_one: bool = False) -> BatchSegmenter:
-        """Loads the network. The arithmetic must be chosen. `threads`, `one_by_one`: see BatchSegmenter."""
+        """Loads the network. The arithmetic must be chosen. `threads`, `one_by_one`: see BatchSegmenter. Raises
+        UserError if a model has other weights than when its card was read."""
         assert self.arithmetic is not None, "call chosen_here, or run"
-        return BatchSegmenter(
+        segmenter = BatchSegmenter(
             self.model,
             self.arithmetic,
             ensemble=self.options.ensemble,
@@ -113,6 +116,15 @@ class Pipeline(ABC):
             one_by_one=one_by_one,
             allow_code=self.options.allow_code,
         )
+        for location, read, loaded in zip(
+            (self.model, *self.options.ensemble), (self.card, *self.others), segmenter.cards, strict=False
+        ):
+            if read.weights_sha256 != loaded.weights_sha256:
+                where = storage.without_secrets(location)
+                raise UserError(
+                    f"{where} was replaced while it was in use: put the old one back, then give the command again"
+                )
+        return segmenter
 
     def chosen_here(self, images: int = 0, settle: Settle = choose) -> Pipeline:
         """Returns the pipeline with the arithmetic for this process. Raises UserError, as `settle` does."""
@@ -155,6 +167,7 @@ class Pipeline(ABC):
         sink: MaskSink,
         *,
         images: int,
+        again: bool = False,
         probabilities: bool = False,
         shared: Mapping[str, str],
         runtime: Runtime,
@@ -163,7 +176,8 @@ class Pipeline(ABC):
         """Runs the chunks with these numbers through the stages. Yields what `sink` returns of each chunk, in the order
         in which chunks are done.
 
-        `images`: number of images, with those of earlier runs. `shared`: files that all nodes must see beside the
+        `images`: number of images, with those of earlier runs. `again`: the run has had masks already, so it goes on
+        with as many replicas as still fit. `shared`: files that all nodes must see beside the
         model, in the form of `shared_files.check_shared`. `settle` chooses the arithmetic, once, before the first mask.
         """
         if not numbers:
@@ -180,7 +194,7 @@ class Pipeline(ABC):
             from unet_ray.ray_backend.shared_files import check_shared
 
             configure(runtime.verbose)
-            pool = pool_of_replicas(self.options.workers, self.options.device)
+            pool = pool_of_replicas(self.options.workers, self.options.device, again=again)
             shared = {**shared, "MODEL": storage.join(self.model, checkpoint.CARD)}
             check_shared(shared)
             machines = [machine for _, machine in nodes.answers(partial(Machine.here, pool.device), pool.bundle)]

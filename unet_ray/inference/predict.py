@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 
@@ -33,7 +33,7 @@ from unet_ray.inference.parts import WHOLE, Part
 from unet_ray.inference.pipeline import Pipeline
 from unet_ray.inference.reader import Reader
 from unet_ray.inference.resolve import pipeline_of
-from unet_ray.inference.rounds import rounds
+from unet_ray.inference.rounds import expected, rounds
 from unet_ray.inference.stages import TIMES
 from unet_ray.inference.summary import Outcome, PredictSummary, finish, unlike_before
 from unet_ray.inference.survey import Survey
@@ -80,9 +80,9 @@ def predict(
         rename(ledger, output_folder.moves(out, config))
         begun = output_folder.begin(out, settings, part)
         survey = Survey(ledger, pipeline.row_cost(), pipeline.reader() if config.same_content else None)
-        run = _Run(ledger, on_progress, allow_mixed=config.allow_mixed)
+        run = _Run(ledger, survey, on_progress, allow_mixed=config.allow_mixed)
         unlike: tuple[str, ...] | None = None
-        with closing(_rounds(config, images, survey, pipeline, begun, on_progress)) as listing, ExitStack() as stack:
+        with closing(_rounds(config, images, survey, pipeline, begun, run.tell)) as listing, ExitStack() as stack:
             for shards in listing:
                 run.take(shards)
                 unlike = unlike or say_if_unlike(run.sample(pipeline.reader(), looks.SAMPLE), pipeline)
@@ -108,7 +108,7 @@ def _rounds(
     survey: Survey,
     pipeline: Pipeline,
     begun: bool,
-    on_progress: OnProgress,
+    on_listed: Callable[[], None],
 ) -> Generator[list[int], None, None]:
     """Lists the images of the inputs, or those given, into the ledger. Yields the shards of each round of work.
 
@@ -121,7 +121,7 @@ def _rounds(
         given = images_of(config.inputs, config.column, choice, pipeline.card.model.in_channels)
     images, naming = ledger.part.share(iter(given), Naming(config.name))
     at_once = len(config.inputs) == 1 and not config.adapt
-    listing = rounds(survey, images, naming, at_once=at_once, on_listed=lambda count: on_progress(count, 0, 0))
+    listing = rounds(survey, images, naming, at_once=at_once, on_listed=on_listed)
     try:
         with closing(listing):
             for shards in listing:
@@ -131,6 +131,7 @@ def _rounds(
                 yield shards
     except UserError:
         if not begun and not working:  # else the settings with a mistyped input would refuse the right one
+            ledger.check_lock()  # another run may have taken the folder over
             output_folder.take_back(ledger.out, ledger.part)
         raise
 
@@ -149,30 +150,52 @@ def _say_what_was_passed_over(choice: Choice) -> None:
 class _Run:
     """Segments the images that the ledger lists as not done, and counts images and seconds."""
 
-    def __init__(self, ledger: Ledger, on_progress: OnProgress, *, allow_mixed: bool) -> None:
-        self.ledger, self.on_progress, self.allow_mixed = ledger, on_progress, allow_mixed
+    def __init__(self, ledger: Ledger, survey: Survey, on_progress: OnProgress, *, allow_mixed: bool) -> None:
+        self.ledger, self.survey, self.on_progress, self.allow_mixed = ledger, survey, on_progress, allow_mixed
         self.load = Loader(ledger)
+        shards = ledger.shards()
+        self.earlier: dict[int, ShardState] = dict(zip(shards, ledger.states(shards), strict=True))
+        """Shard of an earlier run -> its state."""
         self.states: dict[int, ShardState] = {}
         """Shard -> its state when this round began."""
         self.remaining: dict[int, int] = {}
         """Shard -> rows to do in this round; without shards whose last chunk this run has done."""
         self.images = self.already_done = self.done = self.failed = 0
+        for state in self.earlier.values():
+            self._count(state)
         self.work_seconds = dict.fromkeys(TIMES, 0.0)
-        self.listed: float | None = None
+        self.working = False
+        self.listed = self.ended = time.perf_counter()
         self.first_done: float | None = None
-        self.ended = 0.0
 
     def take(self, shards: list[int]) -> None:
         """Begins a round of work on these shards, none of which was in a round before."""
-        self.listed = self.listed or time.perf_counter()
-        self.states = dict(zip(shards, self.ledger.states(shards), strict=True))
+        # What the survey has renewed comes in the last round.
+        new = [shard for shard in shards if self.survey.complete or shard not in self.earlier]
+        states = dict(zip(new, self.ledger.states(new), strict=True))
+        for shard, state in states.items():
+            self._count(state, self.earlier.get(shard))
+        self.states = {shard: states.get(shard) or self.earlier[shard] for shard in shards}
         self.remaining = {shard: state.rows - state.done for shard, state in self.states.items() if state.todo}
-        done = sum(state.done for state in self.states.values())
-        self.images += sum(state.rows for state in self.states.values())
+        if not self.working:
+            self.listed = time.perf_counter()
+        self.working = self.working or bool(self.remaining)
+        self.tell()
+
+    def _count(self, state: ShardState, before: ShardState | None = None) -> None:
+        """Counts the rows of a shard; those of its state `before` are counted already."""
+        done = state.done - (before.done if before else 0)
+        self.images += state.rows - (before.rows if before else 0)
         self.already_done += done
         self.done += done
-        self.failed += sum(state.failed for state in self.states.values())
-        self.on_progress(self.done, self.failed, self.images)
+        self.failed += state.failed - (before.failed if before else 0)
+
+    def tell(self) -> None:
+        """Tells how far the work is, or the listing before it."""
+        if self.images:
+            self.on_progress(self.done, self.failed, max(self.images, self.survey.count))
+        else:
+            self.on_progress(self.survey.count, 0, 0)
 
     @property
     def numbers(self) -> list[int]:
@@ -191,7 +214,8 @@ class _Run:
     def segment(self, pipeline: Pipeline, write: Write, runtime: Runtime, lock: OutputLock) -> None:
         """Runs the chunks with work through the pipeline, and merges each shard after its last chunk."""
         numbers = self.numbers
-        if numbers and self.first_done is None:
+        again = self.first_done is not None
+        if numbers and not again:
             _look(self.load(numbers[0]), pipeline)
         shared = {f"--out {self.ledger.out}": storage.join(self.ledger.out, SETTINGS)}
         if numbers:
@@ -200,7 +224,8 @@ class _Run:
             numbers,
             self.load,
             write,
-            images=self.images,
+            images=expected(self.images),
+            again=again,
             probabilities=any(format.wants_probabilities for format in write.formats),
             shared=shared,
             runtime=runtime,
@@ -251,7 +276,7 @@ class _Run:
         self.failed += int((chunk["status"] == "failed").sum())
         for name in TIMES:
             self.work_seconds[name] += float(chunk[name].sum()) / 1e3
-        self.on_progress(self.done, self.failed, self.images)
+        self.tell()
         shard = int(chunk["number"][0]) // SHARD_ROWS
         self.remaining[shard] -= len(chunk["number"])
         if self.remaining[shard] > 0:
@@ -261,11 +286,10 @@ class _Run:
 
     def seconds_by_stage(self, started: float) -> dict[str, float]:
         """Returns `PredictSummary.stages`. `started`: `time.perf_counter()` at the beginning of `predict`."""
-        listed = self.listed or started
-        first_done = self.first_done or listed
+        first_done = self.first_done or self.listed
         return {
-            "listing": listed - started,
-            "starting": first_done - listed,
+            "listing": self.listed - started,
+            "starting": first_done - self.listed,
             "running": self.ended - first_done,
             **{name.removesuffix("_ms"): seconds for name, seconds in self.work_seconds.items()},
         }

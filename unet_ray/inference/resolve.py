@@ -33,7 +33,7 @@ def pipeline_of(model: str, options: MaskOptions) -> Pipeline:
     chosen = checkpoint.read_threshold(model, card) if options.threshold is None else options.threshold
     card = dataclasses.replace(card, threshold=chosen)
     pipeline = TilePipeline if options.tile else WholeImagePipeline
-    return pipeline(model, card, Cleanup.parse(text), text, options)
+    return pipeline(model, card, Cleanup.parse(text), text, options, tuple(cards[1:]))
 
 
 def _load_custom(models: list[str], cards: list[ModelCard], allow_code: bool) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, wait
 
 from unet_ray.data.inputs import ImageFile
+from unet_ray.inference.ledger import SHARD_ROWS
 from unet_ray.inference.parts import Proposals
 from unet_ray.inference.survey import Survey
 
@@ -14,10 +15,18 @@ ROUND_SHARDS = 64
 """So many shards, of 4,096 images each, are a round while others are still listed. Each round starts the replicas
 of the model anew, which takes some seconds. If the network is slower than the listing, each round has more images than
 the one before: a hundred million images are some ten rounds."""
+MANY = 10_000_000
+"""So many images a prediction of more than a round is taken to have."""
 LOOK_SECONDS = 0.1
 STOP_SECONDS = 5.0
 """How long a listing that is to stop may take to notice it. A bucket that does not answer may take minutes: the thread
 then ends by itself."""
+
+
+def expected(known: int) -> int:
+    """Returns for how many images it is decided what pays, such as compiling. For more than a round it is the same
+    number, since it depends on chance how many are known."""
+    return known if known < ROUND_SHARDS * SHARD_ROWS else MANY
 
 
 def rounds(
@@ -26,13 +35,13 @@ def rounds(
     outputs_of: Proposals,
     *,
     at_once: bool,
-    on_listed: Callable[[int], None] = lambda _count: None,
+    on_listed: Callable[[], None] = lambda: None,
 ) -> Generator[list[int], None, None]:
     """Lists `images` into the ledger of `survey`. Yields shards that can be worked on, each of them once; the last
     time, when all images are listed (`survey.complete`), the rest of them.
 
-    `at_once`: yields shards as soon as there are `ROUND_SHARDS`; else all together. `on_listed` gets the number of
-    images before the first round. Close the generator, to stop the listing. Raises what the listing raises.
+    `at_once`: yields shards as soon as there are `ROUND_SHARDS`; else all together. `on_listed` is called now and then
+    while there is no round. Close the generator, to stop the listing. Raises what the listing raises.
     """
     stopped = threading.Event()
 
@@ -45,24 +54,24 @@ def rounds(
     given = 0
     thread, listing = _in_thread(lambda: survey.add_all(until_stopped(), outputs_of))
     try:
+        thread.start()
         while not wait([listing], LOOK_SECONDS).done:
-            if not given:
-                on_listed(survey.count)
+            on_listed()
             if at_once and len(new := survey.ready[given:]) >= ROUND_SHARDS:
                 given += len(new)
                 yield new
     finally:
         stopped.set()
-        thread.join(STOP_SECONDS)
+        if thread.ident is not None:
+            thread.join(STOP_SECONDS)
     listing.result()
     survey.close()
-    if not given:
-        on_listed(survey.count)
+    on_listed()
     yield survey.ready[given:]
 
 
 def _in_thread(function: Callable[[], None]) -> tuple[threading.Thread, Future[None]]:
-    """Calls a function in a thread that does not keep the process alive."""
+    """Returns a thread that calls a function and does not keep the process alive, and where its end will be known."""
     result: Future[None] = Future()
 
     def call() -> None:
@@ -73,6 +82,4 @@ def _in_thread(function: Callable[[], None]) -> tuple[threading.Thread, Future[N
         else:
             result.set_result(None)
 
-    thread = threading.Thread(target=call, name="listing", daemon=True)
-    thread.start()
-    return thread, result
+    return threading.Thread(target=call, name="listing", daemon=True), result

@@ -90,7 +90,8 @@ class BatchSegmenter:
         ]
         network, self.card = self.models[0]
         self.at_once = network.at_once
-        check_ensemble([card for _, card in self.models], [location, *ensemble])
+        self.cards = [card for _, card in self.models]
+        check_ensemble(self.cards, [location, *ensemble])
         # Each view is an image flipped along some axes of NCHW.
         self.views: list[tuple[int, ...]] = [()]
         for axis in (3 * ("h" in flips), 2 * ("v" in flips)):

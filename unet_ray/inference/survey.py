@@ -166,6 +166,7 @@ class Survey:
             self._renew_changed()
         self.ready += sorted({*self.shards} - {*self.ready})
         self.complete = True
+        self.known = self.taken = DigestMap()  # gives the memory back: the work may take much longer than the listing
 
     def _renew_changed(self) -> None:
         sizes = sum(size != self.sizes[row] for row, (size, _) in self.changed.items())

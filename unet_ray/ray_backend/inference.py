@@ -111,15 +111,18 @@ class Pool:
     """Whether more replicas start as the cluster gets nodes."""
 
 
-def pool_of_replicas(workers: int, device: str) -> Pool:
+def pool_of_replicas(workers: int, device: str, *, again: bool = False) -> Pool:
     """Waits until the replicas fit on the cluster. Raises UserError if they can't.
 
     `workers`: replicas of the model. 0: one per GPU, or one per `nodes.THREADS_PER_REPLICA` CPUs, and more as the
-    cluster grows. `device`: `auto`, `cpu` or `cuda`.
+    cluster grows. `device`: `auto`, `cpu` or `cuda`. `again`: they have worked in this run before, so a node that was
+    lost since then costs its replicas only.
     """
     device = autoscaling.pick_device(device)
     nodes.look()
-    if workers:
+    if workers and again:
+        workers = min(workers, max(1, nodes.room({"GPU" if device == "cuda" else "CPU": 1.0})))
+    elif workers:
         autoscaling.make_room_for_workers(workers, device)
     grows = not workers and autoscaling.may_grow()
     if device == "cuda":
