@@ -170,7 +170,8 @@ def main(
         curves.setdefault(network, {})[labelled] = scores
         if network == PRETRAINED and (other := curves.get(SCRATCH, {}).get(labelled)):
             click.echo(f"{'  less from scratch':<24} {_gain(compare(scores.each, other.each))}")
-    plots.learning_curves(out / "learning_curve.png", {name: _points(curve) for name, curve in curves.items()})
+    plot = "learning_curve-unlabeled.png" if unlabeled else "learning_curve.png"
+    plots.learning_curves(out / plot, {name: _points(curve) for name, curve in curves.items()})
 
 
 def _claim(out: Path, experiment: Mapping[str, object]) -> None:

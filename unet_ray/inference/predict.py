@@ -62,10 +62,7 @@ def predict(
     pipeline = pipeline_of(config.model, config)
     formats = formats_of(config.formats, pipeline.card)
     part = Part.parse(config.part)
-    if config.adapt:
-        adapt.check(pipeline)
-    if config.overwrite and any(model.startswith(f"{out}/") for model in (pipeline.model, *pipeline.options.ensemble)):
-        raise UserError(f"--overwrite would remove the model, which is in {out}: choose another --out")
+    _check(config, pipeline, out)
     settings = output_folder.settings_of(config, pipeline, part)
     lock_file = storage.join(out, *output_folder.lock_of(part).split("/"))
     if not storage.exists(lock_file):  # else another run may be beginning: the lock tells
@@ -95,6 +92,14 @@ def predict(
         said = unlike or unlike_before(ledger.out)
         outcome = Outcome(survey.count, run.done - run.already_done, started, run.seconds_by_stage(started), said)
         return finish(ledger, formats, pipeline, outcome)
+
+
+def _check(config: PredictConfig, pipeline: Pipeline, out: str) -> None:
+    """Raises UserError if the model can't be adapted, or would be removed."""
+    if config.adapt:
+        adapt.check(pipeline)
+    if config.overwrite and any(model.startswith(f"{out}/") for model in (pipeline.model, *pipeline.options.ensemble)):
+        raise UserError(f"--overwrite would remove the model, which is in {out}: choose another --out")
 
 
 def _tables(formats: tuple[OutputFormat, ...]) -> tuple[SideTable, ...]:
@@ -165,6 +170,7 @@ class _Run:
             self._count(state)
         self.work_seconds = dict.fromkeys(TIMES, 0.0)
         self.working = False
+        """Whether a round has had work."""
         self.listed = self.ended = time.perf_counter()
         self.first_done: float | None = None
 
@@ -192,7 +198,7 @@ class _Run:
 
     def tell(self) -> None:
         """Tells how far the work is, or the listing before it."""
-        if self.images:
+        if self.working or self.survey.complete:
             self.on_progress(self.done, self.failed, max(self.images, self.survey.count))
         else:
             self.on_progress(self.survey.count, 0, 0)
