@@ -466,7 +466,7 @@ def test_a_task_raises_what_its_function_raises(ray_cluster):
 def test_verbose_reaches_ray_data(ray_cluster, model, tmp_path, monkeypatch):
     folder, given = make_photos(tmp_path / "few", 2), []
 
-    def enough(*_arguments: object) -> None:
+    def enough(*_arguments: object, **_options: object) -> None:
         raise UserError("enough")
 
     monkeypatch.setattr(data_context, "configure", lambda verbose=False: given.append(verbose))

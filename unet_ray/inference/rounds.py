@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, wait
 
+from unet_ray.data import buckets
 from unet_ray.data.inputs import ImageFile
 from unet_ray.inference.ledger import SHARD_ROWS
 from unet_ray.inference.parts import Proposals
@@ -18,9 +19,9 @@ the one before: a hundred million images are some ten rounds."""
 MANY = 10_000_000
 """So many images a prediction of more than a round is taken to have."""
 LOOK_SECONDS = 0.1
-STOP_SECONDS = 5.0
-"""How long a listing that is to stop may take to notice it. A bucket that does not answer may take minutes: the thread
-then ends by itself."""
+STOP_SECONDS = 2.0
+"""How long a listing that is to stop may take to notice it. A bucket that does not answer may take minutes: its request
+is left behind."""
 
 
 def expected(known: int) -> int:
@@ -82,4 +83,4 @@ def _in_thread(function: Callable[[], None]) -> tuple[threading.Thread, Future[N
         else:
             result.set_result(None)
 
-    return threading.Thread(target=call, name="listing", daemon=True), result
+    return threading.Thread(target=call, name=buckets.THREAD, daemon=True), result
