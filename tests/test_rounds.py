@@ -33,6 +33,7 @@ def small_shards(monkeypatch):
     """Shards of four images; two of them are a round."""
     monkeypatch.setattr(survey_module, "SHARD_ROWS", SHARD)
     monkeypatch.setattr(rounds_module, "ROUND_SHARDS", ROUND)
+    monkeypatch.setattr(rounds_module, "ROUND_SECONDS", 0.0)
     monkeypatch.setattr(rounds_module, "SHARD_ROWS", SHARD)
 
 
@@ -93,6 +94,13 @@ def test_all_is_listed_first_if_it_must_be(tmp_path):
     survey = Survey(Ledger(str(tmp_path), ()), RowCost(1000, 1.0))
     assert [*rounds(survey, map(image, range(30)), outputs_of, at_once=False)] == [[*range(8)]]
     assert survey.complete and survey.count == 30
+
+
+def test_a_listing_that_is_quick_is_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(rounds_module, "ROUND_SECONDS", 60.0)
+    go_on = threading.Event()
+    threading.Timer(0.5, go_on.set).start()
+    assert [*listed(tmp_path, halting(30, 20, go_on))] == [[*range(8)]]
 
 
 def test_a_round_that_is_left_stops_the_listing_at_a_whole_shard(tmp_path):

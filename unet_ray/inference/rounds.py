@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, wait
 
@@ -12,10 +13,11 @@ from unet_ray.inference.ledger import SHARD_ROWS
 from unet_ray.inference.parts import Proposals
 from unet_ray.inference.survey import Survey
 
-ROUND_SHARDS = 64
-"""So many shards, of 4,096 images each, are a round while others are still listed. Each round starts the replicas
-of the model anew, which takes some seconds. If the network is slower than the listing, each round has more images than
-the one before: a hundred million images are some ten rounds."""
+ROUND_SHARDS, ROUND_SECONDS = 64, 60.0
+"""So many shards, of 4,096 images each, are a round while others are still listed, if the last one began so long ago.
+Each round starts the replicas of the model anew, which takes up to half a minute: 800,000 names took two cores 132
+seconds in rounds, and 80 in one. If the network is slower than the listing, each round has more images than the one
+before: a hundred million images are some five rounds."""
 MANY = 10_000_000
 """So many images a prediction of more than a round is taken to have."""
 LOOK_SECONDS = 0.1
@@ -41,7 +43,7 @@ def rounds(
     """Lists `images` into the ledger of `survey`. Yields shards that can be worked on, each of them once; the last
     time, when all images are listed (`survey.complete`), the rest of them.
 
-    `at_once`: yields shards as soon as there are `ROUND_SHARDS`; else all together. `on_listed` is called now and then
+    `at_once`: yields shards as soon as they are worth a round; else all together. `on_listed` is called now and then
     while there is no round. Close the generator, to stop the listing. Raises what the listing raises.
     """
     stopped = threading.Event()
@@ -52,14 +54,15 @@ def rounds(
                 return
             yield image
 
-    given = 0
+    given, begun = 0, time.monotonic()
     thread, listing = _in_thread(lambda: survey.add_all(until_stopped(), outputs_of))
     try:
         thread.start()
         while not wait([listing], LOOK_SECONDS).done:
             on_listed()
-            if at_once and len(new := survey.ready[given:]) >= ROUND_SHARDS:
-                given += len(new)
+            if at_once and time.monotonic() - begun >= ROUND_SECONDS and len(survey.ready) >= given + ROUND_SHARDS:
+                new = survey.ready[given:]
+                given, begun = given + len(new), time.monotonic()
                 yield new
     finally:
         stopped.set()
