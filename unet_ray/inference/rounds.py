@@ -14,10 +14,10 @@ from unet_ray.inference.parts import Proposals
 from unet_ray.inference.survey import Survey
 
 ROUND_SHARDS, ROUND_SECONDS = 64, 60.0
-"""So many shards, of 4,096 images each, are a round while others are still listed, if the last one began so long ago.
-Each round starts the replicas of the model anew, which takes up to half a minute: 800,000 names took two cores 132
-seconds in rounds, and 80 in one. If the network is slower than the listing, each round has more images than the one
-before: a hundred million images are some five rounds."""
+"""So many shards, of 4,096 images each, are a round while others are still listed, if the listing or the last round
+began so long ago. Each round starts the replicas of the model anew, which takes up to half a minute: 800,000 names took
+two cores 132 seconds in rounds, and 80 in one. If the network is slower than the listing, each round has more images
+than the one before: a hundred million images are some five rounds."""
 MANY = 10_000_000
 """So many images a prediction of more than a round is taken to have."""
 LOOK_SECONDS = 0.1
