@@ -177,8 +177,8 @@ class Pipeline(ABC):
         in which chunks are done.
 
         `images`: number of images, with those of earlier runs. `again`: the run has had masks already, so it goes on
-        with as many replicas as still fit. `shared`: files that all nodes must see beside the
-        model, in the form of `shared_files.check_shared`. `settle` chooses the arithmetic, once, before the first mask.
+        with as many replicas as still fit. `shared`: files that all nodes must see beside the model, in the form of
+        `shared_files.check_shared`. `settle` chooses the arithmetic, once, before the first mask.
         """
         if not numbers:
             return

@@ -158,8 +158,7 @@ class _Run:
     def __init__(self, ledger: Ledger, survey: Survey, on_progress: OnProgress, *, allow_mixed: bool) -> None:
         self.ledger, self.survey, self.on_progress, self.allow_mixed = ledger, survey, on_progress, allow_mixed
         self.load = Loader(ledger)
-        shards = ledger.shards()
-        self.earlier: dict[int, ShardState] = dict(zip(shards, ledger.states(shards), strict=True))
+        self.earlier: dict[int, ShardState] = dict(zip(survey.shards, ledger.states(survey.shards), strict=True))
         """Shard of an earlier run -> its state."""
         self.states: dict[int, ShardState] = {}
         """Shard -> its state when this round began."""
@@ -176,8 +175,8 @@ class _Run:
 
     def take(self, shards: list[int]) -> None:
         """Begins a round of work on these shards, none of which was in a round before."""
-        # What the survey has renewed comes in the last round.
-        new = [shard for shard in shards if self.survey.complete or shard not in self.earlier]
+        renewed = self.survey.renewed
+        new = [shard for shard in shards if shard not in self.earlier or shard in renewed]
         states = dict(zip(new, self.ledger.states(new), strict=True))
         for shard, state in states.items():
             self._count(state, self.earlier.get(shard))

@@ -57,7 +57,7 @@ class Survey:
         self.seen = np.zeros(self.earlier, bool)
         """Which of the earlier images this listing contains, bool [N]."""
         self.unseen = np.diff(self.bounds)
-        """How many images of each earlier shard it does not contain so far, int [S]."""
+        """How many images of each earlier shard it does not contain so far, int [S]; negative: one has changed."""
         self.changed: dict[int, tuple[int, int]] = {}
         """Row of an earlier image -> its new size and time."""
         self.count = 0
@@ -76,6 +76,11 @@ class Survey:
         images = iter(images)
         while batch := list(islice(images, SHARD_ROWS)):
             self._add(batch, outputs_of)
+
+    @property
+    def renewed(self) -> set[int]:
+        """Earlier shards in which images have changed."""
+        return {self.shards[place] for place in np.flatnonzero(self.unseen < 0)}
 
     def _read_earlier(self) -> None:
         sizes, times, count = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], 0
@@ -134,7 +139,7 @@ class Survey:
     def _settle(self, rows: list[int]) -> None:
         """Counts these rows as seen. Earlier shards that are thereby seen whole are ready, if nothing has changed."""
         changed = self._places([row for row in rows if row in self.changed])
-        self.unseen[changed] = -1  # never 0: it is ready once it is renewed
+        self.unseen[changed] = -1  # and never 0 again: such a shard is ready once it is renewed
         places, counts = np.unique(self._places(rows), return_counts=True)
         self.unseen[places] -= counts
         self.ready += [self.shards[place] for place in places[self.unseen[places] == 0]]
