@@ -1,6 +1,7 @@
 """Prediction and evaluation give one row per input, and the same files and scores through Ray as in one process."""
 
 import csv
+import dataclasses
 import errno
 import io
 import json
@@ -477,7 +478,24 @@ def test_verbose_reaches_ray_data(ray_cluster, model, tmp_path, monkeypatch):
     assert given == [True, False]
 
 
-def test_ray_and_one_process_write_the_same_files(ray_cluster, model, tmp_path, small_chunks, monkeypatch):
+@pytest.fixture
+def pools(monkeypatch):
+    """The pools of replicas on which predictions have run."""
+    used = []
+
+    def noted(*stages, pool, each):
+        used.append(pool)
+        return run_on_cluster(*stages, pool=pool, each=each)
+
+    monkeypatch.setattr(inference, "run_on_cluster", noted)
+    return used
+
+
+@pytest.mark.parametrize("each_core", [False, True])
+def test_ray_and_one_process_write_the_same_files(
+    ray_cluster, model, tmp_path, small_chunks, monkeypatch, pools, each_core
+):
+    monkeypatch.setattr(inference, "CHUNKS_PER_CORE", 1 if each_core else 10**6)
     # Ray gets several chunks as one block, as with many replicas.
     monkeypatch.setattr(chunk_size, "MANY_REPLICAS", 1)
     monkeypatch.setattr(chunk_size, "BLOCKS_PER_REPLICA", 1)
@@ -491,6 +509,7 @@ def test_ray_and_one_process_write_the_same_files(ray_cluster, model, tmp_path, 
         assert (summary.images, summary.ok, summary.failed) == (50, 40, 10)
     assert contents(tmp_path / "here") == contents(tmp_path / "ray")
     assert manifest(tmp_path / "here") == manifest(tmp_path / "ray")
+    assert [pool.on_each_core for pool in pools] == [each_core]
     # Failed images are tried again, and one chunk has new work; the other rows stay.
     Image.new("RGB", (9, 9)).save(folder / "zz.png")
     for name, runtime in (("here", LOCAL), ("ray", Runtime())):
@@ -499,7 +518,8 @@ def test_ray_and_one_process_write_the_same_files(ray_cluster, model, tmp_path, 
     assert contents(tmp_path / "here") == contents(tmp_path / "ray")
 
 
-def test_tiles_through_ray_are_the_same_as_in_one_process(ray_cluster, model_of_three, tmp_path):
+def test_tiles_through_ray_are_the_same_as_in_one_process(ray_cluster, model_of_three, tmp_path, pools, monkeypatch):
+    monkeypatch.setattr(inference, "CHUNKS_PER_CORE", 0)
     folder = make_photos(tmp_path / "images", 12)
     make_bad(folder / "bad")
     for name, runtime in (("here", LOCAL), ("ray", Runtime())):
@@ -508,6 +528,7 @@ def test_tiles_through_ray_are_the_same_as_in_one_process(ray_cluster, model_of_
         )
         assert (summary.ok, summary.failed) == (12, 10)
     assert contents(tmp_path / "here") == contents(tmp_path / "ray")
+    assert [pool.on_each_core for pool in pools] == [False], "a large image should have all threads"
 
 
 def test_ray_and_one_process_give_the_same_scores(ray_cluster, model, tmp_path):
@@ -519,16 +540,29 @@ def test_ray_and_one_process_give_the_same_scores(ray_cluster, model, tmp_path):
     assert here.images == 29 and here.failures[0][0].endswith("a_000.png")
 
 
-def test_workers_may_be_as_many_as_there_are_cpus_and_no_more(ray_cluster, model, tmp_path):
+def test_workers_may_be_as_many_as_there_are_cpus_and_no_more(ray_cluster, model, tmp_path, pools, monkeypatch):
+    monkeypatch.setattr(inference, "CHUNKS_PER_CORE", 0)
     folder = make_photos(tmp_path / "few", 12)
     assert run(model, folder, tmp_path / "out", runtime=Runtime(), workers=4).ok == 12
+    assert [(pool.replicas, pool.on_each_core) for pool in pools] == [(4, False)]
     with pytest.raises(UserError, match="--workers 5: the cluster has 4 CPUs: use --workers 4 or fewer"):
         run(model, folder, tmp_path / "more", runtime=Runtime(), workers=5)
 
 
+def test_a_replica_on_each_core_if_there_is_enough_for_all(monkeypatch):
+    apart = inference.Pool(1, "cpu", 8, {"CPU": 8.0}, {"num_cpus": 7.0}, 0.24, grows=False)
+    for cores, chunks, replicas in ((8, 31, 1), (8, 32, 8), (512, 2048, 512), (513, 10**6, 1)):
+        monkeypatch.setattr(inference.nodes, "room", lambda _bundle, cores=cores: cores)
+        pool = inference.on_each_core(apart, chunks)
+        assert (pool.replicas, pool.on_each_core) == (replicas, replicas > 1)
+        assert (pool.threads, pool.least) == (1 if replicas > 1 else 8, {"CPU": 1.0})
+
+
+@pytest.mark.parametrize("each_core", [False, True])
 @pytest.mark.parametrize("where", ["preprocess", "model", "postprocess"])
-def test_an_error_of_a_stage_on_the_cluster_is_raised_unchanged(ray_cluster, where):
+def test_an_error_of_a_stage_on_the_cluster_is_raised_unchanged(ray_cluster, where, each_core):
     configure()
+    pool = dataclasses.replace(pool_of_replicas(1, "cpu"), on_each_core=each_core)
 
     def preprocess(number):
         if where == "preprocess":
@@ -545,5 +579,5 @@ def test_an_error_of_a_stage_on_the_cluster_is_raised_unchanged(ray_cluster, whe
 
     expected = pytest.raises(OSError if where == "postprocess" else UserError)
     with expected as raised:
-        list(run_on_cluster(range(3), preprocess, model, postprocess, pool=pool_of_replicas(1, "cpu")))
+        list(run_on_cluster(range(3), preprocess, model, postprocess, pool=pool))
     assert raised.value.errno == errno.ENOSPC if where == "postprocess" else str(raised.value) == "fix it"

@@ -28,10 +28,10 @@ from unet_ray.models.checkpoint import ModelCard
 from unet_ray.models.device import keep_freed_memory
 from unet_ray.own_process import claim
 from unet_ray.ray_backend.data_context import configure
-from unet_ray.ray_backend.inference import pool_of_replicas, run_on_cluster
+from unet_ray.ray_backend.inference import Pool, on_each_core, pool_of_replicas, run_on_cluster
 from unet_ray.ray_backend.session import ray_session
 
-LOCAL, RAY = "--local", "through Ray"
+LOCAL, APART, RAY = "--local", "through Ray, stages apart", "through Ray"
 COUNT, CHUNK = 80, 64
 """Chunks, and images of each, as in a folder of 4,096 images or more."""
 
@@ -99,7 +99,7 @@ class Way:
 
 
 def overhead_section(job: Job) -> Iterator[Line]:
-    """Runs the three in turns, each alone: `--local` in a process of its own that has no Ray, as the command's."""
+    """Runs them in turns, each alone: `--local` in a process of its own that has no Ray, as the command's."""
     cores = os.cpu_count() or 1
     bare = f"{cores} bare processes"
     seconds: dict[str, list[float]] = {}
@@ -107,14 +107,17 @@ def overhead_section(job: Job) -> Iterator[Line]:
     with context.Pool(cores) as pool, Apart(_local) as local:
         pool.map(_imported, range(cores))
         for turn in range(job.rounds):
-            ways = {name: Way(job.card, str(job.folder / f"{name}{turn}"), job.images) for name in (bare, LOCAL, RAY)}
+            names = (bare, LOCAL, APART, RAY)
+            ways = {name: Way(job.card, str(job.folder / f"{name}{turn}"), job.images) for name in names}
             started = time.perf_counter()
             pool.map(ways[bare].bare, [range(start, COUNT, cores) for start in range(cores)], chunksize=1)
             seconds.setdefault(bare, []).append((time.perf_counter() - started) / (COUNT * CHUNK))
             seconds.setdefault(LOCAL, []).append(local(ways[LOCAL]))
             with ray_session():
                 configure()
-                seconds.setdefault(RAY, []).append(_through_ray(ways[RAY]))
+                apart = pool_of_replicas(0, "cpu")
+                for name, replicas in ((APART, apart), (RAY, on_each_core(apart, COUNT))):
+                    seconds.setdefault(name, []).append(_through_ray(ways[name], replicas))
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     note = f"{COUNT * CHUNK} images of {_size_of(job.images[0])}, one PNG mask each"
     yield from table("overhead", medians, {RAY: note})
@@ -126,8 +129,8 @@ def _local() -> Callable[[Way], float]:
     return lambda way: _seconds_an_image(run_here(range(COUNT), *way.stages()))
 
 
-def _through_ray(way: Way) -> float:
-    return _seconds_an_image(run_on_cluster(range(COUNT), *way.stages(), pool=pool_of_replicas(1, "cpu")))
+def _through_ray(way: Way, pool: Pool) -> float:
+    return _seconds_an_image(run_on_cluster(range(COUNT), *way.stages(), pool=pool))
 
 
 def _seconds_an_image(chunks: Iterator[Chunk]) -> float:

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
@@ -43,6 +44,9 @@ from unet_ray.models.operations import floating_point_operations
 from unet_ray.models.tiles import mirrored
 from unet_ray.ray_backend.session import Runtime
 
+if TYPE_CHECKING:
+    from unet_ray.ray_backend.inference import Pool
+
 READ_SECONDS = 0.0065
 """Seconds to read an image and write its mask, measured on two cores with photographs of 512x512 pixels."""
 
@@ -65,6 +69,8 @@ class Pipeline(ABC):
     """The cards of the ensemble's other models."""
     arithmetic: Arithmetic | None = None
     """With what the network computes; None until it is chosen for the machines that will run it."""
+    fits_a_thread: ClassVar[bool]
+    """Whether one thread soon has an image done, so that the cores of a node can each have their own."""
 
     @abstractmethod
     def row_cost(self) -> RowCost:
@@ -188,28 +194,46 @@ class Pipeline(ABC):
             yield from run_here(numbers, preprocess, model, postprocess)
             return
         with runtime.started():
-            from unet_ray.ray_backend import nodes
             from unet_ray.ray_backend.data_context import configure
             from unet_ray.ray_backend.inference import pool_of_replicas, run_on_cluster
             from unet_ray.ray_backend.shared_files import check_shared
 
             configure(runtime.verbose)
             pool = pool_of_replicas(self.options.workers, self.options.device, again=again)
-            shared = {**shared, "MODEL": storage.join(self.model, checkpoint.CARD)}
-            check_shared(shared)
-            machines = [machine for _, machine in nodes.answers(partial(Machine.here, pool.device), pool.bundle)]
-
-            def times(ways: Sequence[Arithmetic]) -> list[float]:
-                """Of all nodes, since one way is chosen for all."""
-                question = partial(self.times, ways, pool.threads)
-                of_nodes = nodes.answers(question, pool.bundle, nodes.runtime_env(pool.device))
-                complete = len(of_nodes) == len(machines)
-                return [sum(seconds[way] for _, seconds in of_nodes) for way in range(len(ways))] if complete else []
-
-            chosen = self._chosen(pool.device, machines, images // pool.replicas, pool.threads, settle, times)
+            check_shared({**shared, "MODEL": storage.join(self.model, checkpoint.CARD)})
+            chosen = self._chosen_on(pool, images, settle)
+            pool = chosen._fitting(pool, len(numbers))
             model = ModelStage(chosen, sink, probabilities)
             each = chunks_per_block(len(numbers), self.row_cost(), pool.replicas, pool.device)
             yield from run_on_cluster(numbers, preprocess, model, postprocess, pool=pool, each=each)
+
+    def _chosen_on(self, pool: Pool, images: int, settle: Settle) -> Pipeline:
+        """Returns the pipeline with the arithmetic for the nodes of a cluster. Raises UserError, as `settle` does."""
+        from unet_ray.ray_backend import nodes
+
+        needs = pool.least if self._may_take_each_core else pool.bundle
+        machines = [machine for _, machine in nodes.answers(partial(Machine.here, pool.device), needs)]
+
+        def times(ways: Sequence[Arithmetic]) -> list[float]:
+            """Of all nodes, since one way is chosen for all."""
+            question = partial(self.times, ways, pool.threads)
+            of_nodes = nodes.answers(question, needs, nodes.runtime_env(pool.device))
+            complete = len(of_nodes) == len(machines)
+            return [sum(seconds[way] for _, seconds in of_nodes) for way in range(len(ways))] if complete else []
+
+        return self._chosen(pool.device, machines, images // pool.replicas, pool.threads, settle, times)
+
+    @property
+    def _may_take_each_core(self) -> bool:
+        return self.fits_a_thread and not self.options.workers
+
+    def _fitting(self, pool: Pool, chunks: int) -> Pool:
+        """Returns the pool for the arithmetic that was chosen. OpenVINO takes each image on one thread, so it gives the
+        same masks with a replica on each core."""
+        from unet_ray.ray_backend.inference import on_each_core
+
+        openvino = self.arithmetic is not None and self.arithmetic.backend == "openvino"
+        return on_each_core(pool, chunks) if openvino and self._may_take_each_core else pool
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,6 +252,8 @@ class ModelStage:
 
 class WholeImagePipeline(Pipeline):
     """Resizes images to the model's size, and the masks back to the image's own."""
+
+    fits_a_thread = True
 
     def row_cost(self) -> RowCost:
         """Returns the cost of an image; its bytes are those of the image (uint8) or of the logits (float16), whichever
@@ -270,6 +296,8 @@ def _without_paths(images: Sequence[Source | str]) -> Chunk:
 
 class TilePipeline(Pipeline):
     """Segments images at their own size, tile by tile, see `stages.SegmentByTiles`."""
+
+    fits_a_thread = False
 
     def row_cost(self) -> RowCost:
         return RowCost(1, math.inf)  # only paths pass between the stages, and an image may have any size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -45,6 +46,9 @@ RAISED = "raised"
 text, and the command could not tell a UserError from a bug. Pickle is safe here and the simplest: only our own
 processes write these chunks, and Ray itself sends all data between them as pickles."""
 
+MOST_ON_EACH_CORE, CHUNKS_PER_CORE = 512, 4
+"""The most cores that get a replica each, and the least chunks for each of them."""
+
 MOST_REPLICAS = 4096
 """Limit of replicas on a cluster that can grow. It is so high that the cluster's room decides."""
 
@@ -61,7 +65,8 @@ def run_on_cluster(
     """Runs the stages of `local.run_here` through Ray Data. Yields the chunks of `postprocess` as they are finished.
 
     `preprocess` and `postprocess` run in tasks, and `model(threads)` in a pool of actors, each of which calls it once.
-    `each`: chunks that pass from stage to stage as one block.
+    If the pool has a replica on each core, its actors run all stages, and images never pass between processes. `each`:
+    chunks that pass from stage to stage as one block.
 
     Ray keeps tasks off nodes with a GPU as long as others have room. Raises UserError if a stage raises it.
     """
@@ -77,8 +82,12 @@ def run_on_cluster(
             DataContext.get_current().target_max_block_size = 2 * each * MAX_BYTES
         # The stages reserve different numbers of CPUs, which keeps Ray Data from fusing them: decoding in the model's
         # actors would not overlap with the model.
-        chunks = _in_blocks(numbers, each).map_batches(_Preprocess(preprocess), num_cpus=pool.task_cpus, **as_blocks)
-        segmented = internals.map_whole_blocks(
+        chunks = _in_blocks(numbers, each)
+        if pool.on_each_core:
+            model = _AllStages(preprocess, model, postprocess)
+        else:
+            chunks = chunks.map_batches(_Preprocess(preprocess), num_cpus=pool.task_cpus, **as_blocks)
+        chunks = internals.map_whole_blocks(
             chunks,
             _ModelActor,
             fn_constructor_kwargs={"model": model, "threads": pool.threads, "roll": roll, "_keys": Keys()},
@@ -86,8 +95,9 @@ def run_on_cluster(
             runtime_env=nodes.runtime_env(pool.device),
             **pool.replica_resources,
         )
-        finished = segmented.map_batches(_EachChunk(postprocess), num_cpus=pool.task_cpus, **as_blocks)
-        for block in finished.iter_batches(**as_blocks):
+        if not pool.on_each_core:
+            chunks = chunks.map_batches(_EachChunk(postprocess), num_cpus=pool.task_cpus, **as_blocks)
+        for block in chunks.iter_batches(**as_blocks):
             if RAISED in block:
                 raise pickle.loads(block[RAISED][0])
             yield from _chunks_of(block)
@@ -109,6 +119,13 @@ class Pool:
     task_cpus: float
     grows: bool
     """Whether more replicas start as the cluster gets nodes."""
+    on_each_core: bool = False
+    """Whether there is a replica on each core, which takes its chunks through all stages."""
+
+    @property
+    def least(self) -> nodes.Bundle:
+        """Resources of a node that can have a replica, if not of this pool then `on_each_core`."""
+        return dict.fromkeys(self.bundle, 1.0)
 
 
 def pool_of_replicas(workers: int, device: str, *, again: bool = False) -> Pool:
@@ -136,6 +153,20 @@ def pool_of_replicas(workers: int, device: str, *, again: bool = False) -> Pool:
     threads, replicas = (nodes.cpus_for_each(workers, spare=0), workers) if workers else nodes.replicas_on_cpus()
     resources = {"num_cpus": nodes.cpus_reserved_by_replica(threads)}
     return Pool(replicas, device, threads, {"CPU": float(threads)}, resources, TASK_CPUS_BESIDE_A_MODEL, grows)
+
+
+def on_each_core(pool: Pool, chunks: int) -> Pool:
+    """Returns a pool with a replica of one thread on each core instead, for a network that takes each image on one
+    thread anyway. No core then waits for another, and no image passes between processes: two cores made … times as many
+    masks. Returns the pool unchanged if there are too many cores, or so few chunks that the last ones would keep only
+    some of the cores busy.
+    """
+    cores = nodes.room({"CPU": 1.0})
+    if cores > MOST_ON_EACH_CORE or chunks < CHUNKS_PER_CORE * cores:
+        return pool
+    return dataclasses.replace(
+        pool, replicas=cores, threads=1, bundle={"CPU": 1.0}, replica_resources={"num_cpus": 1.0}, on_each_core=True
+    )
 
 
 class _Numbers(Datasource):
@@ -230,6 +261,25 @@ class _EachChunk:
         if RAISED in block:
             return block
         return _or_raised(lambda chunks: _block_of(map(self.stage, chunks)), _chunks_of(block))
+
+
+@dataclass(frozen=True, slots=True)
+class _AllStages:
+    """Loads the network, as `model` does, and returns a stage that takes a chunk, given as its number, through all
+    stages."""
+
+    preprocess: Callable[[int], Chunk]
+    model: Callable[[int | None], Stage]
+    postprocess: Stage
+
+    def __call__(self, threads: int | None) -> Stage:
+        segment = self.model(threads)
+
+        def stage(chunk: Chunk) -> Chunk:
+            decoded = self.preprocess(int(chunk["number"][0]))
+            return self.postprocess(segment(decoded)) if _rows(decoded) else decoded
+
+        return stage
 
 
 class _ModelActor:
