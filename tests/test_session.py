@@ -1,6 +1,7 @@
 """Where Ray can't start, or can't be reached, the command ends within seconds with one line that says what to type."""
 
 import contextlib
+import logging
 import os
 import socket
 import subprocess
@@ -98,6 +99,28 @@ def test_what_ray_raises_while_it_starts_is_one_line(monkeypatch):
         session._connected({}, True, session._not_started),
     ):
         raise AssertionError("it is not connected")
+
+
+def test_what_a_thread_says_while_ray_starts_is_said_afterwards(monkeypatch, capfd):
+    import ray
+
+    def init(**_options):
+        os.write(2, b"C++ says something\n")
+        thread = threading.Thread(target=session.log.warning, args=("photos/OUT is left out",))
+        thread.start()
+        thread.join()
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)  # of the Ray that other tests share
+    monkeypatch.setattr(session, "_used_in", None)
+    monkeypatch.setattr(session, "stop_like_ctrl_c", lambda: None)  # of this process
+    handler = logging.StreamHandler(open(2, "w", buffering=1, closefd=False))  # noqa: SIM115 - stays open
+    session.log.addHandler(handler)
+    try:
+        with session._connected({}, False, session._not_started):
+            assert capfd.readouterr().err == "photos/OUT is left out\n"
+    finally:
+        session.log.removeHandler(handler)
 
 
 def test_a_fork_of_a_process_that_has_used_ray_is_refused(monkeypatch):

@@ -273,7 +273,15 @@ def stop_like_ctrl_c() -> None:
 
 @contextmanager
 def _stderr_to_nowhere() -> Iterator[None]:
-    """Hides what C++ code prints to stderr, which Python's own redirection does not catch. Exceptions pass through."""
+    """Hides what C++ code prints to stderr, which Python's own redirection does not catch. Exceptions pass through.
+    What other threads log meanwhile, such as the one that lists the inputs, is logged afterwards."""
+    meanwhile: list[logging.LogRecord] = []
+
+    def later(record: logging.LogRecord) -> bool:
+        meanwhile.append(record)
+        return False
+
+    log.addFilter(later)
     sys.stderr.flush()
     saved = os.dup(2)
     nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -284,3 +292,6 @@ def _stderr_to_nowhere() -> Iterator[None]:
         os.dup2(saved, 2)
         os.close(saved)
         os.close(nowhere)
+        log.removeFilter(later)
+        for record in meanwhile:
+            log.handle(record)
