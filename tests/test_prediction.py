@@ -558,8 +558,9 @@ def test_a_replica_on_each_core_if_there_is_enough_for_all(monkeypatch):
         assert (pool.threads, pool.least) == (1 if replicas > 1 else 8, {"CPU": 1.0})
 
 
-@pytest.mark.parametrize("each_core", [False, True])
-@pytest.mark.parametrize("where", ["preprocess", "model", "postprocess"])
+@pytest.mark.parametrize(
+    ("where", "each_core"), [("preprocess", False), ("model", False), ("postprocess", False), ("postprocess", True)]
+)
 def test_an_error_of_a_stage_on_the_cluster_is_raised_unchanged(ray_cluster, where, each_core):
     configure()
     pool = dataclasses.replace(pool_of_replicas(1, "cpu"), on_each_core=each_core)
