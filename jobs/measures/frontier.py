@@ -26,8 +26,9 @@ from unet_ray.models.operations import floating_point_operations
 from unet_ray.ray_backend.session import ray_session
 
 MILESIAL = "milesial's predict.py"
-LEAST = 600
-"""So many images are predicted at least. Fewer are repeated: a run of some seconds says little."""
+LEAST, MOST_SECONDS = 600, 120.0
+"""So many images are predicted at least: fewer are repeated, since a run of some seconds says little. None is repeated
+if a network would take so many seconds for them, by estimate."""
 
 
 Precision = Literal["auto", "fp32", "bf16", "int8"]
@@ -50,7 +51,6 @@ class Way:
 def frontier_section(job: Job) -> Iterator[Line]:
     """Predicts the images with every model in turns: `--local` in each precision there is, and through Ray. The start
     is not counted."""
-    folder = _repeated(job)
     ways = [way for model in dict.fromkeys((job.model, *job.others)) for way in _ways(job, model)]
     seconds: dict[str, list[float]] = {}
     scores: dict[str, float | None] = {}
@@ -67,7 +67,7 @@ def frontier_section(job: Job) -> Iterator[Line]:
                 out = job.folder / f"frontier {next(outs)}"
                 config = PredictConfig(
                     model=way.model,
-                    inputs=(folder,),
+                    inputs=(_repeated(job, way.model),),
                     out=str(out),
                     device=job.device,
                     precision=way.precision,
@@ -105,13 +105,17 @@ def _ways(job: Job, model: str) -> Iterator[Way]:
             yield Way(model, f"{named} through Ray".strip(), local=False)
 
 
-def _repeated(job: Job) -> str:
-    """Returns a folder with `LEAST` images or more: links to those of the job, all of them equally often."""
-    folder = job.folder / "repeated"
-    for turn in range(-(-LEAST // len(job.images))):
-        (folder / str(turn)).mkdir(parents=True)
-        for path in job.images:
-            (folder / str(turn) / Path(path).name).symlink_to(Path(path).resolve())
+def _repeated(job: Job, model: str) -> str:
+    """Returns a folder with links to the images of the job: to all of them equally often, so that there are `LEAST` or
+    more; to each once if the model is slow."""
+    slow = LEAST * pipeline_of(model, MaskOptions(device=job.device)).row_cost().seconds > MOST_SECONDS
+    turns = 1 if slow else -(-LEAST // len(job.images))
+    folder = job.folder / f"{turns} times"
+    for turn in range(turns):
+        if not (folder / str(turn)).exists():
+            (folder / str(turn)).mkdir(parents=True)
+            for path in job.images:
+                (folder / str(turn) / Path(path).name).symlink_to(Path(path).resolve())
     return str(folder)
 
 
