@@ -551,7 +551,7 @@ def test_workers_may_be_as_many_as_there_are_cpus_and_no_more(ray_cluster, model
 
 def test_a_replica_on_each_core_if_there_is_enough_for_all(monkeypatch):
     apart = inference.Pool(1, "cpu", 8, {"CPU": 8.0}, {"num_cpus": 7.0}, 0.24, grows=False)
-    for cores, chunks, replicas in ((8, 31, 1), (8, 32, 8), (512, 2048, 512), (513, 10**6, 1)):
+    for cores, chunks, replicas in ((0, 9, 1), (8, 31, 1), (8, 32, 8), (512, 2048, 512), (513, 10**6, 1)):
         monkeypatch.setattr(inference.nodes, "room", lambda _bundle, cores=cores: cores)
         pool = inference.on_each_core(apart, chunks)
         assert (pool.replicas, pool.on_each_core) == (replicas, replicas > 1)
