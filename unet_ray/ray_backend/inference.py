@@ -158,8 +158,8 @@ def pool_of_replicas(workers: int, device: str, *, again: bool = False) -> Pool:
 def on_each_core(pool: Pool, chunks: int) -> Pool:
     """Returns a pool with a replica of one thread on each core instead, for a network that takes each image on one
     thread anyway. No core then waits for another, and no image passes between processes: two cores read, decoded and
-    wrote 1.28 times as many images of 1918x1280. Returns the pool unchanged if there are too many cores, or too few chunks
-    to keep all of them busy to the end.
+    wrote 1.28 times as many images of 1918x1280. Returns the pool unchanged if there are too many cores, or too few
+    chunks to keep all of them busy to the end.
     """
     cores = nodes.room({"CPU": 1.0})
     if not 0 < cores <= MOST_ON_EACH_CORE or chunks < CHUNKS_PER_CORE * cores:
