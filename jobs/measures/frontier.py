@@ -51,7 +51,8 @@ class Way:
 def frontier_section(job: Job) -> Iterator[Line]:
     """Predicts the images with every model in turns: `--local` in each precision there is, and through Ray. The start
     is not counted."""
-    ways = [way for model in dict.fromkeys((job.model, *job.others)) for way in _ways(job, model)]
+    folders = {model: _repeated(job, model) for model in (job.model, *job.others)}
+    ways = [way for model in folders for way in _ways(job, model)]
     seconds: dict[str, list[float]] = {}
     scores: dict[str, float | None] = {}
     with ExitStack() as stack:
@@ -67,7 +68,7 @@ def frontier_section(job: Job) -> Iterator[Line]:
                 out = job.folder / f"frontier {next(outs)}"
                 config = PredictConfig(
                     model=way.model,
-                    inputs=(_repeated(job, way.model),),
+                    inputs=(folders[way.model],),
                     out=str(out),
                     device=job.device,
                     precision=way.precision,
@@ -78,12 +79,12 @@ def frontier_section(job: Job) -> Iterator[Line]:
                 shutil.rmtree(out)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     yield from table("frontier", medians, {way.name: _note(job, way, scores[way.name]) for way in ways})
-    if job.plots:
-        points = [
-            (_short(way.model), way.how, 1 / medians[way.name], score)
-            for way in ways
-            if (score := scores[way.name]) is not None
-        ]
+    points = [
+        (_short(way.model), way.how, 1 / medians[way.name], score)
+        for way in ways
+        if (score := scores[way.name]) is not None
+    ]
+    if job.plots and points:
         plots.frontier(job.plots / "frontier.png", points, 1 / medians[MILESIAL] if MILESIAL in medians else None)
 
 
@@ -108,7 +109,8 @@ def _ways(job: Job, model: str) -> Iterator[Way]:
 def _repeated(job: Job, model: str) -> str:
     """Returns a folder with links to the images of the job: to all of them equally often, so that there are `LEAST` or
     more; to each once if the model is slow."""
-    slow = LEAST * pipeline_of(model, MaskOptions(device=job.device)).row_cost().seconds > MOST_SECONDS
+    seconds = LEAST * pipeline_of(model, MaskOptions(device=job.device)).row_cost().seconds  # of two CPU cores
+    slow = job.device == "cpu" and seconds > MOST_SECONDS
     turns = 1 if slow else -(-LEAST // len(job.images))
     folder = job.folder / f"{turns} times"
     for turn in range(turns):

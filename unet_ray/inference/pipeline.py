@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -69,8 +69,6 @@ class Pipeline(ABC):
     """The cards of the ensemble's other models."""
     arithmetic: Arithmetic | None = None
     """With what the network computes; None until it is chosen for the machines that will run it."""
-    fits_a_thread: ClassVar[bool]
-    """Whether one thread soon has an image done, so that the cores of a node can each have their own."""
 
     @abstractmethod
     def row_cost(self) -> RowCost:
@@ -225,7 +223,8 @@ class Pipeline(ABC):
 
     @property
     def _may_take_each_core(self) -> bool:
-        return self.fits_a_thread and not self.options.workers
+        """Whether replicas of one thread may do the work: an image that is cut into tiles should have several."""
+        return not (self.options.tile or self.options.workers)
 
     def _fitting(self, pool: Pool, chunks: int) -> Pool:
         """Returns the pool for the arithmetic that was chosen. OpenVINO takes each image on one thread, so it gives the
@@ -252,8 +251,6 @@ class ModelStage:
 
 class WholeImagePipeline(Pipeline):
     """Resizes images to the model's size, and the masks back to the image's own."""
-
-    fits_a_thread = True
 
     def row_cost(self) -> RowCost:
         """Returns the cost of an image; its bytes are those of the image (uint8) or of the logits (float16), whichever
@@ -296,8 +293,6 @@ def _without_paths(images: Sequence[Source | str]) -> Chunk:
 
 class TilePipeline(Pipeline):
     """Segments images at their own size, tile by tile, see `stages.SegmentByTiles`."""
-
-    fits_a_thread = False
 
     def row_cost(self) -> RowCost:
         return RowCost(1, math.inf)  # only paths pass between the stages, and an image may have any size

@@ -80,24 +80,27 @@ def run_on_cluster(
     with replicas.called_roll() as roll, autoscaling.asking_for_more(pool.bundle) if pool.grows else nullcontext():
         if each > 1:  # Ray Data must not split a block in the middle of a chunk
             DataContext.get_current().target_max_block_size = 2 * each * MAX_BYTES
-        # The stages reserve different numbers of CPUs, which keeps Ray Data from fusing them: decoding in the model's
-        # actors would not overlap with the model.
+
+        def in_actors(dataset: ray.data.Dataset, stage: Callable[[int | None], Stage]) -> ray.data.Dataset:
+            return internals.map_whole_blocks(
+                dataset,
+                _ModelActor,
+                fn_constructor_kwargs={"model": stage, "threads": pool.threads, "roll": roll, "_keys": Keys()},
+                compute=compute,
+                runtime_env=nodes.runtime_env(pool.device),
+                **pool.replica_resources,
+            )
+
         chunks = _in_blocks(numbers, each)
         if pool.on_each_core:
-            model = _AllStages(preprocess, model, postprocess)
+            finished = in_actors(chunks, _AllStages(preprocess, model, postprocess))
         else:
-            chunks = chunks.map_batches(_Preprocess(preprocess), num_cpus=pool.task_cpus, **as_blocks)
-        chunks = internals.map_whole_blocks(
-            chunks,
-            _ModelActor,
-            fn_constructor_kwargs={"model": model, "threads": pool.threads, "roll": roll, "_keys": Keys()},
-            compute=compute,
-            runtime_env=nodes.runtime_env(pool.device),
-            **pool.replica_resources,
-        )
-        if not pool.on_each_core:
-            chunks = chunks.map_batches(_EachChunk(postprocess), num_cpus=pool.task_cpus, **as_blocks)
-        for block in chunks.iter_batches(**as_blocks):
+            # The stages reserve different numbers of CPUs, which keeps Ray Data from fusing them: decoding in the
+            # model's actors would not overlap with the model.
+            decoded = chunks.map_batches(_Preprocess(preprocess), num_cpus=pool.task_cpus, **as_blocks)
+            segmented = in_actors(decoded, model)
+            finished = segmented.map_batches(_EachChunk(postprocess), num_cpus=pool.task_cpus, **as_blocks)
+        for block in finished.iter_batches(**as_blocks):
             if RAISED in block:
                 raise pickle.loads(block[RAISED][0])
             yield from _chunks_of(block)

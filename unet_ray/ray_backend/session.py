@@ -281,10 +281,10 @@ def _stderr_to_nowhere() -> Iterator[None]:
         meanwhile.append(record)
         return False
 
-    log.addFilter(later)
     sys.stderr.flush()
     saved = os.dup(2)
     nowhere = os.open(os.devnull, os.O_WRONLY)
+    log.addFilter(later)
     try:
         os.dup2(nowhere, 2)
         yield
