@@ -293,6 +293,14 @@ class Machines:
         """Returns node -> its processes whose name has `kind` in it. The head and nodes without any are left out."""
         return {machine: found for machine in self.running[1:] if (found := processes_at_work(machine, kind))}
 
+    def hold(self, kind: str) -> None:
+        """Lets the processes that `working` finds stand still, as on a machine that swaps: what waits for them can't
+        end, however fast the cores are. Only `kill` ends them."""
+        for processes in self.working(kind).values():
+            for process in processes:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.suspend()
+
     def command(self, *arguments: object) -> subprocess.Popen[str]:
         """Starts `unet-ray` on this cluster. Its stdout includes stderr."""
         return subprocess.Popen(

@@ -184,13 +184,14 @@ def test_a_folder_that_only_one_node_sees_is_refused(machines, model, tmp_path):
 @pytest.mark.cluster
 def test_a_prediction_loses_a_node_gains_one_and_outlives_its_cluster(machines, model, tmp_path):
     machines.complete()
-    folder, out = make_photos(tmp_path / "images", (count := 1500)), tmp_path / "out"  # a node joins before they end
+    folder, out = make_photos(tmp_path / "images", (count := 1500)), tmp_path / "out"
     arguments = ("predict", model, folder, "--out", out, "--precision", "fp32")
     process = machines.command(*arguments)
     until(lambda: len(recorded(out)) > 60, process)
     machines.kill(next(iter(machines.working("_ModelActor"))))
     left = len(recorded(out))
     until(lambda: len(recorded(out)) > left + 60, process)  # replicas leave room on the node that is left
+    machines.hold("_ModelActor")  # else fast cores end the prediction before a node has joined
     added = machines.node(2)
     until(lambda: added in machines.working("ray::MapBatches") | machines.working("_ModelActor"), process)
     machines.kill(machines.running[0])
