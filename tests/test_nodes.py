@@ -184,7 +184,7 @@ def test_a_folder_that_only_one_node_sees_is_refused(machines, model, tmp_path):
 @pytest.mark.cluster
 def test_a_prediction_loses_a_node_gains_one_and_outlives_its_cluster(machines, model, tmp_path):
     machines.complete()
-    folder, out = make_photos(tmp_path / "images", (count := 1500)), tmp_path / "out"
+    folder, out = make_photos(tmp_path / "images", (count := 1200)), tmp_path / "out"
     arguments = ("predict", model, folder, "--out", out, "--precision", "fp32")
     process = machines.command(*arguments)
     until(lambda: len(recorded(out)) > 60, process)
